@@ -1,0 +1,2 @@
+#![no_std]
+//! What the bare-metal guests share.

@@ -1,0 +1,120 @@
+//! What the engine asks of the two machines: the only way in which it sees a VM.
+//!
+//! `vmm` implements both traits on KVM; this crate's tests implement them on plain memory. The
+//! engine calls them from one thread, in the order that the methods are listed in.
+
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use crate::bitmap::PageBitmap;
+use crate::layout::{GuestRam, Layout};
+use crate::section::Section;
+
+/// Why a machine could not do what the engine asked. The engine adds what it was doing.
+pub type VmError = Box<dyn std::error::Error + Send + Sync>;
+
+/// What a source tells about its guest before any page moves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// Where the guest's RAM is.
+    pub layout: Layout,
+    /// The machine's configuration, to be checked by the destination: opaque to the engine.
+    pub configuration: Vec<Section>,
+    /// Files that the machine needs beside its RAM (the kernel and the initrd, for a later
+    /// reset), sent before the first page.
+    pub blobs: Vec<Blob>,
+}
+
+/// A file that travels with the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Blob {
+    /// Its stable name, such as `kernel`.
+    pub name: String,
+    /// Its length in bytes.
+    pub len: u64,
+}
+
+/// The stop of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pause {
+    /// Whether the guest ran before: only then may the destination, or a failed migration, run it.
+    pub was_running: bool,
+    /// When the last vCPU left the guest, on the engine's [`Clock`](crate::clock::Clock).
+    pub last_instruction: Duration,
+}
+
+/// The machine whose guest leaves.
+pub trait SourceVm {
+    /// Describes the guest. Fails, with every reason, if something in the machine cannot migrate.
+    fn offer(&mut self) -> Result<Offer, VmError>;
+
+    /// Opens the blob of that index in [`Offer::blobs`] for reading, from its start.
+    fn open_blob(&mut self, index: usize) -> Result<Box<dyn Read + Send>, VmError>;
+
+    /// The guest's memory, which the guest may be writing to at any time.
+    fn ram(&self) -> GuestRam;
+
+    /// Starts to log writes. From here on every write by the guest or by the VMM to a page is
+    /// seen by a later [`harvest_dirty`](Self::harvest_dirty), provided that the page was
+    /// [protected](Self::protect) after the harvest before.
+    fn start_dirty_log(&mut self) -> Result<(), VmError>;
+
+    /// Adds to `dirty` the pages written since they were last protected. Pages may be reported
+    /// that were not written; a page that was written is never left out. What was reported must
+    /// be protected before it is read for sending, or it will be reported again.
+    fn harvest_dirty(&mut self, dirty: &mut PageBitmap) -> Result<(), VmError>;
+
+    /// Arms the log again for the pages set in `dirty` from `first` for `count` pages, both
+    /// multiples of 64 (or up to the end of the RAM). The engine reads them only afterwards, so
+    /// that a write in between is caught by the next harvest.
+    fn protect(&mut self, dirty: &PageBitmap, first: u64, count: u64) -> Result<(), VmError>;
+
+    /// Stops the guest; a guest that is stopped already stays so. In-flight device work is
+    /// finished when this returns: no more writes to RAM until [`resume`](Self::resume).
+    fn pause(&mut self) -> Result<Pause, VmError>;
+
+    /// The state of everything but RAM. Only while the guest is stopped.
+    fn save(&mut self) -> Result<Vec<Section>, VmError>;
+
+    /// Gives up what only one side may hold (image locks). Called last before GO is sent.
+    fn release(&mut self) -> Result<(), VmError>;
+
+    /// Undoes [`release`](Self::release) and [`pause`](Self::pause) after a failure before the
+    /// hand-over: the guest runs on if `pause.was_running`.
+    fn resume(&mut self, pause: Pause) -> Result<(), VmError>;
+
+    /// Ends logging; called once for every successful start, however the migration ended.
+    fn stop_dirty_log(&mut self);
+}
+
+/// When and how a guest begins at the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// Whether to run the guest; otherwise it stays paused, as it was at the source.
+    pub run: bool,
+    /// How long the guest has been stopped, by the source's clock and the measured round trip:
+    /// its clocks are set forward by this. Zero for a guest that was paused by its user.
+    pub stopped_for: Duration,
+}
+
+/// The machine that a guest arrives in.
+pub trait DestinationVm {
+    /// Checks the offer against this host and this process's own options, and builds the guest,
+    /// not running, with its RAM reading as zeroes. A refusal lists all of its reasons, one a
+    /// line. `offer` comes from the peer: nothing in it has been checked but its sizes and that
+    /// the layout is well-formed.
+    fn prepare(&mut self, offer: &Offer) -> Result<GuestRam, VmError>;
+
+    /// Where to write the blob of that index in [`Offer::blobs`]; the engine writes exactly
+    /// [`Blob::len`] bytes and drops the writer.
+    fn create_blob(&mut self, index: usize) -> Result<Box<dyn Write + Send>, VmError>;
+
+    /// Loads the state of everything but RAM. Unknown, duplicate, missing, left-over and invalid
+    /// sections are errors that name the section. The guest could run when this returns.
+    fn load(&mut self, sections: Vec<Section>) -> Result<(), VmError>;
+
+    /// Takes what only one side may hold and lets the guest go: called after GO, and only then.
+    /// Returns when the first vCPU is about to enter the guest. An error means that the guest
+    /// has not run and never will run here.
+    fn start(&mut self, start: Start) -> Result<(), VmError>;
+}
