@@ -1,0 +1,101 @@
+//! What a device saves: bytes, with a version.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// The most bytes that a device's saved state may have: 1 MiB. No device here needs a hundredth.
+pub const MAX_STATE: usize = 1 << 20;
+
+/// A device whose state outlives its process.
+pub trait SaveRestore {
+    /// The version of the format that [`save`](Self::save) writes. Every version from 1 up to it
+    /// can be restored.
+    fn version(&self) -> u32;
+
+    /// The device's own saved structure, in bincode 2's fixed-width little-endian encoding. Called
+    /// with the machine stopped.
+    fn save(&self) -> Result<Vec<u8>, StateError>;
+
+    /// Takes on what [`save`](Self::save) of that version gave. The body is not trusted; on an
+    /// error the device is as it was.
+    fn restore(&self, version: u32, body: &[u8]) -> Result<(), StateError>;
+}
+
+/// Why a device's state could not be saved or loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// A saved structure that can't be encoded: a defect of the device.
+    #[error("{device}: the state can't be encoded")]
+    Encode {
+        /// The device.
+        device: &'static str,
+        /// What the encoder says.
+        #[source]
+        source: bincode::error::EncodeError,
+    },
+    /// Bytes that are no such structure.
+    #[error("{device}: the saved state can't be decoded")]
+    Decode {
+        /// The device.
+        device: &'static str,
+        /// What the decoder says.
+        #[source]
+        source: bincode::error::DecodeError,
+    },
+    /// Bytes behind the end of the structure.
+    #[error("{device}: {extra} bytes behind the end of the saved state")]
+    LeftOver {
+        /// The device.
+        device: &'static str,
+        /// How many.
+        extra: usize,
+    },
+    /// A field with a value that the device can never have.
+    #[error("{device}: saved field '{field}' is {value}, expected {expected}")]
+    Field {
+        /// The device.
+        device: &'static str,
+        /// The field of the saved structure.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// What the device can have.
+        expected: &'static str,
+    },
+    /// The device took the state but could not act on it.
+    #[error("{device}: restoring failed")]
+    Restore {
+        /// The device.
+        device: &'static str,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+const CONFIG: bincode::config::Configuration<
+    bincode::config::LittleEndian,
+    bincode::config::Fixint,
+    bincode::config::Limit<MAX_STATE>,
+> = bincode::config::standard()
+    .with_fixed_int_encoding()
+    .with_limit::<MAX_STATE>();
+
+/// Encodes a device's saved structure.
+pub(crate) fn encode<T: Serialize>(device: &'static str, saved: &T) -> Result<Vec<u8>, StateError> {
+    bincode::serde::encode_to_vec(saved, CONFIG)
+        .map_err(|source| StateError::Encode { device, source })
+}
+
+/// Decodes a device's saved structure; all bytes must belong to it.
+pub(crate) fn decode<T: DeserializeOwned>(
+    device: &'static str,
+    body: &[u8],
+) -> Result<T, StateError> {
+    let (saved, read) = bincode::serde::decode_from_slice(body, CONFIG)
+        .map_err(|source| StateError::Decode { device, source })?;
+    match body.len() - read {
+        0 => Ok(saved),
+        extra => Err(StateError::LeftOver { device, extra }),
+    }
+}
