@@ -1,1 +1,3 @@
 //! The VMM.
+
+pub mod control;

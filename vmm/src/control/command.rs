@@ -1,0 +1,150 @@
+//! What can be asked of a machine. QMP and the human monitor are two faces of this, and both
+//! report a [`CommandError`] as it is.
+
+use serde::{Serialize, Serializer};
+use tokio::sync::broadcast;
+
+pub use super::address::Address;
+pub use super::event::{Event, EventKind, ShutdownCause};
+pub use super::migration::{
+    BytesByKind, DowntimeParts, FerryMigrationInfo, MigrateRequest, MigrationCapabilityStatus,
+    MigrationInfo, MigrationParameters, MigrationRound, MigrationStats, MigrationStatus,
+    ParameterChange,
+};
+pub use super::run_state::{CpuInfo, RunState, StatusInfo};
+
+/// The result of a command.
+pub type CommandResult<T> = Result<T, CommandError>;
+
+/// The machine, as the control plane sees it.
+///
+/// All methods are called on the main thread, which serves every client: each must return after
+/// short, bounded work, never after waiting for a peer. What takes long goes on in the
+/// background and is told by events and [`migration_info`](Self::migration_info).
+pub trait Machine: Send + Sync {
+    /// The guest's name, as given with `--name`.
+    fn name(&self) -> Option<String>;
+
+    /// Whether the guest runs, and why not.
+    fn status(&self) -> StatusInfo;
+
+    /// The vCPUs, in the order of their index. Empty while a destination does not know them yet.
+    fn cpus(&self) -> Vec<CpuInfo>;
+
+    /// The registers of one vCPU as text for people, several lines, taken while it is out of the
+    /// guest for a moment. Fails if there is no such vCPU.
+    fn registers(&self, cpu: u32) -> CommandResult<String>;
+
+    /// Stops the guest; does nothing if it is stopped. Sends [`EventKind::Stop`] if it ran.
+    fn stop(&self) -> CommandResult<()>;
+
+    /// Runs the guest; does nothing if it runs. While a migration comes in, it asks for the guest
+    /// to run once it has arrived. Fails in a state that only a reset leaves.
+    fn cont(&self) -> CommandResult<()>;
+
+    /// Resets the machine, as its reset button would.
+    fn system_reset(&self) -> CommandResult<()>;
+
+    /// Ends the process, soon: the answer to this command is still delivered.
+    fn quit(&self, cause: ShutdownCause);
+
+    /// Starts to migrate the guest, in the background. Fails at once if it cannot begin: one is
+    /// under way already, the guest is not here, something blocks it. What fails later, such as
+    /// connecting, is told by [`migration_info`](Self::migration_info).
+    fn migrate(&self, request: MigrateRequest) -> CommandResult<()>;
+
+    /// Cancels the outgoing migration if there is one that can still be cancelled; otherwise does
+    /// nothing. Returns at once; the status becomes [`MigrationStatus::Cancelled`] later.
+    fn migrate_cancel(&self) -> CommandResult<()>;
+
+    /// Starts to listen for a guest. Fails unless the process was started with `--incoming defer`
+    /// and has not got an address yet, or if it cannot listen there. `exit_on_error`: whether the
+    /// process ends if the migration fails (the default in QEMU), or stays for another try.
+    fn migrate_incoming(&self, address: Address, exit_on_error: bool) -> CommandResult<()>;
+
+    /// How the migration under way, or else the last one, is doing.
+    fn migration_info(&self) -> MigrationInfo;
+
+    /// The parameters of migrations.
+    fn parameters(&self) -> MigrationParameters;
+
+    /// Changes the given parameters, at any time; a migration under way uses them at once. The
+    /// values have been [checked](ParameterChange::check).
+    fn set_parameters(&self, change: ParameterChange) -> CommandResult<()>;
+
+    /// Every capability that this machine knows, on or off.
+    fn capabilities(&self) -> Vec<MigrationCapabilityStatus>;
+
+    /// Switches capabilities, all or none; each is one of those in
+    /// [`capabilities`](Self::capabilities).
+    fn set_capabilities(&self, changes: &[MigrationCapabilityStatus]) -> CommandResult<()>;
+
+    /// From here on, every event. A receiver that lags may lose the oldest ones; a capacity of
+    /// 256 or more is expected.
+    fn subscribe(&self) -> broadcast::Receiver<Event>;
+}
+
+/// QAPI's `QapiErrorClass`: what a program can tell errors apart by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum ErrorClass {
+    /// Nothing more particular.
+    GenericError,
+    /// There is no such command, or not now.
+    CommandNotFound,
+    /// A device is there but not active.
+    DeviceNotActive,
+    /// There is no such device.
+    DeviceNotFound,
+    /// The host's KVM lacks what is needed.
+    KVMMissingCap,
+}
+
+/// Why a command failed: a class for programs, a sentence for people.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize)]
+#[error("{desc}")]
+pub struct CommandError {
+    /// The class.
+    pub class: ErrorClass,
+    /// What went wrong, with which value, and what to do: no full stop, no line break.
+    #[serde(serialize_with = "one_line")]
+    pub desc: String,
+}
+
+impl CommandError {
+    /// An error of class [`ErrorClass::GenericError`].
+    pub fn generic(desc: impl Into<String>) -> Self {
+        Self::new(ErrorClass::GenericError, desc)
+    }
+
+    /// An error of the given class.
+    pub fn new(class: ErrorClass, desc: impl Into<String>) -> Self {
+        Self {
+            class,
+            desc: desc.into(),
+        }
+    }
+}
+
+/// An error that was not written for this ends in one line all the same.
+fn one_line<S: Serializer>(desc: &str, serializer: S) -> Result<S::Ok, S::Error> {
+    let lines: Vec<&str> = desc
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect();
+    serializer.serialize_str(&lines.join("; "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_of_several_lines_is_sent_as_one() {
+        let error = CommandError::generic("destination lacks avx\n  destination lacks avx2\n");
+        assert_eq!(
+            serde_json::to_string(&error).unwrap(),
+            r#"{"class":"GenericError","desc":"destination lacks avx; destination lacks avx2"}"#
+        );
+    }
+}

@@ -1,0 +1,385 @@
+//! The types of the migration commands.
+//!
+//! Names, units and shapes are those of QEMU's `qapi/migration.json`. What only Ferry tells is in
+//! one object, [`FerryMigrationInfo`].
+
+use std::fmt;
+
+use serde::Serialize;
+
+use super::address::Address;
+use super::command::{CommandError, CommandResult};
+
+/// QAPI's `MigrationStatus`, as far as Ferry has the states.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MigrationStatus {
+    /// There has been no migration.
+    #[default]
+    None,
+    /// Connecting and agreeing with the peer.
+    Setup,
+    /// Memory is moving, the guest runs.
+    Active,
+    /// The guest is stopped; the rest and the device state are moving.
+    Device,
+    /// A cancel was asked for and is being carried out.
+    Cancelling,
+    /// Cancelled: the guest is here as before.
+    Cancelled,
+    /// The guest has moved.
+    Completed,
+    /// It failed: see [`MigrationInfo::error_desc`].
+    Failed,
+}
+
+impl MigrationStatus {
+    /// The name in QMP and in the monitor.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Setup => "setup",
+            Self::Active => "active",
+            Self::Device => "device",
+            Self::Cancelling => "cancelling",
+            Self::Cancelled => "cancelled",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+        }
+    }
+
+    /// Whether a migration is under way.
+    pub fn is_running(self) -> bool {
+        matches!(
+            self,
+            Self::Setup | Self::Active | Self::Device | Self::Cancelling
+        )
+    }
+}
+
+impl fmt::Display for MigrationStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// QAPI's `MigrationInfo`, what `query-migrate` returns. A member that has nothing to tell is
+/// `None` or empty, and is left out.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MigrationInfo {
+    /// The status; left out, as in QEMU, if there has been no migration.
+    #[serde(skip_serializing_if = "is_none_status")]
+    pub status: MigrationStatus,
+    /// What has moved, and what has not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ram: Option<MigrationStats>,
+    /// Milliseconds since it began, or that it took.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub total_time: Option<u64>,
+    /// Milliseconds that the guest was stopped, of a completed migration.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub downtime: Option<u64>,
+    /// Milliseconds that the guest would be stopped if it were handed over now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expected_downtime: Option<u64>,
+    /// Milliseconds from the start to the first page.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub setup_time: Option<u64>,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_desc: Option<String>,
+    /// Why the guest cannot migrate now, each reason a sentence.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub blocked_reasons: Vec<String>,
+    /// Where a destination listens.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub socket_address: Vec<Address>,
+    /// What QEMU has no member for.
+    #[serde(rename = "x-ferry", skip_serializing_if = "Option::is_none")]
+    pub ferry: Option<FerryMigrationInfo>,
+}
+
+fn is_none_status(status: &MigrationStatus) -> bool {
+    *status == MigrationStatus::None
+}
+
+/// QAPI's `MigrationStats`: how the guest's memory is moving.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MigrationStats {
+    /// Bytes sent, of everything.
+    pub transferred: u64,
+    /// Bytes of RAM that are left to send.
+    pub remaining: u64,
+    /// Bytes of RAM that the guest has.
+    pub total: u64,
+    /// Zero pages, which are told but not sent.
+    pub duplicate: u64,
+    /// Pages sent.
+    pub normal: u64,
+    /// Bytes of the pages sent.
+    pub normal_bytes: u64,
+    /// Pages that the guest dirties in a second.
+    pub dirty_pages_rate: u64,
+    /// Throughput in megabits (10^6) a second.
+    pub mbps: f64,
+    /// How many times dirty pages were collected: the rounds.
+    pub dirty_sync_count: u64,
+    /// Always 0: pages that a destination asked for.
+    pub postcopy_requests: u64,
+    /// Bytes of a page.
+    pub page_size: u64,
+    /// Always 0: bytes sent over further connections.
+    pub multifd_bytes: u64,
+    /// Pages sent in a second.
+    pub pages_per_second: u64,
+    /// Bytes sent while the guest ran.
+    pub precopy_bytes: u64,
+    /// Bytes sent while the guest was stopped.
+    pub downtime_bytes: u64,
+    /// Always 0: bytes sent after the guest had moved.
+    pub postcopy_bytes: u64,
+}
+
+/// What Ferry tells beyond QEMU: the member `x-ferry` of `query-migrate`. All times are
+/// microseconds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FerryMigrationInfo {
+    /// The last rounds, oldest first, at most [`MAX_ROUNDS`](Self::MAX_ROUNDS); the last one may
+    /// be under way.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rounds: Vec<MigrationRound>,
+    /// What the bytes sent were.
+    pub bytes: BytesByKind,
+    /// The downtime in its parts, once the guest has moved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub downtime: Option<DowntimeParts>,
+    /// The link's throughput as measured, in bytes a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<u64>,
+    /// The link's round trip as measured, in microseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub round_trip: Option<u64>,
+}
+
+impl FerryMigrationInfo {
+    /// How many rounds are kept: a migration that does not converge makes any number of them.
+    pub const MAX_ROUNDS: usize = 64;
+}
+
+/// One round over the guest's memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MigrationRound {
+    /// Which one, from 1.
+    pub round: u64,
+    /// Pages that it has to send or tell to be zero.
+    pub pages: u64,
+    /// Pages that it has sent.
+    pub sent: u64,
+    /// Pages that it has told to be zero.
+    pub zero: u64,
+    /// Bytes that it has sent.
+    pub bytes: u64,
+    /// Microseconds that it took, or has been under way.
+    pub time: u64,
+    /// Pages found dirty at its end; left out while it is under way.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dirtied: Option<u64>,
+}
+
+/// The bytes that were sent, by what they were.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BytesByKind {
+    /// The contents of pages.
+    pub pages: u64,
+    /// Runs of zero pages.
+    pub zero: u64,
+    /// The state of everything but RAM.
+    pub state: u64,
+    /// The kernel and the initrd, for a later reset.
+    pub files: u64,
+    /// All else: headers, checksums, agreement.
+    pub control: u64,
+}
+
+/// From the last instruction at the source to the first at the destination, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DowntimeParts {
+    /// The whole.
+    pub total: u64,
+    /// Stopping the other vCPUs and devices.
+    pub stop: u64,
+    /// Sending the last pages.
+    pub last_pages: u64,
+    /// Saving the state.
+    pub save: u64,
+    /// Sending the state.
+    pub send: u64,
+    /// Checking and loading at the destination.
+    pub load: u64,
+    /// From the agreement to the first instruction.
+    pub start: u64,
+}
+
+/// What a migration is asked for with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MigrateRequest {
+    /// Where to.
+    pub address: Address,
+}
+
+/// QAPI's `MigrationParameters`, as far as Ferry has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MigrationParameters {
+    /// Bytes a second that a migration may send; 0 is no limit.
+    pub max_bandwidth: u64,
+    /// Bytes a second that the decision to switch over counts on; 0 is to measure.
+    pub avail_switchover_bandwidth: u64,
+    /// Milliseconds that the guest may be stopped.
+    pub downtime_limit: u64,
+}
+
+impl Default for MigrationParameters {
+    fn default() -> Self {
+        Self {
+            max_bandwidth: 0,
+            avail_switchover_bandwidth: 0,
+            downtime_limit: 30,
+        }
+    }
+}
+
+/// Parameters to change: those that are given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ParameterChange {
+    /// See [`MigrationParameters::max_bandwidth`].
+    pub max_bandwidth: Option<u64>,
+    /// See [`MigrationParameters::avail_switchover_bandwidth`].
+    pub avail_switchover_bandwidth: Option<u64>,
+    /// See [`MigrationParameters::downtime_limit`].
+    pub downtime_limit: Option<u64>,
+}
+
+impl ParameterChange {
+    /// The longest downtime limit in milliseconds, as in QEMU.
+    pub const MAX_DOWNTIME_LIMIT: u64 = 2_000_000;
+
+    /// Refuses values out of range, in QEMU's words.
+    pub fn check(&self) -> CommandResult<()> {
+        match self.downtime_limit {
+            Some(limit) if limit > Self::MAX_DOWNTIME_LIMIT => Err(CommandError::generic(format!(
+                "Parameter 'downtime-limit' expects an integer in the range of 0 to {} ms, \
+                 got {limit}",
+                Self::MAX_DOWNTIME_LIMIT
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes the changes.
+    pub fn apply(&self, parameters: &mut MigrationParameters) {
+        let Self {
+            max_bandwidth,
+            avail_switchover_bandwidth,
+            downtime_limit,
+        } = *self;
+        if let Some(value) = max_bandwidth {
+            parameters.max_bandwidth = value;
+        }
+        if let Some(value) = avail_switchover_bandwidth {
+            parameters.avail_switchover_bandwidth = value;
+        }
+        if let Some(value) = downtime_limit {
+            parameters.downtime_limit = value;
+        }
+    }
+}
+
+/// QAPI's `MigrationCapabilityStatus`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct MigrationCapabilityStatus {
+    /// The capability's name, such as `events`.
+    pub capability: String,
+    /// Whether it is on.
+    pub state: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_migration_is_an_empty_object() {
+        assert_eq!(
+            serde_json::to_string(&MigrationInfo::default()).unwrap(),
+            "{}"
+        );
+    }
+
+    #[test]
+    fn members_have_the_names_of_the_schema() {
+        let info = MigrationInfo {
+            status: MigrationStatus::Completed,
+            ram: Some(MigrationStats {
+                page_size: 4096,
+                ..Default::default()
+            }),
+            total_time: Some(1),
+            downtime: Some(2),
+            ferry: Some(FerryMigrationInfo {
+                downtime: Some(DowntimeParts {
+                    last_pages: 7,
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let json = serde_json::to_value(&info).unwrap();
+        assert_eq!(json["status"], "completed");
+        assert_eq!(json["total-time"], 1);
+        assert_eq!(json["ram"]["page-size"], 4096);
+        assert_eq!(json["ram"]["dirty-sync-count"], 0);
+        assert_eq!(json["x-ferry"]["downtime"]["last-pages"], 7);
+        assert!(json.get("setup-time").is_none());
+    }
+
+    #[test]
+    fn a_change_leaves_what_is_not_given() {
+        let mut parameters = MigrationParameters::default();
+        ParameterChange {
+            downtime_limit: Some(0),
+            ..Default::default()
+        }
+        .apply(&mut parameters);
+        assert_eq!(
+            parameters,
+            MigrationParameters {
+                downtime_limit: 0,
+                ..Default::default()
+            }
+        );
+    }
+
+    #[test]
+    fn the_downtime_limit_has_a_bound() {
+        let change = |limit| ParameterChange {
+            downtime_limit: Some(limit),
+            ..Default::default()
+        };
+        assert!(change(2_000_000).check().is_ok());
+        assert!(
+            change(2_000_001)
+                .check()
+                .unwrap_err()
+                .desc
+                .contains("2000001")
+        );
+    }
+}

@@ -1,0 +1,11 @@
+//! The control plane: what a user or a program may ask of a running machine, and who asks.
+//!
+//! [`command`] is the one typed layer: the [`Machine`](command::Machine) trait, which the machine
+//! implements, with the types that it speaks in (named, shaped and valued as in QEMU's QAPI
+//! schema), and their checks. Start reading there.
+
+pub mod address;
+pub mod command;
+pub mod event;
+pub mod migration;
+pub mod run_state;
