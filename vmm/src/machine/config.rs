@@ -1,0 +1,107 @@
+//! What a machine is made of: as its user chose it, and as it travels with its guest.
+
+use std::path::PathBuf;
+
+/// The RAM of a machine whose user didn't say, in bytes: 128 MiB, as in QEMU.
+pub const DEFAULT_MEMORY: u64 = 128 << 20;
+
+/// The CPU model of a machine whose user didn't say.
+pub const DEFAULT_CPU: &str = "host";
+
+/// A machine's configuration: all that a destination must have alike.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// Bytes of RAM.
+    pub memory: u64,
+    /// The number of vCPUs.
+    pub vcpus: u32,
+    /// The CPU model with its flags, as on the command line.
+    pub cpu: String,
+    /// The kernel's command line.
+    pub command_line: String,
+}
+
+/// What was given on the command line. What was not is `None`: a machine that is started gets the
+/// default, one that arrives gets what its source has.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Given {
+    /// `--memory`, in bytes.
+    pub memory: Option<u64>,
+    /// `--smp`.
+    pub vcpus: Option<u32>,
+    /// `--cpu`.
+    pub cpu: Option<String>,
+    /// `--append`.
+    pub command_line: Option<String>,
+    /// `--kernel`.
+    pub kernel: Option<PathBuf>,
+    /// `--initrd`.
+    pub initrd: Option<PathBuf>,
+}
+
+impl Given {
+    /// The configuration of a machine that is started here.
+    pub fn configuration(&self) -> MachineConfig {
+        MachineConfig {
+            memory: self.memory.unwrap_or(DEFAULT_MEMORY),
+            vcpus: self.vcpus.unwrap_or(1),
+            cpu: self.cpu.clone().unwrap_or_else(|| DEFAULT_CPU.to_owned()),
+            command_line: self.command_line.clone().unwrap_or_default(),
+        }
+    }
+
+    /// What was given here and differs from the machine that arrives: a sentence each.
+    pub fn differences(&self, arriving: &MachineConfig) -> Vec<String> {
+        let MachineConfig {
+            memory,
+            vcpus,
+            cpu,
+            command_line,
+        } = arriving;
+        let mut differences = Vec::new();
+        let mut compare = |option: &str, here: Option<String>, there: String| {
+            if let Some(here) = here
+                && here != there
+            {
+                differences.push(format!(
+                    "{option} is '{here}' at the destination, but '{there}' at the source"
+                ));
+            }
+        };
+        let bytes = |bytes: u64| format!("{bytes} bytes");
+        compare("--memory", self.memory.map(bytes), bytes(*memory));
+        compare("--smp", self.vcpus.map(|n| n.to_string()), vcpus.to_string());
+        compare("--cpu", self.cpu.clone(), cpu.clone());
+        compare("--append", self.command_line.clone(), command_line.clone());
+        differences
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_given_is_compared() {
+        let arriving = MachineConfig {
+            memory: 1 << 30,
+            vcpus: 2,
+            cpu: "host".to_owned(),
+            command_line: "rate=5".to_owned(),
+        };
+        assert!(Given::default().differences(&arriving).is_empty());
+        let given = Given {
+            memory: Some(1 << 30),
+            vcpus: Some(4),
+            command_line: Some(String::new()),
+            ..Given::default()
+        };
+        assert_eq!(
+            given.differences(&arriving),
+            [
+                "--smp is '4' at the destination, but '2' at the source",
+                "--append is '' at the destination, but 'rate=5' at the source",
+            ]
+        );
+    }
+}

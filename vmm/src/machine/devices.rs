@@ -1,0 +1,143 @@
+//! The machine's devices on the vCPUs' buses.
+
+use std::io;
+use std::sync::Arc;
+
+use devices::InterruptLine;
+use devices::bus::{MachineRequest, PortBus, PortConflict};
+use devices::cmos::Cmos;
+use devices::i8042::I8042;
+use devices::power::{PowerPorts, ResetPort};
+use devices::serial::{self, Serial};
+use devices::state::StateError;
+use migration::section::{Section, SectionError, Sections};
+
+use crate::kvm::Vm;
+use crate::vcpu::{IoBus, IoOutcome, PauseRequest};
+
+/// Why the devices' state could not be saved or loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceStateError {
+    /// The device refused it.
+    #[error(transparent)]
+    Device(#[from] StateError),
+    /// Its section is not there, or of a wrong version.
+    #[error(transparent)]
+    Section(#[from] SectionError),
+}
+
+/// An interrupt line of the in-kernel interrupt controllers.
+struct IrqchipLine {
+    vm: Arc<Vm>,
+    gsi: u32,
+}
+
+impl InterruptLine for IrqchipLine {
+    fn pulse(&self) -> io::Result<()> {
+        // Not an irqfd: KVM injects those from a work queue, and one that is queued there when
+        // the state is saved would be lost.
+        self.vm.set_irq_line(self.gsi, true)?;
+        self.vm.set_irq_line(self.gsi, false)?;
+        Ok(())
+    }
+}
+
+/// The machine's devices.
+pub struct Devices {
+    ports: PortBus,
+    serial: Arc<Serial>,
+}
+
+impl Devices {
+    /// The devices of a machine, as after power-on. `output` takes what the guest writes to its
+    /// serial port; `on_room` is called when the port has room for input.
+    pub fn new(
+        vm: &Arc<Vm>,
+        output: serial::Output,
+        on_room: serial::RoomNotifier,
+    ) -> Result<Self, PortConflict> {
+        let line = IrqchipLine {
+            vm: Arc::clone(vm),
+            gsi: serial::IRQ,
+        };
+        let serial = Arc::new(Serial::new(Arc::new(line), output, on_room));
+        let mut ports = PortBus::new();
+        ports.add(serial.clone())?;
+        ports.add(Arc::new(Cmos::new()))?;
+        ports.add(Arc::new(I8042::new()))?;
+        ports.add(Arc::new(PowerPorts::new()))?;
+        ports.add(Arc::new(ResetPort::new()))?;
+        Ok(Self { ports, serial })
+    }
+
+    /// The serial port.
+    pub fn serial(&self) -> &Arc<Serial> {
+        &self.serial
+    }
+
+    /// The devices by name, each with the version of its saved state; 0 for one without state.
+    pub fn inventory(&self) -> Vec<(String, u32)> {
+        let version = |device: &dyn devices::bus::PortDevice| {
+            device.saved_state().map_or(0, |state| state.version())
+        };
+        self.ports
+            .devices()
+            .map(|device| (device.name().to_owned(), version(&**device)))
+            .collect()
+    }
+
+    /// Back to the state after power-on.
+    pub fn reset(&self) {
+        for device in self.ports.devices() {
+            device.reset();
+        }
+    }
+
+    /// The devices' state, with the machine stopped.
+    pub fn save(&self) -> Result<Vec<Section>, DeviceStateError> {
+        let mut sections = Vec::new();
+        for device in self.ports.devices() {
+            if let Some(state) = device.saved_state() {
+                sections.push(Section {
+                    name: device.name().to_owned(),
+                    version: state.version(),
+                    body: state.save()?,
+                });
+            }
+        }
+        Ok(sections)
+    }
+
+    /// Takes the devices' state out of `sections`.
+    pub fn load(&self, sections: &mut Sections) -> Result<(), DeviceStateError> {
+        for device in self.ports.devices() {
+            if let Some(state) = device.saved_state() {
+                let section = sections.take(device.name(), 1, state.version())?;
+                state.restore(section.version, &section.body)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl IoBus for Devices {
+    fn port_read(&self, port: u16, data: &mut [u8]) {
+        self.ports.read(port, data);
+    }
+
+    fn port_write(&self, port: u16, data: &[u8], _pause: &PauseRequest) -> IoOutcome {
+        match self.ports.write(port, data) {
+            None => IoOutcome::Continue,
+            Some(MachineRequest::Reset) => IoOutcome::Reset,
+            Some(MachineRequest::PowerOff) => IoOutcome::Shutdown,
+        }
+    }
+
+    fn mmio_read(&self, _addr: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+
+    fn mmio_write(&self, _addr: u64, _data: &[u8], _pause: &PauseRequest) -> IoOutcome {
+        IoOutcome::Continue
+    }
+}
