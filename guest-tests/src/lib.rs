@@ -1,1 +1,3 @@
 //! Guests for tests, as images.
+/// x
+pub const DIRTIER: &[u8] = include_bytes!(concat!(env!("GUEST_IMAGES"), "/dirtier"));

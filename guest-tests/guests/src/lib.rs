@@ -1,2 +1,18 @@
+//! The bare-metal guests, and what they share with the host that runs them.
+//!
+//! - One module per guest ([`dirtier`], …) holds its options and its reports: the host writes the
+//!   options into a command line and reads the reports, the guest does the reverse, with the same
+//!   code, so the two can't drift apart.
+//! - `fields` is what those modules are made with, [`fault`] what any guest says when it breaks.
+//! - `bare` (feature `bare-metal`) is the machine under the guests in `src/bin`: entry, traps,
+//!   memory, serial port, timers. All Rust code runs at CPL 3; see `bare::privileged`.
 #![no_std]
-//! What the bare-metal guests share.
+
+#[cfg(feature = "bare-metal")]
+pub mod bare;
+pub mod dirtier;
+pub mod fault;
+mod fields;
+pub mod page;
+
+pub use fields::{Hex, Malformed, Maybe, Size};
