@@ -1,0 +1,228 @@
+//! The commands, as this process carries them out.
+
+use std::sync::Arc;
+
+use tokio::sync::broadcast;
+use tracing::warn;
+
+use super::incoming::Incoming;
+use super::outgoing::Outgoing;
+use super::{Exit, Instance, State, info};
+use crate::control::command::{
+    Address, CommandError, CommandResult, CpuInfo, Event, Machine as Control, MigrateRequest,
+    MigrationCapabilityStatus, MigrationInfo, MigrationParameters, MigrationStatus,
+    ParameterChange, RunState, ShutdownCause, StatusInfo,
+};
+use crate::machine::Machine;
+
+impl State {
+    fn guest(&self) -> CommandResult<&Arc<Machine>> {
+        self.guest
+            .as_ref()
+            .ok_or_else(|| CommandError::generic("there is no guest here yet"))
+    }
+}
+
+impl Control for Instance {
+    fn name(&self) -> Option<String> {
+        self.0.state().name.clone()
+    }
+
+    fn status(&self) -> StatusInfo {
+        self.0.state().run.into()
+    }
+
+    fn cpus(&self) -> Vec<CpuInfo> {
+        match &self.0.state().guest {
+            Some(guest) => guest.cpus(),
+            None => Vec::new(),
+        }
+    }
+
+    fn registers(&self, cpu: u32) -> CommandResult<String> {
+        let mut state = self.0.state();
+        let guest = Arc::clone(state.guest()?);
+        let runs = state.run == RunState::Running;
+        if runs {
+            guest.pause();
+        }
+        let registers = guest.registers(cpu);
+        if runs && let Err(err) = guest.run() {
+            state.run = RunState::InternalError;
+            return Err(CommandError::generic(err.to_string()));
+        }
+        registers.map_err(|err| CommandError::generic(err.to_string()))
+    }
+
+    fn stop(&self) -> CommandResult<()> {
+        let mut state = self.0.state();
+        match state.run {
+            RunState::Running => state.stop_guest(&self.0, RunState::Paused),
+            RunState::Inmigrate => state.autostart = false,
+            RunState::FinishMigrate => return Err(handing_over("stop")),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn cont(&self) -> CommandResult<()> {
+        let mut state = self.0.state();
+        match state.run {
+            RunState::Running => Ok(()),
+            RunState::Inmigrate => {
+                state.autostart = true;
+                Ok(())
+            }
+            RunState::FinishMigrate => Err(handing_over("cont")),
+            RunState::Shutdown | RunState::InternalError | RunState::GuestPanicked => Err(
+                CommandError::generic("Resetting the Virtual Machine is required"),
+            ),
+            RunState::Postmigrate => {
+                match state.outgoing.as_ref().map(Outgoing::guest_is_elsewhere) {
+                    Some(true) => {
+                        return Err(CommandError::generic(
+                            "the guest has moved: it belongs to the destination, and is never \
+                             run twice",
+                        ));
+                    }
+                    _ => warn!(
+                        "'cont' overrides an unfinished hand-over: if the guest runs at the \
+                         destination, it now runs twice"
+                    ),
+                }
+                self.run(&mut state)
+            }
+            RunState::Paused | RunState::Prelaunch | RunState::IoError | RunState::Debug => {
+                self.run(&mut state)
+            }
+        }
+    }
+
+    fn system_reset(&self) -> CommandResult<()> {
+        let mut state = self.0.state();
+        state.guest()?;
+        match state.run {
+            RunState::FinishMigrate => Err(handing_over("system_reset")),
+            RunState::Postmigrate | RunState::Inmigrate => Err(CommandError::generic(format!(
+                "the guest is not here to be reset (state '{}')",
+                state.run
+            ))),
+            _ => {
+                self.0
+                    .reset(&mut state, ShutdownCause::HostQmpSystemReset);
+                Ok(())
+            }
+        }
+    }
+
+    fn quit(&self, cause: ShutdownCause) {
+        self.0.exit(cause, Exit::Success);
+    }
+
+    fn migrate(&self, request: MigrateRequest) -> CommandResult<()> {
+        let mut state = self.0.state();
+        let guest = Arc::clone(state.guest()?);
+        if state.outgoing.as_ref().is_some_and(Outgoing::is_running) {
+            return Err(CommandError::generic(
+                "There's a migration process in progress",
+            ));
+        }
+        match state.run {
+            RunState::Running
+            | RunState::Paused
+            | RunState::Prelaunch
+            | RunState::IoError
+            | RunState::Debug => {}
+            RunState::Inmigrate => {
+                return Err(CommandError::generic("Guest is waiting for an incoming migration"));
+            }
+            run => {
+                return Err(CommandError::generic(format!(
+                    "a guest in the state '{run}' can't be migrated"
+                )));
+            }
+        }
+        let outgoing = Outgoing::start(Arc::clone(&self.0), guest, request.address)
+            .map_err(|err| CommandError::generic(format!("can't start a migration: {err}")))?;
+        state.outgoing = Some(outgoing);
+        Ok(())
+    }
+
+    fn migrate_cancel(&self) -> CommandResult<()> {
+        match &self.0.state().outgoing {
+            Some(outgoing) => outgoing.cancel(),
+            None => Ok(()),
+        }
+    }
+
+    fn migrate_incoming(&self, address: Address, exit_on_error: bool) -> CommandResult<()> {
+        let mut state = self.0.state();
+        if state.run != RunState::Inmigrate {
+            return Err(CommandError::generic("'-incoming' was not specified on the command line"));
+        }
+        if state.incoming.as_ref().is_some_and(Incoming::is_listening) {
+            return Err(CommandError::generic(
+                "The incoming migration has already been started",
+            ));
+        }
+        let incoming = Incoming::listen(Arc::clone(&self.0), &address, exit_on_error)
+            .map_err(|err| CommandError::generic(err.to_string()))?;
+        state.incoming = Some(incoming);
+        Ok(())
+    }
+
+    fn migration_info(&self) -> MigrationInfo {
+        let state = self.0.state();
+        match (&state.outgoing, &state.incoming) {
+            (Some(outgoing), _) => outgoing.info(),
+            (None, Some(incoming)) => incoming.info(),
+            (None, None) => MigrationInfo {
+                status: MigrationStatus::None,
+                ..MigrationInfo::default()
+            },
+        }
+    }
+
+    fn parameters(&self) -> MigrationParameters {
+        info::parameters(&self.0.parameters)
+    }
+
+    fn set_parameters(&self, change: ParameterChange) -> CommandResult<()> {
+        change.check()?;
+        info::change(&self.0.parameters, change)
+    }
+
+    fn capabilities(&self) -> Vec<MigrationCapabilityStatus> {
+        Vec::new()
+    }
+
+    fn set_capabilities(&self, changes: &[MigrationCapabilityStatus]) -> CommandResult<()> {
+        match changes.first() {
+            None => Ok(()),
+            Some(change) => Err(CommandError::generic(format!(
+                "the migration capability '{}' is not supported",
+                change.capability
+            ))),
+        }
+    }
+
+    fn subscribe(&self) -> broadcast::Receiver<Event> {
+        self.0.events.subscribe()
+    }
+}
+
+impl Instance {
+    fn run(&self, state: &mut State) -> CommandResult<()> {
+        state.guest()?;
+        state
+            .run_guest(&self.0)
+            .map_err(|err| CommandError::generic(format!("the guest can't run: {err}")))
+    }
+}
+
+fn handing_over(command: &str) -> CommandError {
+    CommandError::generic(format!(
+        "the guest is being handed over to the destination: '{command}' is possible before or \
+         after that"
+    ))
+}

@@ -1,0 +1,302 @@
+//! The destination's half of a migration: listening for a source, and the machine that its guest
+//! arrives in.
+
+use std::fs::File;
+use std::io::Write;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use migration::cancel::Cancel;
+use migration::clock::MonotonicClock;
+use migration::destination::{self, Job};
+use migration::layout::GuestRam;
+use migration::link::Deadlines;
+use migration::listener::{ListenError, Listener};
+use migration::progress::{Observer, Progress, Status};
+use migration::section::Section;
+use migration::uri::Uri;
+use migration::vm::{DestinationVm, Offer, Start, VmError};
+use rustix::fs::{MemfdFlags, memfd_create};
+use tracing::{error, info};
+
+use super::offer::{INITRD, KERNEL, MovingMachine};
+use super::{Exit, Instance, Shared, info as show};
+use crate::boot::BootFiles;
+use crate::control::command::{EventKind, MigrationInfo, RunState, ShutdownCause};
+use crate::cpuid::HostCpu;
+use crate::machine::Machine;
+
+/// A process that waits for a guest, receives one, or has received it.
+pub(super) struct Incoming {
+    uri: Uri,
+    cancel: Cancel,
+    progress: Arc<Mutex<Arc<Progress>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Incoming {
+    /// Listens for a source. If `exit_on_error`, a migration that fails ends the process, as in
+    /// QEMU; otherwise another address can be given.
+    pub(super) fn listen(
+        shared: Arc<Shared>,
+        uri: &Uri,
+        exit_on_error: bool,
+    ) -> Result<Self, ListenError> {
+        let listener = Listener::bind(uri)?;
+        let uri = listener.uri().clone();
+        info!(%uri, "waiting for a guest");
+        let cancel = Cancel::new().map_err(ListenError::Io)?;
+        let progress = Arc::new(Mutex::new(new_progress(&shared)));
+        let receiver = Receiver {
+            shared,
+            listener,
+            cancel: cancel.clone(),
+            progress: Arc::clone(&progress),
+            exit_on_error,
+        };
+        let thread = thread::Builder::new()
+            .name("incoming".to_owned())
+            .spawn(move || receiver.run())
+            .map_err(ListenError::Io)?;
+        Ok(Self {
+            uri,
+            cancel,
+            progress,
+            thread: Some(thread),
+        })
+    }
+
+    /// Whether a guest can still come, or is coming.
+    pub(super) fn is_listening(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
+    /// Ends the listening, and an arrival that has not come to GO; returns the thread, to be
+    /// waited for.
+    pub(super) fn begin_shutdown(&mut self) -> Option<JoinHandle<()>> {
+        // Too late means that it is nearly over.
+        let _ = self.cancel.cancel("the destination's process ends");
+        self.thread.take()
+    }
+
+    /// What `query-migrate` shows.
+    pub(super) fn info(&self) -> MigrationInfo {
+        let progress = Arc::clone(&self.progress.lock().unwrap_or_else(PoisonError::into_inner));
+        show::incoming(&progress.snapshot(), &self.uri)
+    }
+}
+
+fn new_progress(shared: &Arc<Shared>) -> Arc<Progress> {
+    let observer = StatusObserver(Arc::clone(shared));
+    Arc::new(Progress::new(
+        Arc::new(MonotonicClock),
+        Some(Box::new(observer)),
+    ))
+}
+
+/// Tells the process's subscribers how the migration goes.
+struct StatusObserver(Arc<Shared>);
+
+impl Observer for StatusObserver {
+    fn status_changed(&self, status: Status) {
+        self.0.emit(EventKind::Migration {
+            status: show::status(status),
+        });
+    }
+}
+
+/// The thread that listens and receives.
+struct Receiver {
+    shared: Arc<Shared>,
+    listener: Listener,
+    cancel: Cancel,
+    progress: Arc<Mutex<Arc<Progress>>>,
+    exit_on_error: bool,
+}
+
+impl Receiver {
+    fn run(mut self) {
+        let deadlines = Deadlines::default();
+        let incoming = match self.listener.accept(&self.cancel, &deadlines) {
+            Ok(incoming) => incoming,
+            Err(ListenError::Cancelled(_)) => return,
+            Err(err) => return self.fail(&format!("cannot wait for a guest: {err}")),
+        };
+        info!(peer = incoming.peer(), "a guest arrives");
+        let progress =
+            Arc::clone(&self.progress.lock().unwrap_or_else(PoisonError::into_inner));
+        let job = Job {
+            cancel: self.cancel.clone(),
+            progress,
+            deadlines,
+        };
+        let mut destination = Destination {
+            shared: Arc::clone(&self.shared),
+            arriving: None,
+        };
+        match destination::receive(&mut destination, incoming, &job) {
+            Ok(arrival) => info!(?arrival, "the guest has arrived"),
+            Err(err) => self.fail(&format!("the migration failed: {err}")),
+        }
+    }
+
+    fn fail(&self, reason: &str) {
+        if self.exit_on_error {
+            self.shared.exit(
+                ShutdownCause::HostError,
+                Exit::Failure(reason.to_owned()),
+            );
+        } else {
+            error!("{reason}");
+        }
+    }
+}
+
+/// The machine that is being received.
+struct Destination {
+    shared: Arc<Shared>,
+    arriving: Option<Arriving>,
+}
+
+struct Arriving {
+    moving: MovingMachine,
+    /// The kernel and the initrd, as far as they have come, in the order of the offer's blobs.
+    files: Vec<File>,
+    machine: Arc<Machine>,
+}
+
+impl Destination {
+    fn arriving(&mut self) -> Result<&mut Arriving, VmError> {
+        self.arriving
+            .as_mut()
+            .ok_or_else(|| "no machine was prepared".into())
+    }
+}
+
+impl DestinationVm for Destination {
+    fn prepare(&mut self, offer: &Offer) -> Result<GuestRam, VmError> {
+        let shared = &self.shared;
+        let moving = MovingMachine::from_sections(&offer.configuration)?;
+        let host = HostCpu::probe(&shared.kvm)?;
+        let mut objections = moving.objections(&shared.settings.given, &host)?;
+        let layout = crate::memory::layout(moving.config.memory)?;
+        if layout != offer.layout {
+            objections.push(format!(
+                "the source's memory layout is {:?}, but {} bytes are laid out as {:?} here",
+                offer.layout.regions(),
+                moving.config.memory,
+                layout.regions()
+            ));
+        }
+        objections.extend(misplaced_files(&moving, offer));
+        if !objections.is_empty() {
+            return Err(objections.join("\n").into());
+        }
+        let instance = Instance(Arc::clone(shared));
+        let machine = instance.build_for(moving.config.clone(), Some(&moving.cpu))?;
+        let here = machine.devices().inventory();
+        if here != moving.devices {
+            return Err(device_differences(&moving.devices, &here).join("\n").into());
+        }
+        let ram = machine.ram().clone();
+        self.arriving = Some(Arriving {
+            moving,
+            files: Vec::new(),
+            machine,
+        });
+        Ok(ram)
+    }
+
+    fn create_blob(&mut self, index: usize) -> Result<Box<dyn Write + Send>, VmError> {
+        let arriving = self.arriving()?;
+        let Some(identity) = arriving.moving.files.get(index) else {
+            return Err(format!("there is no blob {index}").into());
+        };
+        // Anonymous memory of the kernel's: it is not mapped, and goes with the process.
+        let file = File::from(memfd_create(&*identity.name, MemfdFlags::CLOEXEC)?);
+        arriving.files.push(file.try_clone()?);
+        Ok(Box::new(file))
+    }
+
+    fn load(&mut self, sections: Vec<Section>) -> Result<(), VmError> {
+        let arriving = self.arriving()?;
+        let mut files = std::mem::take(&mut arriving.files).into_iter();
+        let kernel = files.next().ok_or("the kernel has not come")?;
+        arriving.machine.set_files(BootFiles {
+            kernel,
+            initrd: files.next(),
+        });
+        Ok(arriving.machine.load(sections)?)
+    }
+
+    fn start(&mut self, start: Start) -> Result<(), VmError> {
+        let Arriving {
+            moving, machine, ..
+        } = self.arriving.take().ok_or("no machine was prepared")?;
+        let mut state = self.shared.state();
+        if start.run && state.autostart {
+            machine.start(start.stopped_for)?;
+            state.run = RunState::Running;
+        } else {
+            state.run = RunState::Paused;
+        }
+        state.guest = Some(machine);
+        state.name = state.name.take().or(moving.name);
+        if state.run == RunState::Running {
+            self.shared.emit(EventKind::Resume);
+        }
+        Ok(())
+    }
+}
+
+/// The blobs must be the files that the configuration names.
+fn misplaced_files(moving: &MovingMachine, offer: &Offer) -> Option<String> {
+    let told: Vec<_> = moving.files.iter().map(|file| (&file.name, file.len)).collect();
+    let offered: Vec<_> = offer.blobs.iter().map(|blob| (&blob.name, blob.len)).collect();
+    let names: Vec<_> = moving.files.iter().map(|file| file.name.as_str()).collect();
+    if told != offered {
+        Some(format!("the configuration names the files {told:?}, the offer {offered:?}"))
+    } else if !matches!(*names, [KERNEL] | [KERNEL, INITRD]) {
+        Some(format!(
+            "the files that come with the guest are {names:?}, expected '{KERNEL}', and then \
+             '{INITRD}' if there is one"
+        ))
+    } else {
+        // They must fit into the guest's memory to be of any use.
+        moving
+            .files
+            .iter()
+            .find(|file| file.len > moving.config.memory)
+            .map(|file| {
+                format!(
+                    "the file '{}' of {} bytes is larger than the guest's memory",
+                    file.name, file.len
+                )
+            })
+    }
+}
+
+fn device_differences(there: &[(String, u32)], here: &[(String, u32)]) -> Vec<String> {
+    let find = |list: &[(String, u32)], name: &str| {
+        list.iter().find(|(other, _)| other == name).map(|(_, version)| *version)
+    };
+    let mut differences = Vec::new();
+    for (name, version) in there {
+        match find(here, name) {
+            None => differences.push(format!("the destination has no device '{name}'")),
+            Some(ours) if ours != *version => differences.push(format!(
+                "device '{name}' saves version {version} at the source, but {ours} here"
+            )),
+            Some(_) => {}
+        }
+    }
+    for (name, _) in here {
+        if find(there, name).is_none() {
+            differences.push(format!("the source has no device '{name}'"));
+        }
+    }
+    if differences.is_empty() {
+        differences.push("the devices are the same, but in another order".to_owned());
+    }
+    differences
+}

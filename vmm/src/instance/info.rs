@@ -1,0 +1,181 @@
+//! The engine's figures in the form of the commands.
+
+use migration::parameters::Parameters;
+use migration::progress::{Downtime, Ram, Round, Snapshot, Status};
+use migration::uri::Uri;
+
+use crate::control::command::{
+    CommandError, CommandResult, DowntimeParts, FerryMigrationInfo, MigrationInfo,
+    MigrationParameters, MigrationRound, MigrationStats, MigrationStatus, ParameterChange,
+};
+
+/// QAPI's status. Clients of QEMU know no hand-over without an answer: to them it is a failure,
+/// after which the guest stays stopped.
+pub(super) fn status(status: Status) -> MigrationStatus {
+    match status {
+        Status::None => MigrationStatus::None,
+        Status::Setup => MigrationStatus::Setup,
+        Status::Active => MigrationStatus::Active,
+        Status::Device => MigrationStatus::Device,
+        Status::Completed => MigrationStatus::Completed,
+        Status::Cancelling => MigrationStatus::Cancelling,
+        Status::Cancelled => MigrationStatus::Cancelled,
+        Status::Failed | Status::HandoverUnknown => MigrationStatus::Failed,
+    }
+}
+
+/// A migration as its source sees it.
+pub(super) fn outgoing(snapshot: &Snapshot) -> MigrationInfo {
+    let ms = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    let begun = !matches!(snapshot.status, Status::None | Status::Setup);
+    let error = match (snapshot.status, &snapshot.error) {
+        (Status::HandoverUnknown, error) => Some(format!(
+            "the guest was handed over, but the destination has not confirmed that it runs there \
+             ({}): it stays stopped here. If you know that it does not run at the destination, \
+             'cont' runs it here",
+            error.as_deref().unwrap_or("no answer")
+        )),
+        (Status::Failed, error) => error.clone(),
+        _ => None,
+    };
+    MigrationInfo {
+        status: status(snapshot.status),
+        ram: begun.then(|| stats(&snapshot.ram)),
+        total_time: Some(ms(snapshot.total_time)),
+        downtime: snapshot.downtime.map(|downtime| ms(downtime.total)),
+        expected_downtime: snapshot.expected_downtime.map(ms),
+        setup_time: begun.then(|| ms(snapshot.setup_time)),
+        error_desc: error,
+        ferry: begun.then(|| ferry(snapshot)),
+        ..MigrationInfo::default()
+    }
+}
+
+/// A migration as its destination sees it, which listens at `uri`.
+pub(super) fn incoming(snapshot: &Snapshot, uri: &Uri) -> MigrationInfo {
+    let listening = snapshot.status == Status::None;
+    MigrationInfo {
+        // QEMU says so of a destination that waits.
+        status: if listening {
+            MigrationStatus::Setup
+        } else {
+            status(snapshot.status)
+        },
+        socket_address: vec![uri.clone().into()],
+        ..outgoing(snapshot)
+    }
+}
+
+fn stats(ram: &Ram) -> MigrationStats {
+    let Ram {
+        transferred,
+        remaining,
+        total,
+        duplicate,
+        normal,
+        normal_bytes,
+        mbps,
+        dirty_sync_count,
+        dirty_pages_rate,
+        pages_per_second,
+        precopy_bytes,
+        downtime_bytes,
+    } = *ram;
+    MigrationStats {
+        transferred,
+        remaining,
+        total,
+        duplicate,
+        normal,
+        normal_bytes,
+        dirty_pages_rate,
+        mbps,
+        dirty_sync_count,
+        page_size: Ram::PAGE_SIZE,
+        pages_per_second,
+        precopy_bytes,
+        downtime_bytes,
+        postcopy_requests: 0,
+        multifd_bytes: 0,
+        postcopy_bytes: 0,
+    }
+}
+
+fn ferry(snapshot: &Snapshot) -> FerryMigrationInfo {
+    let skip = snapshot
+        .rounds
+        .len()
+        .saturating_sub(FerryMigrationInfo::MAX_ROUNDS);
+    FerryMigrationInfo {
+        rounds: snapshot.rounds.iter().skip(skip).map(round).collect(),
+        downtime: snapshot.downtime.map(parts),
+        ..FerryMigrationInfo::default()
+    }
+}
+
+fn us(time: std::time::Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn round(round: &Round) -> MigrationRound {
+    MigrationRound {
+        round: round.number,
+        pages: round.pages + round.zero,
+        sent: round.pages,
+        zero: round.zero,
+        bytes: round.bytes,
+        time: us(round.time),
+        dirtied: Some(round.dirty),
+    }
+}
+
+fn parts(downtime: Downtime) -> DowntimeParts {
+    let Downtime {
+        total,
+        stop,
+        last_pages,
+        save,
+        send,
+        load,
+        start,
+    } = downtime;
+    DowntimeParts {
+        total: us(total),
+        stop: us(stop),
+        last_pages: us(last_pages),
+        save: us(save),
+        send: us(send),
+        load: us(load),
+        start: us(start),
+    }
+}
+
+/// The parameters now.
+pub(super) fn parameters(parameters: &Parameters) -> MigrationParameters {
+    MigrationParameters {
+        max_bandwidth: parameters.max_bandwidth(),
+        avail_switchover_bandwidth: parameters.avail_switchover_bandwidth(),
+        downtime_limit: u64::try_from(parameters.downtime_limit().as_millis()).unwrap_or(u64::MAX),
+    }
+}
+
+/// Changes the parameters that are given.
+pub(super) fn change(parameters: &Parameters, change: ParameterChange) -> CommandResult<()> {
+    let ParameterChange {
+        max_bandwidth,
+        avail_switchover_bandwidth,
+        downtime_limit,
+    } = change;
+    if let Some(limit) = downtime_limit {
+        parameters
+            .set_downtime_limit_ms(limit)
+            .map_err(|err| CommandError::generic(err.to_string()))?;
+    }
+    if let Some(bandwidth) = max_bandwidth {
+        parameters.set_max_bandwidth(bandwidth);
+    }
+    if let Some(bandwidth) = avail_switchover_bandwidth {
+        parameters.set_avail_switchover_bandwidth(bandwidth);
+    }
+    Ok(())
+}

@@ -1,0 +1,233 @@
+//! One `ferry` process: at most one guest, its run state, and the migrations that bring it and
+//! take it away.
+//!
+//! [`Instance`] implements the commands ([`Control`]). [`outgoing`] and [`incoming`] are the two
+//! halves of a migration, each on a thread of its own.
+//!
+//! There is one lock, on [`State`]. It is held for short, bounded work only: pausing the vCPUs is
+//! the longest. Nobody waits for a peer under it.
+
+mod commands;
+mod guest_events;
+mod incoming;
+mod info;
+mod offer;
+mod outgoing;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{broadcast, watch};
+use tracing::{error, info};
+
+use self::guest_events::GuestEvents;
+use self::incoming::Incoming;
+use self::outgoing::Outgoing;
+use crate::boot::BootFiles;
+use crate::console::SerialConsole;
+use crate::control::command::{Event, EventKind, RunState, ShutdownCause};
+use crate::kvm::Kvm;
+use crate::machine::config::{Given, MachineConfig};
+use crate::machine::{Machine, MachineError};
+
+/// How many events a subscriber may lag behind.
+const EVENT_BACKLOG: usize = 1024;
+
+/// How a process behaves, beside what its machine is made of.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// The guest's name, as shown.
+    pub name: Option<String>,
+    /// What the command line says about the machine.
+    pub given: Given,
+    /// Don't run the guest until `cont`.
+    pub paused: bool,
+    /// A reset by the guest ends the process instead.
+    pub no_reboot: bool,
+    /// A power-off by the guest stops the guest only.
+    pub no_shutdown: bool,
+}
+
+/// How the process is to end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// All is well.
+    Success,
+    /// With this message, and a status that is not zero.
+    Failure(String),
+}
+
+/// A `ferry` process.
+#[derive(Clone)]
+pub struct Instance(Arc<Shared>);
+
+struct Shared {
+    settings: Settings,
+    kvm: Kvm,
+    console: SerialConsole,
+    state: Mutex<State>,
+    guest_events: Arc<GuestEvents>,
+    events: broadcast::Sender<Event>,
+    parameters: Arc<migration::parameters::Parameters>,
+    exit: watch::Sender<Option<Exit>>,
+}
+
+struct State {
+    run: RunState,
+    /// The name that came with a guest, if none was given here.
+    name: Option<String>,
+    /// The guest, once it is here. It stays after it has moved away, until the process ends.
+    guest: Option<Arc<Machine>>,
+    /// The migration away from here that is under way, or else the last one.
+    outgoing: Option<Outgoing>,
+    /// The migration to here, for a process that was started with `--incoming`.
+    incoming: Option<Incoming>,
+    /// Whether an arriving guest is to run.
+    autostart: bool,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn emit(&self, kind: EventKind) {
+        // Without a subscriber there is nobody to tell.
+        let _ = self.events.send(Event::now(kind));
+    }
+
+    /// Ends the process; the first reason counts.
+    fn exit(&self, cause: ShutdownCause, exit: Exit) {
+        self.exit.send_if_modified(|current| {
+            if current.is_some() {
+                return false;
+            }
+            self.emit(EventKind::shutdown(cause));
+            *current = Some(exit);
+            true
+        });
+    }
+}
+
+impl State {
+    /// Lets the guest run.
+    fn run_guest(&mut self, shared: &Shared) -> Result<(), MachineError> {
+        if let Some(guest) = &self.guest {
+            guest.run()?;
+            self.run = RunState::Running;
+            shared.emit(EventKind::Resume);
+        }
+        Ok(())
+    }
+
+    /// Stops the guest if it runs; the run state becomes `run`.
+    fn stop_guest(&mut self, shared: &Shared, run: RunState) {
+        if self.run == RunState::Running {
+            if let Some(guest) = &self.guest {
+                guest.pause();
+            }
+            shared.emit(EventKind::Stop);
+        }
+        self.run = run;
+    }
+}
+
+impl Instance {
+    /// A process without a guest yet: follow with [`boot`](Self::boot) or
+    /// [`wait_for_guest`](Self::wait_for_guest).
+    pub fn new(settings: Settings, kvm: Kvm, console: SerialConsole) -> Self {
+        let (events, _) = broadcast::channel(EVENT_BACKLOG);
+        let (exit, _) = watch::channel(None);
+        let state = State {
+            run: RunState::Prelaunch,
+            name: settings.name.clone(),
+            guest: None,
+            outgoing: None,
+            incoming: None,
+            autostart: !settings.paused,
+        };
+        Self(Arc::new(Shared {
+            settings,
+            kvm,
+            console,
+            state: Mutex::new(state),
+            guest_events: Arc::default(),
+            events,
+            parameters: Arc::default(),
+            exit,
+        }))
+    }
+
+    /// Builds the machine of the command line, loads its kernel, and runs it unless it is to be
+    /// paused.
+    pub fn boot(&self, files: BootFiles) -> Result<(), MachineError> {
+        let shared = &*self.0;
+        let config = shared.settings.given.configuration();
+        let machine = self.build(config, files)?;
+        machine.boot()?;
+        let mut state = shared.state();
+        state.guest = Some(machine);
+        if state.autostart {
+            state.run_guest(shared)?;
+        }
+        Ok(())
+    }
+
+    fn build(
+        &self,
+        config: MachineConfig,
+        files: BootFiles,
+    ) -> Result<Arc<Machine>, MachineError> {
+        let shared = &*self.0;
+        let machine = Machine::new(
+            &shared.kvm,
+            config,
+            files,
+            &shared.console,
+            Arc::clone(&shared.guest_events) as _,
+        )?;
+        Ok(Arc::new(machine))
+    }
+
+    /// Resolves when the process is to end.
+    pub async fn ended(&self) -> Exit {
+        let mut exit = self.0.exit.subscribe();
+        match exit.wait_for(Option::is_some).await {
+            Ok(exit) => exit.clone().unwrap_or(Exit::Success),
+            Err(_) => Exit::Success,
+        }
+    }
+
+    /// Does what guests' own resets and power-offs ask for, as they come. Never returns.
+    pub async fn serve_guest_events(&self) {
+        loop {
+            self.0.guest_events.arrived().await;
+            let mut state = self.0.state();
+            self.0.handle_guest_events(&mut state);
+        }
+    }
+
+    /// Stops everything before the process ends: a migration under way is cancelled, the guest
+    /// stopped.
+    pub fn shut_down(&self) {
+        let shared = &*self.0;
+        let outgoing = {
+            let mut state = shared.state();
+            state.outgoing.as_mut().and_then(Outgoing::begin_shutdown)
+        };
+        if let Some(thread) = outgoing
+            && thread.join().is_err()
+        {
+            error!("the migration thread panicked");
+        }
+        let mut state = shared.state();
+        if let Some(incoming) = &mut state.incoming {
+            incoming.stop_listening();
+        }
+        if state.run == RunState::Running
+            && let Some(guest) = &state.guest
+        {
+            guest.pause();
+        }
+        info!("the process ends");
+    }
+}

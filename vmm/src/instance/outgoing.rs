@@ -1,0 +1,273 @@
+//! The source's half of a migration: the engine's view of this process's guest, and the thread
+//! that the engine runs on.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use migration::bitmap::PageBitmap;
+use migration::cancel::Cancel;
+use migration::clock::MonotonicClock;
+use migration::layout::{GuestRam, Layout};
+use migration::link::Deadlines;
+use migration::progress::{Observer, Progress, Status};
+use migration::section::Section;
+use migration::source::{self, Guest, Job, Outcome, Peer};
+use migration::uri::Uri;
+use migration::vm::{Blob, Offer, Pause, SourceVm, VmError};
+use tracing::{debug, error};
+
+use super::offer::{FileIdentity, INITRD, KERNEL, MovingMachine};
+use super::{Shared, info};
+use crate::control::command::{
+    CommandError, CommandResult, EventKind, MigrationInfo, RunState,
+};
+use crate::kvm::DirtyLog;
+use crate::machine::Machine;
+
+/// A migration away from here, under way or over.
+pub(super) struct Outgoing {
+    cancel: Cancel,
+    progress: Arc<Progress>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Outgoing {
+    /// Starts to migrate `guest` on a thread of its own.
+    pub(super) fn start(shared: Arc<Shared>, guest: Arc<Machine>, uri: Uri) -> io::Result<Self> {
+        let cancel = Cancel::new()?;
+        let observer = StatusObserver(Arc::clone(&shared));
+        let progress = Arc::new(Progress::new(
+            Arc::new(MonotonicClock),
+            Some(Box::new(observer)),
+        ));
+        let job = Job {
+            cancel: cancel.clone(),
+            parameters: Arc::clone(&shared.parameters),
+            progress: Arc::clone(&progress),
+            deadlines: Deadlines::default(),
+        };
+        let thread = thread::Builder::new()
+            .name("migration".to_owned())
+            .spawn(move || {
+                let mut source = Source {
+                    shared,
+                    guest,
+                    log: None,
+                    before: RunState::Running,
+                };
+                let outcome = source::migrate(&mut source, Peer::Uri(uri), &job);
+                debug!(?outcome, "the migration has ended");
+                if let Outcome::Failed {
+                    guest: Guest::Stuck(err),
+                    ..
+                }
+                | Outcome::Cancelled {
+                    guest: Guest::Stuck(err),
+                    ..
+                } = outcome
+                {
+                    error!("the guest can't run on after the migration failed: {err}");
+                    source.shared.state().run = RunState::InternalError;
+                }
+            })?;
+        Ok(Self {
+            cancel,
+            progress,
+            thread: Some(thread),
+        })
+    }
+
+    /// Whether it is still under way.
+    pub(super) fn is_running(&self) -> bool {
+        let status = self.progress.status();
+        !status.is_over() || self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
+    /// Whether the guest is known to be at the destination.
+    pub(super) fn guest_is_elsewhere(&self) -> bool {
+        self.progress.status() == Status::Completed
+    }
+
+    /// Cancels it, if it is not over.
+    pub(super) fn cancel(&self) -> CommandResult<()> {
+        if self.progress.status().is_over() {
+            return Ok(());
+        }
+        self.cancel
+            .cancel("cancelled by the user of the source")
+            .map_err(|err| CommandError::generic(err.to_string()))
+    }
+
+    /// Cancels it because the process ends; returns its thread, to be waited for.
+    pub(super) fn begin_shutdown(&mut self) -> Option<JoinHandle<()>> {
+        // Too late means that it is nearly over.
+        let _ = self.cancel.cancel("the source's process ends");
+        self.thread.take()
+    }
+
+    /// What `query-migrate` shows.
+    pub(super) fn info(&self) -> MigrationInfo {
+        info::outgoing(&self.progress.snapshot())
+    }
+}
+
+/// Tells the process's subscribers how the migration goes.
+struct StatusObserver(Arc<Shared>);
+
+impl Observer for StatusObserver {
+    fn status_changed(&self, status: Status) {
+        if matches!(status, Status::Completed | Status::HandoverUnknown) {
+            self.0.state().run = RunState::Postmigrate;
+        }
+        self.0.emit(EventKind::Migration {
+            status: info::status(status),
+        });
+    }
+
+    fn pass_begun(&self, pass: u64) {
+        self.0.emit(EventKind::MigrationPass { pass });
+    }
+}
+
+/// The engine's view of the guest.
+struct Source {
+    shared: Arc<Shared>,
+    guest: Arc<Machine>,
+    log: Option<DirtyLog>,
+    /// The run state before the guest was stopped.
+    before: RunState,
+}
+
+impl SourceVm for Source {
+    fn offer(&mut self) -> Result<Offer, VmError> {
+        let guest = &self.guest;
+        let files = guest.files();
+        let mut identities = vec![FileIdentity::of(KERNEL, &files.kernel)?];
+        if let Some(initrd) = &files.initrd {
+            identities.push(FileIdentity::of(INITRD, initrd)?);
+        }
+        let blobs = identities
+            .iter()
+            .map(|file| Blob {
+                name: file.name.clone(),
+                len: file.len,
+            })
+            .collect();
+        let machine = MovingMachine {
+            name: self.shared.state().name.clone(),
+            config: guest.config().clone(),
+            devices: guest.devices().inventory(),
+            files: identities,
+            cpu: guest.cpu().clone(),
+        };
+        Ok(Offer {
+            layout: Layout::of(guest.ram())?,
+            configuration: machine.to_sections()?,
+            blobs,
+        })
+    }
+
+    fn open_blob(&mut self, index: usize) -> Result<Box<dyn Read + Send>, VmError> {
+        let files = self.guest.files();
+        let file = match (index, &files.initrd) {
+            (0, _) => &files.kernel,
+            (1, Some(initrd)) => initrd,
+            _ => return Err(format!("there is no blob {index}").into()),
+        };
+        Ok(Box::new(FromStart {
+            file: file.try_clone()?,
+            offset: 0,
+        }))
+    }
+
+    fn ram(&self) -> GuestRam {
+        self.guest.ram().clone()
+    }
+
+    fn start_dirty_log(&mut self) -> Result<(), VmError> {
+        let mut log = self.guest.vm().dirty_log()?;
+        log.start(self.guest.vm())?;
+        self.log = Some(log);
+        Ok(())
+    }
+
+    fn harvest_dirty(&mut self, dirty: &mut PageBitmap) -> Result<(), VmError> {
+        let log = self.log.as_mut().ok_or(LOG_IS_OFF)?;
+        Ok(log.harvest(self.guest.vm(), dirty)?)
+    }
+
+    fn protect(&mut self, dirty: &PageBitmap, first: u64, count: u64) -> Result<(), VmError> {
+        let log = self.log.as_mut().ok_or(LOG_IS_OFF)?;
+        Ok(log.protect(self.guest.vm(), dirty, first, count)?)
+    }
+
+    fn pause(&mut self) -> Result<Pause, VmError> {
+        let mut state = self.shared.state();
+        // A reset that the guest has asked for is done here first, and may let it run again.
+        let last_instruction = loop {
+            let last = self.guest.pause();
+            if !self.shared.handle_guest_events(&mut state) {
+                break last;
+            }
+        };
+        match state.run {
+            RunState::Running | RunState::Paused | RunState::Prelaunch | RunState::IoError
+            | RunState::Debug => {}
+            run => return Err(format!("the guest has stopped by itself (state '{run}')").into()),
+        }
+        self.before = state.run;
+        let was_running = state.run == RunState::Running;
+        state.run = RunState::FinishMigrate;
+        if was_running {
+            self.shared.emit(EventKind::Stop);
+        }
+        Ok(Pause {
+            was_running,
+            last_instruction,
+        })
+    }
+
+    fn save(&mut self) -> Result<Vec<Section>, VmError> {
+        Ok(self.guest.save()?)
+    }
+
+    fn release(&mut self) -> Result<(), VmError> {
+        // Nothing yet that only one side may hold.
+        Ok(())
+    }
+
+    fn resume(&mut self, pause: Pause) -> Result<(), VmError> {
+        let mut state = self.shared.state();
+        if pause.was_running {
+            state.run_guest(&self.shared)?;
+        } else {
+            state.run = self.before;
+        }
+        Ok(())
+    }
+
+    fn stop_dirty_log(&mut self) {
+        if let Some(mut log) = self.log.take() {
+            log.stop(self.guest.vm());
+        }
+    }
+}
+
+const LOG_IS_OFF: &str = "the dirty log is off";
+
+/// Reads a file from its start without moving its position, which other users may rely on.
+struct FromStart {
+    file: File,
+    offset: u64,
+}
+
+impl Read for FromStart {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.file.read_at(buffer, self.offset)?;
+        self.offset += count as u64;
+        Ok(count)
+    }
+}

@@ -1,0 +1,408 @@
+//! One guest's machine: KVM's VM and vCPUs, RAM and devices, put together.
+//!
+//! A [`Machine`] knows how to boot, run, pause, reset, save and load. Whether it should, and what
+//! state that leaves the process in, is for [`crate::instance`] to decide.
+
+pub mod config;
+mod devices;
+
+use std::fs::File;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use migration::clock::{Clock, MonotonicClock};
+use migration::layout::GuestRam;
+use migration::section::{Section, SectionError, Sections};
+
+use self::config::MachineConfig;
+pub use self::devices::{DeviceStateError, Devices};
+use crate::boot::{self, BootError, BootSource};
+use crate::clock::{self, ClockError, ClockState};
+use crate::console::{Console, Interrupt};
+use crate::control::command::CpuInfo;
+use crate::cpuid::{GuestCpu, Model, ModelError};
+use crate::kvm::{IoctlError, Kvm, KvmError, Vm};
+use crate::memory::{self, MemoryError};
+use crate::vcpu::{
+    self, EventSink, IoBus, Pending, StateError, Vcpu, VcpuEnded, VcpuState, VcpuStatus, VcpuThread,
+};
+
+/// Why a machine can't be what it is asked to be.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// RAM.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// An ioctl of KVM's.
+    #[error(transparent)]
+    Ioctl(#[from] IoctlError),
+    /// The CPU model.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The kernel, the initrd or the command line.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Two devices in one place.
+    #[error(transparent)]
+    Ports(#[from] ::devices::bus::PortConflict),
+    /// A vCPU's thread can't be started.
+    #[error("cannot start the thread of vCPU {index}: {source}")]
+    Thread {
+        /// The vCPU.
+        index: u32,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A vCPU's thread is gone.
+    #[error(transparent)]
+    Ended(#[from] VcpuEnded),
+    /// A vCPU's state.
+    #[error("vCPU {index}: {source}")]
+    Vcpu {
+        /// The vCPU.
+        index: u32,
+        /// What is wrong.
+        source: StateError,
+    },
+    /// There is no such vCPU.
+    #[error("there is no vCPU {0}")]
+    NoVcpu(u32),
+    /// A machine that arrived has no files yet.
+    #[error("the machine has no kernel to boot")]
+    NoKernel,
+    /// The devices' state.
+    #[error(transparent)]
+    Devices(#[from] DeviceStateError),
+    /// The clocks.
+    #[error("clocks: {0}")]
+    Clock(#[from] ClockError),
+    /// The set of sections.
+    #[error(transparent)]
+    Sections(#[from] SectionError),
+}
+
+/// A guest's machine.
+pub struct Machine {
+    config: MachineConfig,
+    vm: Arc<Vm>,
+    devices: Arc<Devices>,
+    /// Lets vCPUs go that wait for room in the console.
+    interrupt: Interrupt,
+    cpu: GuestCpu,
+    files: Mutex<Option<Arc<BootFiles>>>,
+    vcpus: Mutex<Vcpus>,
+}
+
+struct Vcpus {
+    threads: Vec<VcpuThread>,
+    /// The clocks at the last pause, to be set when the guest runs on.
+    stopped: Option<ClockState>,
+    /// Clocks that arrived with the guest, to be set when it starts.
+    arrived: Option<ClockState>,
+    /// The vCPUs were reset: what stopped them before is over.
+    fresh: bool,
+}
+
+/// What a machine boots from: open files, so that it can boot again after a reset, wherever it is.
+#[derive(Debug)]
+pub struct BootFiles {
+    /// The kernel.
+    pub kernel: File,
+    /// The initrd, if any.
+    pub initrd: Option<File>,
+}
+
+impl Machine {
+    /// A machine as after power-on, paused, without a kernel yet. `seen` is what an arriving
+    /// guest sees of its processor already; otherwise the configuration's CPU model decides.
+    pub fn new(
+        kvm: &Kvm,
+        config: MachineConfig,
+        seen: Option<&GuestCpu>,
+        console: &Console,
+        events: &Arc<dyn EventSink>,
+    ) -> Result<Self, MachineError> {
+        let layout = memory::layout(config.memory)?;
+        let vm = Arc::new(Vm::new(kvm, memory::map(&layout)?)?);
+        vm.check_vcpus(config.vcpus)?;
+        let waker = console.input_waker();
+        let devices = Arc::new(Devices::new(
+            &vm,
+            Box::new(console.output()),
+            Arc::new(move || waker.wake()),
+        )?);
+        let cpuid = match seen {
+            Some(seen) => seen.cpuid.clone(),
+            None => config.cpu.parse::<Model>()?.on_host(kvm)?,
+        };
+        let mut threads = Vec::new();
+        let mut seen = None;
+        for index in 0..config.vcpus {
+            let vcpu = Vcpu::new(kvm, &vm, index, config.vcpus, &cpuid)?;
+            seen.get_or_insert(vcpu.guest_cpu()?);
+            let bus = Arc::clone(&devices) as Arc<dyn IoBus>;
+            let thread = VcpuThread::spawn(vcpu, bus, Arc::clone(events))
+                .map_err(|source| MachineError::Thread { index, source })?;
+            threads.push(thread);
+        }
+        Ok(Self {
+            config,
+            vm,
+            devices,
+            interrupt: console.output().interrupt(),
+            cpu: seen.ok_or(MachineError::NoVcpu(0))?,
+            files: Mutex::new(None),
+            vcpus: Mutex::new(Vcpus {
+                threads,
+                stopped: None,
+                arrived: None,
+                fresh: true,
+            }),
+        })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &MachineConfig {
+        &self.config
+    }
+
+    /// KVM's VM.
+    pub fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
+    /// RAM.
+    pub fn ram(&self) -> &GuestRam {
+        self.vm.ram()
+    }
+
+    /// The devices.
+    pub fn devices(&self) -> &Arc<Devices> {
+        &self.devices
+    }
+
+    /// What the guest sees of its processor.
+    pub fn cpu(&self) -> &GuestCpu {
+        &self.cpu
+    }
+
+    /// What the machine boots from; `None` before it is known.
+    pub fn files(&self) -> Option<Arc<BootFiles>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Says what the machine boots from, now or after a reset.
+    pub fn set_files(&self, files: BootFiles) {
+        *self.files.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(files));
+    }
+
+    /// The vCPUs, as commands show them.
+    pub fn cpus(&self) -> Vec<CpuInfo> {
+        let vcpus = self.vcpus();
+        vcpus
+            .threads
+            .iter()
+            .map(|vcpu| CpuInfo {
+                index: vcpu.index(),
+                thread_id: vcpu.thread_id(),
+                halted: false,
+            })
+            .collect()
+    }
+
+    /// Loads the kernel and puts vCPU 0 at its entry. The vCPUs are as after power-on.
+    pub fn boot(&self) -> Result<(), MachineError> {
+        let files = self.files().ok_or(MachineError::NoKernel)?;
+        let source = BootSource {
+            kernel: &files.kernel,
+            initrd: files.initrd.as_ref(),
+            command_line: &self.config.command_line,
+        };
+        let entry = boot::load(self.vm.ram(), &source, self.config.vcpus)?;
+        let mut vcpus = self.vcpus();
+        let first = vcpus.threads.first_mut().ok_or(MachineError::NoVcpu(0))?;
+        first
+            .call(move |vcpu| vcpu.set_boot_state(&entry))
+            .wait()?
+            .map_err(|source| MachineError::Vcpu { index: 0, source })
+    }
+
+    /// Lets the guest run; nothing if it does already. A vCPU that has stopped by itself stays
+    /// stopped until the machine is reset.
+    pub fn run(&self) -> Result<(), MachineError> {
+        let mut vcpus = self.vcpus();
+        if let Some(clocks) = vcpus.arrived.take() {
+            // Its user runs it only now: the time until then was not the migration's.
+            clocks.set(&self.vm, &vcpus.clocks(), Duration::ZERO)?;
+        } else if let Some(clocks) = vcpus.stopped.take() {
+            clocks.resume_kvmclock(&self.vm)?;
+        }
+        self.enter(&mut vcpus)
+    }
+
+    /// Lets a guest run that has arrived, its clocks set forward by the time that it was stopped.
+    /// Returns when its first vCPU is about to enter the guest.
+    pub fn start(&self, stopped_for: Duration) -> Result<(), MachineError> {
+        let mut vcpus = self.vcpus();
+        if let Some(clocks) = vcpus.arrived.take() {
+            clocks.set(&self.vm, &vcpus.clocks(), stopped_for)?;
+        }
+        self.enter(&mut vcpus)?;
+        if let Some(first) = vcpus.threads.first() {
+            first.wait_entered();
+        }
+        Ok(())
+    }
+
+    fn enter(&self, vcpus: &mut Vcpus) -> Result<(), MachineError> {
+        clock::tell_stopped(&self.vm, &vcpus.clocks());
+        self.interrupt.clear();
+        let fresh = std::mem::take(&mut vcpus.fresh);
+        for vcpu in &mut vcpus.threads {
+            let by_itself = matches!(vcpu.status(), VcpuStatus::Paused { event: Some(_) });
+            if fresh || !by_itself {
+                vcpu.run()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops the guest, and returns when its last vCPU left it, on the clock of the migration
+    /// engine. Nothing if it is stopped already.
+    pub fn pause(&self) -> Duration {
+        let mut vcpus = self.vcpus();
+        for vcpu in &vcpus.threads {
+            vcpu.request_pause();
+        }
+        // After the requests: a vCPU that waits for room in the console looks for one.
+        self.interrupt.raise();
+        let mut last = None;
+        let mut ran = false;
+        for vcpu in &vcpus.threads {
+            ran |= vcpu.status() == VcpuStatus::Running;
+            vcpu.wait_paused();
+            last = last.max(vcpu.last_left());
+        }
+        let last = last.unwrap_or_else(|| MonotonicClock.now());
+        if ran || vcpus.stopped.is_none() {
+            match ClockState::take(&self.vm, &vcpus.clocks(), last) {
+                Ok(clocks) => vcpus.stopped = Some(clocks),
+                Err(err) => warn!(%err, "the guest's clocks can't be read: they go on while it is stopped"),
+            }
+        }
+        last
+    }
+
+    /// Resets a stopped machine: it is as after power-on, with the kernel loaded again.
+    pub fn reset(&self) -> Result<(), MachineError> {
+        self.vm.reset_irqchip()?;
+        self.devices.reset();
+        {
+            let mut vcpus = self.vcpus();
+            vcpus.on_each(Vcpu::reset)?;
+            vcpus.fresh = true;
+        }
+        self.boot()
+    }
+
+    /// The registers of a stopped vCPU, as text.
+    pub fn registers(&self, index: u32) -> Result<String, MachineError> {
+        let mut vcpus = self.vcpus();
+        let vcpu = vcpus
+            .threads
+            .get_mut(index as usize)
+            .ok_or(MachineError::NoVcpu(index))?;
+        vcpu.call(|vcpu| vcpu.describe_registers())
+            .wait()?
+            .map_err(|source| MachineError::Vcpu { index, source })
+    }
+
+    /// The state of everything but RAM, of a stopped machine.
+    pub fn save(&self) -> Result<Vec<Section>, MachineError> {
+        let mut vcpus = self.vcpus();
+        let mut sections = Vec::new();
+        let states = vcpus.on_each(Vcpu::save)?;
+        for (index, state) in (0..).zip(states) {
+            let section = state
+                .to_section(index)
+                .map_err(|source| MachineError::Vcpu { index, source })?;
+            sections.push(section);
+        }
+        sections.extend(self.vm.save()?);
+        // The clocks at the pause: they stand still with the guest.
+        let clocks = match (&vcpus.arrived, &vcpus.stopped) {
+            (Some(clocks), _) | (None, Some(clocks)) => clocks.to_section()?,
+            (None, None) => {
+                let now = MonotonicClock.now();
+                ClockState::take(&self.vm, &vcpus.clocks(), now)?.to_section()?
+            }
+        };
+        sections.push(clocks);
+        sections.extend(self.devices.save()?);
+        Ok(sections)
+    }
+
+    /// Loads the state of everything but RAM into a machine that has not run yet.
+    pub fn load(&self, sections: Vec<Section>) -> Result<(), MachineError> {
+        let mut sections = Sections::new(sections)?;
+        let mut vcpus = self.vcpus();
+        // Devices first: restoring one may pulse its interrupt line, which the interrupt
+        // controllers' state, loaded after it, overrides: it has seen that pulse already.
+        self.devices.load(&mut sections)?;
+        self.vm.load(&mut sections)?;
+        let section = sections.take(clock::SECTION, clock::VERSION, clock::VERSION)?;
+        let clocks = ClockState::from_section(&section, vcpus.threads.len())?;
+        clocks.set(&self.vm, &vcpus.clocks(), Duration::ZERO)?;
+        vcpus.arrived = Some(clocks);
+        let mut states = Vec::new();
+        for (index, _) in (0..).zip(&vcpus.threads) {
+            let name = VcpuState::section_name(index);
+            let section = sections.take(&name, vcpu::VERSION, vcpu::VERSION)?;
+            let state = VcpuState::from_section(&section)
+                .map_err(|source| MachineError::Vcpu { index, source })?;
+            states.push(state);
+        }
+        sections.finish()?;
+        let mut pending = Vec::new();
+        for (vcpu, state) in vcpus.threads.iter_mut().zip(states) {
+            pending.push(vcpu.call(move |vcpu| vcpu.restore(&state)));
+        }
+        wait_for_all(pending)?;
+        Ok(())
+    }
+
+    fn vcpus(&self) -> MutexGuard<'_, Vcpus> {
+        self.vcpus.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Vcpus {
+    fn clocks(&self) -> Vec<&VcpuClockFd> {
+        self.threads.iter().map(VcpuThread::clock).collect()
+    }
+
+    /// Does something with every vCPU, all at the same time.
+    fn on_each<T: Send + 'static>(
+        &mut self,
+        f: fn(&mut Vcpu) -> Result<T, StateError>,
+    ) -> Result<Vec<T>, MachineError> {
+        let pending = self.threads.iter_mut().map(|vcpu| vcpu.call(f)).collect();
+        wait_for_all(pending)
+    }
+}
+
+fn wait_for_all<T>(
+    pending: Vec<Pending<Result<T, StateError>>>,
+) -> Result<Vec<T>, MachineError> {
+    (0..)
+        .zip(pending)
+        .map(|(index, result)| {
+            result
+                .wait()?
+                .map_err(|source| MachineError::Vcpu { index, source })
+        })
+        .collect()
+}

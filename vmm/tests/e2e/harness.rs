@@ -1,0 +1,307 @@
+//! Real `ferry` processes with real guests, for the tests of this folder.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use guest_tests::driver::process::Process;
+use guest_tests::driver::qmp::{Client, QmpError};
+use guest_tests::driver::serial::Watcher;
+use guests::dirtier::{Options, Rate, Report, command};
+use guests::{Size, fault};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// How long anything may take before a test gives up: far longer than it ever takes, as these
+/// tests don't measure.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// How long to wait between two looks at something that changes by itself.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Ends the calling test, loudly, if this machine has no KVM that may be used.
+macro_rules! require_kvm {
+    () => {
+        if let Err(err) = vmm::kvm::Kvm::open() {
+            $crate::harness::skip(&format!("{err}"));
+            return;
+        }
+    };
+}
+pub(crate) use require_kvm;
+
+/// Says why a test is skipped, past the test runner's capture.
+pub fn skip(reason: &str) {
+    let test = std::thread::current().name().unwrap_or("a test").to_owned();
+    let line = format!("SKIPPED: {test}: {}\n", reason.replace('\n', "; "));
+    std::io::stderr().write_all(line.as_bytes()).unwrap();
+}
+
+/// A directory for a test's sockets and files.
+pub fn scratch() -> TempDir {
+    // Short: the path of a Unix socket has at most 107 bytes.
+    tempfile::Builder::new().prefix("ferry").tempdir().unwrap()
+}
+
+/// A guest to start.
+pub struct Guest<'a> {
+    pub image: &'a [u8],
+    pub append: String,
+    pub memory: &'a str,
+    pub smp: u32,
+}
+
+impl Guest<'_> {
+    /// The dirtier with these options.
+    pub fn dirtier(memory: &str, options: Options) -> Guest<'_> {
+        Guest {
+            image: guest_tests::DIRTIER,
+            append: options.to_string(),
+            memory,
+            smp: 1,
+        }
+    }
+}
+
+/// A small dirtier that has something to do in every round.
+pub fn busy() -> Options {
+    Options {
+        fill: Size(64 << 20),
+        ws: Size(8 << 20),
+        rate: Rate::PerSecond(5_000),
+        heartbeat: 1_000,
+        ..Options::default()
+    }
+}
+
+/// A dirtier that no loopback keeps up with: it never converges under a limit of a millisecond.
+pub fn furious() -> Options {
+    Options {
+        fill: Size(128 << 20),
+        ws: Size(128 << 20),
+        rate: Rate::Max,
+        heartbeat: 1_000,
+        ..Options::default()
+    }
+}
+
+/// A running `ferry`.
+pub struct Ferry {
+    pub process: Process,
+    pub qmp: Client,
+    pub serial: Watcher,
+    name: String,
+    dir: PathBuf,
+}
+
+impl Ferry {
+    /// Starts a process with these arguments besides those of its sockets.
+    pub fn start(dir: &Path, name: &str, arguments: &[&str]) -> Self {
+        let (process, qmp, serial) = Self::spawn(dir, name, arguments);
+        let serial = Watcher::connect(&serial, PATIENCE)
+            .unwrap_or_else(|err| panic!("{name}: serial port: {err}\n{}", process.output()));
+        let qmp = Client::connect(&qmp, PATIENCE)
+            .unwrap_or_else(|err| panic!("{name}: {err}\n{}", process.output()));
+        Self {
+            process,
+            qmp,
+            serial,
+            name: name.to_owned(),
+            dir: dir.to_owned(),
+        }
+    }
+
+    fn spawn(dir: &Path, name: &str, arguments: &[&str]) -> (Process, PathBuf, PathBuf) {
+        let qmp = dir.join(format!("{name}.qmp"));
+        let serial = dir.join(format!("{name}.serial"));
+        let qmp_option = format!("unix:{}", qmp.display());
+        let serial_option = format!("unix:{}", serial.display());
+        let mut all = vec![
+            "run", "--name", name, "--monitor", "none", "--qmp", &qmp_option, "--serial",
+            &serial_option,
+        ];
+        all.extend_from_slice(arguments);
+        let log = dir.join(format!("{name}.log"));
+        let process = Process::spawn(ferry(), &all, &log).unwrap();
+        (process, qmp, serial)
+    }
+
+    /// Starts a guest.
+    pub fn run(dir: &Path, name: &str, guest: &Guest<'_>, more: &[&str]) -> Self {
+        let kernel = dir.join(format!("{name}.elf"));
+        std::fs::write(&kernel, guest.image).unwrap();
+        let smp = guest.smp.to_string();
+        let kernel = kernel.display().to_string();
+        let mut arguments = vec![
+            "--kernel", &kernel, "--append", &guest.append, "--memory", guest.memory, "--smp", &smp,
+        ];
+        arguments.extend_from_slice(more);
+        Self::start(dir, name, &arguments)
+    }
+
+    /// Starts a dirtier and waits until it works.
+    pub fn run_dirtier(dir: &Path, name: &str, memory: &str, options: Options) -> Self {
+        let ferry = Self::run(dir, name, &Guest::dirtier(memory, options), &[]);
+        ferry.wait_for(|report| matches!(report, Report::Ready { .. }).then_some(()));
+        ferry
+    }
+
+    /// Starts a destination that listens on a free port of loopback; returns its address too.
+    pub fn incoming(dir: &Path, name: &str) -> (Self, String) {
+        let mut ferry = Self::start(dir, name, &["--incoming", "tcp:127.0.0.1:0"]);
+        let uri = ferry.listening_at();
+        (ferry, uri)
+    }
+
+    /// Where it listens for a guest.
+    pub fn listening_at(&mut self) -> String {
+        let info = self.execute("query-migrate", Value::Null);
+        let address = &info["socket-address"][0];
+        format!(
+            "tcp:{}:{}",
+            address["host"].as_str().unwrap(),
+            address["port"].as_str().unwrap()
+        )
+    }
+
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Value {
+        match self.qmp.execute(command, arguments) {
+            Ok(value) => value,
+            Err(err) => panic!("{}: {err}\n{}", self.name, self.process.output()),
+        }
+    }
+
+    /// Runs a command that must fail; returns the error's description.
+    pub fn refused(&mut self, command: &str, arguments: Value) -> String {
+        match self.qmp.execute(command, arguments) {
+            Err(QmpError::Command { desc, .. }) => desc,
+            other => panic!("{}: {command} gave {other:?}", self.name),
+        }
+    }
+
+    /// The run state.
+    pub fn status(&mut self) -> String {
+        let status = self.execute("query-status", Value::Null);
+        status["status"].as_str().unwrap().to_owned()
+    }
+
+    pub fn query_migrate(&mut self) -> Value {
+        self.execute("query-migrate", Value::Null)
+    }
+
+    /// Begins a migration.
+    pub fn migrate(&mut self, uri: &str) {
+        self.execute("migrate", json!({ "uri": uri }));
+    }
+
+    /// Waits until what `query-migrate` says satisfies the condition.
+    pub fn wait_migration(&mut self, what: &str, until: impl Fn(&Value) -> bool) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let info = self.query_migrate();
+            if until(&info) {
+                return info;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{}: no '{what}': {info:#}\n{}",
+                self.name,
+                self.process.output()
+            );
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Waits for the end of the migration, which must be as said; returns `query-migrate`.
+    pub fn wait_migrated(&mut self, expected: &str) -> Value {
+        let info = self.wait_migration("end of the migration", |info| {
+            matches!(
+                info["status"].as_str(),
+                Some("completed" | "failed" | "cancelled")
+            )
+        });
+        assert_eq!(info["status"], expected, "{info:#}\n{}", self.process.output());
+        info
+    }
+
+    /// Waits for the run state.
+    pub fn wait_status(&mut self, expected: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.status() != expected {
+            assert!(
+                Instant::now() < deadline,
+                "{}: never '{expected}', but '{}'\n{}",
+                self.name,
+                self.status(),
+                self.process.output()
+            );
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Waits for a report of the dirtier; an error or fault that comes first fails the test.
+    pub fn wait_for<T>(&self, mut pick: impl FnMut(&Report) -> Option<T>) -> T {
+        self.wait_line(|line| match Report::parse(line) {
+            Some(Report::Error { .. }) => panic!("{}: the guest says: {line}", self.name),
+            Some(report) => pick(&report),
+            None => None,
+        })
+    }
+
+    /// Waits for a line that `parse` takes; a fault or panic of the guest fails the test.
+    pub fn wait_line<T>(&self, mut parse: impl FnMut(&str) -> Option<T>) -> T {
+        let found = self.serial.wait_for(PATIENCE, |line| {
+            if fault::Fault::parse(line).is_some() || line.starts_with(fault::PANIC) {
+                panic!("{}: the guest says: {line}", self.name);
+            }
+            parse(line)
+        });
+        match found {
+            Ok((found, _)) => found,
+            Err(err) => panic!("{}: {err}\n{}", self.name, self.process.output()),
+        }
+    }
+
+    /// Waits for that many more heartbeats: the guest runs, here.
+    pub fn wait_heartbeats(&self, more: u64) {
+        let enough = self.serial.heartbeats().count + more;
+        let deadline = Instant::now() + PATIENCE;
+        while self.serial.heartbeats().count < enough {
+            assert!(
+                Instant::now() < deadline,
+                "{}: the guest's heart doesn't beat\n{}",
+                self.name,
+                self.process.output()
+            );
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Has the dirtier verify all of its memory: no error, none since its start.
+    pub fn verify(&mut self) {
+        self.serial.send(&[command::VERIFY]).unwrap();
+        let errors = self.wait_for(|report| match report {
+            Report::Verified { errors, .. } => Some(*errors),
+            _ => None,
+        });
+        assert_eq!(errors, 0, "{}: damaged pages", self.name);
+    }
+
+    /// The path of one of this process's files.
+    pub fn path(&self, suffix: &str) -> PathBuf {
+        self.dir.join(format!("{}.{suffix}", self.name))
+    }
+
+    /// Waits for the process to end; returns whether it ended well, and what it printed.
+    pub fn wait_exit(&mut self) -> (bool, String) {
+        match self.process.wait(PATIENCE).unwrap() {
+            Some(status) => (status.success(), self.process.output()),
+            None => panic!("{}: does not end\n{}", self.name, self.process.output()),
+        }
+    }
+}
+
+/// The binary under test.
+pub fn ferry() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_ferry"))
+}

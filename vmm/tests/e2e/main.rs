@@ -1,0 +1,14 @@
+//! End-to-end tests: real `ferry` processes with real guests, which check their own memory and
+//! state and fail the test if they noticed anything.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    missing_docs,
+    reason = "tests: a failure is a panic"
+)]
+
+mod harness;
+mod migrate;
+mod failure;
+mod lifecycle;
