@@ -10,7 +10,10 @@
 
 #[cfg(feature = "bare-metal")]
 pub mod bare;
+pub mod boot;
+pub mod clock;
 pub mod dirtier;
+pub mod echo;
 pub mod fault;
 mod fields;
 pub mod page;

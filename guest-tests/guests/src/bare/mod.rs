@@ -6,6 +6,7 @@
 pub mod boot;
 pub mod cpu;
 mod entry;
+pub mod interrupts;
 pub mod intrinsics;
 pub mod lapic;
 pub mod memory;

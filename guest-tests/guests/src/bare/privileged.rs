@@ -135,6 +135,13 @@ pub fn breakpoint() {
     unsafe { call(privileged_breakpoint, 0, 0, 0) };
 }
 
+/// The address after that `int3`.
+#[must_use]
+pub fn after_breakpoint() -> u64 {
+    // `int3` is one byte, at the routine's beginning.
+    privileged_breakpoint as *const () as u64 + 1
+}
+
 /// `popcnt` at CPL 0, which some KVMs can't interpret.
 #[must_use]
 pub fn popcnt(value: u64) -> u64 {

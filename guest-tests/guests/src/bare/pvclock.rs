@@ -67,6 +67,12 @@ impl<'a> Clock<'a> {
         }
     }
 
+    /// Whether KVM says that the clocks of all vCPUs agree (PVCLOCK_TSC_STABLE_BIT).
+    #[must_use]
+    pub fn is_stable(&self) -> bool {
+        self.snapshot().0.flags & 1 != 0
+    }
+
     /// ns of the guest's monotonic time.
     #[must_use]
     pub fn now(&self) -> u64 {
