@@ -17,5 +17,6 @@ pub mod echo;
 pub mod fault;
 mod fields;
 pub mod page;
+pub mod state;
 
-pub use fields::{Hex, Malformed, Maybe, Size};
+pub use fields::{Hex, Malformed, Maybe, Name, Size};

@@ -9,7 +9,7 @@ unsafe extern "C" {
 /// As many vCPUs as have a block.
 pub const MAX: usize = 32;
 /// Bytes of a block.
-const BYTES: usize = 1 << 15;
+const BYTES: usize = 1 << 16;
 /// Where in a block `traps.s` notes down a fault.
 const FAULT: usize = 9216;
 
