@@ -46,7 +46,10 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { then: Then::Off, cpus: 1 }
+        Self {
+            then: Then::Off,
+            cpus: 1,
+        }
     }
 }
 
@@ -62,8 +65,12 @@ impl Options {
     pub fn find(text: &str) -> Self {
         let default = Self::default();
         Self {
-            then: fields::value(text, "then").and_then(|word| word.parse().ok()).unwrap_or(default.then),
-            cpus: fields::value(text, "cpus").and_then(|word| word.parse().ok()).unwrap_or(default.cpus),
+            then: fields::value(text, "then")
+                .and_then(|word| word.parse().ok())
+                .unwrap_or(default.then),
+            cpus: fields::value(text, "cpus")
+                .and_then(|word| word.parse().ok())
+                .unwrap_or(default.cpus),
         }
     }
 }
@@ -151,13 +158,16 @@ pub const COMMAND_LINE: &str = "command_line ";
 /// The command line, if that is what the line repeats. Trailing blanks are lost.
 #[must_use]
 pub fn command_line(line: &str) -> Option<&str> {
-    line.strip_prefix(COMMAND_LINE).or_else(|| (line == COMMAND_LINE.trim_ascii_end()).then_some(""))
+    line.strip_prefix(COMMAND_LINE)
+        .or_else(|| (line == COMMAND_LINE.trim_ascii_end()).then_some(""))
 }
 
 /// The checksum of an initrd (FNV-1a, 64 bits).
 #[must_use]
 pub fn checksum(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    })
 }
 
 #[cfg(test)]
@@ -169,7 +179,10 @@ mod tests {
 
     #[test]
     fn options_are_found_among_other_words() {
-        let options = Options { then: Then::Ports0, cpus: 4 };
+        let options = Options {
+            then: Then::Ports0,
+            cpus: 4,
+        };
         let line = std::format!("console=ttyS0 {options} \"quoted words\"");
         assert_eq!(Options::find(&line), options);
         assert_eq!(Options::find("then=dance quiet"), Options::default());
@@ -185,10 +198,25 @@ mod tests {
     #[test]
     fn reports_read_back_as_written() {
         for report in [
-            Report::Entered { protocol: Protocol::Linux64, rsdp: Hex(0) },
-            Report::Region { base: Hex(1 << 20), size: Hex(255 << 20), kind: 1, probe: Probe::Kept },
-            Report::Initrd { address: Hex(0x1000), size: 7, checksum: Hex(checksum(b"initrd\n")) },
-            Report::Breakpoint { count: 1, returned: true },
+            Report::Entered {
+                protocol: Protocol::Linux64,
+                rsdp: Hex(0),
+            },
+            Report::Region {
+                base: Hex(1 << 20),
+                size: Hex(255 << 20),
+                kind: 1,
+                probe: Probe::Kept,
+            },
+            Report::Initrd {
+                address: Hex(0x1000),
+                size: 7,
+                checksum: Hex(checksum(b"initrd\n")),
+            },
+            Report::Breakpoint {
+                count: 1,
+                returned: true,
+            },
             Report::Done { then: Then::Halt },
         ] {
             assert_eq!(Report::parse(&report.to_string()), Some(report));

@@ -19,6 +19,8 @@ crate::fields::words! {
     Clock {
         /// The time stamp counter.
         Tsc "tsc",
+        /// The time stamp counter as CPL 0 reads it, once a millisecond.
+        Tsc0 "tsc0",
         /// kvmclock.
         Kvmclock "kvmclock",
     }
@@ -52,6 +54,9 @@ crate::fields::reports! {
         Clocks "clocks" {
             /// The time stamp counter.
             tsc: u64,
+            /// The same as CPL 0 reads it. On hardware it is the same counter; where CPL 0 is
+            /// interpreted, an offset that the VMM sets may apply here only.
+            tsc0: u64,
             /// kvmclock, in ns, if offered.
             kvmclock: Maybe<u64>,
             /// µs of the longest step between two readings on one vCPU since the last report, by
@@ -89,18 +94,29 @@ mod tests {
 
     #[test]
     fn options_and_reports_read_back_as_written() {
-        let options = Options { cpus: 4, interval: 0, tsc_khz: 1 };
+        let options = Options {
+            cpus: 4,
+            interval: 0,
+            tsc_khz: 1,
+        };
         assert_eq!(Options::parse(&options.to_string()), Ok(options));
         for report in [
             Report::Clocks {
                 tsc: u64::MAX,
+                tsc0: 3,
                 kvmclock: Maybe(None),
                 longest_step_us: 1,
                 longest_kvmclock_step_us: 0,
                 readings: 9,
                 steps_back: 0,
             },
-            Report::Back { clock: Clock::Kvmclock, cpu: 1, same_cpu: false, before: 9, after: 8 },
+            Report::Back {
+                clock: Clock::Kvmclock,
+                cpu: 1,
+                same_cpu: false,
+                before: 9,
+                after: 8,
+            },
         ] {
             assert_eq!(Report::parse(&report.to_string()), Some(report));
         }

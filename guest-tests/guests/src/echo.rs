@@ -53,9 +53,14 @@ mod tests {
 
     #[test]
     fn options_and_reports_read_back_as_written() {
-        let options = Options { via: Controller::IoApic };
+        let options = Options {
+            via: Controller::IoApic,
+        };
         assert_eq!(Options::parse(&options.to_string()), Ok(options));
-        let report = Report::Count { bytes: 12, interrupts: 3 };
+        let report = Report::Count {
+            bytes: 12,
+            interrupts: 3,
+        };
         assert_eq!(Report::parse(&report.to_string()), Some(report));
     }
 }

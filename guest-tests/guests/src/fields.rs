@@ -46,7 +46,10 @@ impl FromStr for Size {
             Some(b'K') => (text.len() - 1, 1 << 10),
             _ => (text.len(), 1u64),
         };
-        let number: u64 = text.get(..digits).and_then(|digits| digits.parse().ok()).ok_or(())?;
+        let number: u64 = text
+            .get(..digits)
+            .and_then(|digits| digits.parse().ok())
+            .ok_or(())?;
         number.checked_mul(unit).map(Self).ok_or(())
     }
 }
@@ -114,7 +117,10 @@ impl Name {
     /// As text.
     #[must_use]
     pub fn as_str(&self) -> &str {
-        self.bytes.get(..self.length).and_then(|bytes| str::from_utf8(bytes).ok()).unwrap_or("")
+        self.bytes
+            .get(..self.length)
+            .and_then(|bytes| str::from_utf8(bytes).ok())
+            .unwrap_or("")
     }
 }
 
@@ -148,13 +154,19 @@ impl FromStr for Name {
 
     fn from_str(text: &str) -> Result<Self, ()> {
         let name = Self::of(format_args!("{text}"));
-        if name.as_str() == text { Ok(name) } else { Err(()) }
+        if name.as_str() == text {
+            Ok(name)
+        } else {
+            Err(())
+        }
     }
 }
 
 /// The value of `key` among the words of `text`.
 pub(crate) fn value<'a>(text: &'a str, key: &str) -> Option<&'a str> {
-    let mut pairs = text.split_ascii_whitespace().filter_map(|word| word.split_once('='));
+    let mut pairs = text
+        .split_ascii_whitespace()
+        .filter_map(|word| word.split_once('='));
     pairs.find(|(name, _)| *name == key).map(|(_, value)| value)
 }
 
@@ -283,7 +295,13 @@ mod tests {
 
     #[test]
     fn sizes_read_back_as_written() {
-        for (size, text) in [(0, "0"), (4095, "4095"), (8192, "8K"), (3 << 29, "1536M"), (4 << 30, "4G")] {
+        for (size, text) in [
+            (0, "0"),
+            (4095, "4095"),
+            (8192, "8K"),
+            (3 << 29, "1536M"),
+            (4 << 30, "4G"),
+        ] {
             assert_eq!(Size(size).to_string(), text);
             assert_eq!(text.parse(), Ok(Size(size)));
         }
@@ -298,9 +316,17 @@ mod tests {
 
     #[test]
     fn a_name_that_is_too_long_is_refused() {
-        assert_eq!("lapic_lvt_timer".parse::<Name>().map(|name| name.to_string()), Ok("lapic_lvt_timer".into()));
+        assert_eq!(
+            "lapic_lvt_timer"
+                .parse::<Name>()
+                .map(|name| name.to_string()),
+            Ok("lapic_lvt_timer".into())
+        );
         assert_eq!("abcdefghijklmnopqrstuvwxyz".parse::<Name>(), Err(()));
-        assert_eq!(Name::of(format_args!("abcdefghijklmnopqrstuvwxyz")).as_str(), "abcdefghijklmnopqrstuvwx");
+        assert_eq!(
+            Name::of(format_args!("abcdefghijklmnopqrstuvwxyz")).as_str(),
+            "abcdefghijklmnopqrstuvwx"
+        );
     }
 
     #[test]

@@ -101,9 +101,10 @@ crate::fields::reports! {
         Changed "changed" {
             /// The vCPU.
             cpu: u64,
-            /// What. Vector registers are named with the number of their 64-bit lane.
+            /// What.
             name: Name,
-            /// As it was set. For ticks: what the TSC makes expect.
+            /// As it was set; of a vector register the first 64-bit lane that differs. For ticks: as
+            /// many as the TSC makes expect.
             expected: Hex,
             /// As it is.
             found: Hex,
@@ -120,11 +121,24 @@ mod tests {
 
     #[test]
     fn options_and_reports_read_back_as_written() {
-        let options = Options { cpus: 1, interval: 100, spoil: Spoil::IoApic, tsc_khz: 5 };
+        let options = Options {
+            cpus: 1,
+            interval: 100,
+            spoil: Spoil::IoApic,
+            tsc_khz: 5,
+        };
         assert_eq!(Options::parse(&options.to_string()), Ok(options));
-        let name = Name::of(format_args!("zmm{}.{}", 31, 7));
-        let report = Report::Changed { cpu: 1, name, expected: Hex(u64::MAX), found: Hex(0) };
-        assert_eq!(report.to_string(), "changed cpu=1 name=zmm31.7 expected=0xffffffffffffffff found=0x0");
+        let name = Name::of(format_args!("zmm{}", 31));
+        let report = Report::Changed {
+            cpu: 1,
+            name,
+            expected: Hex(u64::MAX),
+            found: Hex(0),
+        };
+        assert_eq!(
+            report.to_string(),
+            "changed cpu=1 name=zmm31 expected=0xffffffffffffffff found=0x0"
+        );
         assert_eq!(Report::parse(&report.to_string()), Some(report));
     }
 }

@@ -39,14 +39,18 @@ impl Cpu {
     /// The vCPU with the block at `address`, as `entry.s` passes it.
     #[must_use]
     pub(crate) fn at(address: u64) -> Self {
-        Self { block: address as usize }
+        Self {
+            block: address as usize,
+        }
     }
 
     /// The vCPU that was the `index`th to start; 0 is the first.
     #[must_use]
     pub fn nth(index: usize) -> Self {
         assert!(index < MAX, "no such vCPU");
-        Self { block: &raw const vcpu_blocks as usize + index * BYTES }
+        Self {
+            block: &raw const vcpu_blocks as usize + index * BYTES,
+        }
     }
 
     /// In the order in which they started.

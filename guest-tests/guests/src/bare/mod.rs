@@ -1,7 +1,10 @@
 //! The machine under the guests. Start reading at `entry.s`, then `privileged`.
 //!
 //! A guest is a bin with `guest!(pvh, main)` and `fn main(boot: &Boot) -> !`.
-#![allow(unsafe_code, reason = "bare metal: ports, page tables, the VMM's structures in memory")]
+#![allow(
+    unsafe_code,
+    reason = "bare metal: ports, page tables, the VMM's structures in memory"
+)]
 
 pub mod boot;
 pub mod cpu;

@@ -32,7 +32,12 @@ unsafe extern "C" {
 ///
 /// # Safety
 /// The routine must take these arguments and do no harm with them.
-pub(crate) unsafe fn call(routine: unsafe extern "C" fn(), first: u64, second: u64, third: u64) -> u64 {
+pub(crate) unsafe fn call(
+    routine: unsafe extern "C" fn(),
+    first: u64,
+    second: u64,
+    third: u64,
+) -> u64 {
     let result;
     // SAFETY: the gate changes what a C function may change, and memory as the caller vouches.
     unsafe {
@@ -133,7 +138,14 @@ pub unsafe fn write_debug(registers: &[u64; 5]) {
 pub fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
     let mut registers = [0; 4];
     // SAFETY: the routine writes to `registers` only.
-    unsafe { call(privileged_cpuid, leaf.into(), subleaf.into(), registers.as_mut_ptr() as u64) };
+    unsafe {
+        call(
+            privileged_cpuid,
+            leaf.into(),
+            subleaf.into(),
+            registers.as_mut_ptr() as u64,
+        )
+    };
     registers
 }
 

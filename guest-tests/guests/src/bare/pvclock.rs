@@ -78,7 +78,11 @@ impl<'a> Clock<'a> {
     pub fn now(&self) -> u64 {
         let (page, tsc) = self.snapshot();
         let delta = tsc.saturating_sub(page.tsc_timestamp);
-        let shifted = if page.shift < 0 { delta >> -page.shift } else { delta << page.shift };
+        let shifted = if page.shift < 0 {
+            delta >> -page.shift
+        } else {
+            delta << page.shift
+        };
         page.system_time + ((u128::from(shifted) * u128::from(page.multiplier)) >> 32) as u64
     }
 }
@@ -94,5 +98,9 @@ pub fn tsc_khz() -> Option<u64> {
     let (page, _) = clock.snapshot();
     clock.stop();
     let khz = (1_000_000u64 << 32).checked_div(page.multiplier.into())?;
-    Some(if page.shift < 0 { khz << -page.shift } else { khz >> page.shift })
+    Some(if page.shift < 0 {
+        khz << -page.shift
+    } else {
+        khz >> page.shift
+    })
 }

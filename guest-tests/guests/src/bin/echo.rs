@@ -39,7 +39,10 @@ fn main(boot: &Boot) -> ! {
         while let Some(byte) = serial::receive() {
             bytes += 1;
             match byte {
-                command::COUNT => serial::line(&Report::Count { bytes, interrupts: seen }),
+                command::COUNT => serial::line(&Report::Count {
+                    bytes,
+                    interrupts: seen,
+                }),
                 command::QUIT => power::off(),
                 _ => serial::send(byte),
             }

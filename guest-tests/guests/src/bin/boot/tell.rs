@@ -15,7 +15,10 @@ pub(crate) fn main(boot: &Boot) -> ! {
         boot::Protocol::Pvh => Protocol::Pvh,
         boot::Protocol::Linux64 => Protocol::Linux64,
     };
-    serial::line(&Report::Entered { protocol, rsdp: Hex(boot.rsdp) });
+    serial::line(&Report::Entered {
+        protocol,
+        rsdp: Hex(boot.rsdp),
+    });
     serial::line(&format_args!("{COMMAND_LINE}{}", boot.command_line()));
     for region in boot.memory() {
         serial::line(&Report::Region {
@@ -28,10 +31,16 @@ pub(crate) fn main(boot: &Boot) -> ! {
     if let Some((address, size)) = boot.initrd {
         // SAFETY: where the VMM says that the initrd is, mapped like all RAM.
         let bytes = unsafe { core::slice::from_raw_parts(address as *const u8, size as usize) };
-        serial::line(&Report::Initrd { address: Hex(address), size, checksum: Hex(checksum(bytes)) });
+        serial::line(&Report::Initrd {
+            address: Hex(address),
+            size,
+            checksum: Hex(checksum(bytes)),
+        });
     }
     let khz = tsc::frequency(0).unwrap_or(GUESSED_KHZ);
-    serial::line(&Report::Vcpus { running: smp::start(khz, options.cpus, rest) });
+    serial::line(&Report::Vcpus {
+        running: smp::start(khz, options.cpus, rest),
+    });
     serial::line(&Report::Done { then: options.then });
     end(options.then)
 }
@@ -59,7 +68,11 @@ fn probe(boot: &Boot, region: &Region) -> Probe {
         word.write_volatile(pattern);
         word.read_volatile()
     };
-    if read == pattern { Probe::Kept } else { Probe::Lost }
+    if read == pattern {
+        Probe::Kept
+    } else {
+        Probe::Lost
+    }
 }
 
 fn end(then: Then) -> ! {
@@ -80,9 +93,14 @@ fn end(then: Then) -> ! {
             let cpu = Cpu::nth(0);
             privileged::breakpoint();
             let returned = cpu.fault().rip == privileged::after_breakpoint();
-            serial::line(&Report::Breakpoint { count: cpu.count(3), returned });
+            serial::line(&Report::Breakpoint {
+                count: cpu.count(3),
+                returned,
+            });
         }
-        Then::Popcnt => serial::line(&Report::Popcnt { bits: privileged::popcnt(0x1234_0003) }),
+        Then::Popcnt => serial::line(&Report::Popcnt {
+            bits: privileged::popcnt(0x1234_0003),
+        }),
         Then::Undefined => privileged::undefined(),
     }
     power::off()

@@ -100,12 +100,20 @@ impl Lapic {
     /// Compares it. `stopped`: the vCPU has stood still since the last time.
     pub(crate) fn compare(&mut self, stopped: bool, log: &mut Log) {
         for ((name, register), expected) in LAPIC.into_iter().zip(self.registers) {
-            log.compare(format_args!("{name}"), expected.into(), lapic::read(register).into());
+            log.compare(
+                format_args!("{name}"),
+                expected.into(),
+                lapic::read(register).into(),
+            );
         }
         let current = lapic::read(CURRENT_COUNT);
         let [.., initial, _] = self.registers;
         if current > initial {
-            log.compare(format_args!("lapic_current_count"), initial.into(), current.into());
+            log.compare(
+                format_args!("lapic_current_count"),
+                initial.into(),
+                current.into(),
+            );
         }
         self.ticks.compare("lapic_ticks", stopped, log);
     }
@@ -141,24 +149,37 @@ impl Board {
         let mut pins = [0; PINS.end as usize];
         for pin in PINS {
             // Masked, logical destination, lowest priority, level-triggered for odd pins.
-            let entry = 0x1_0900 | u64::from(pin % 2) << 15 | u64::from(0x50 + pin) | u64::from(pin) << 56;
+            let entry =
+                0x1_0900 | u64::from(pin % 2) << 15 | u64::from(0x50 + pin) | u64::from(pin) << 56;
             interrupts::set_ioapic_entry(pin, entry);
             pins[usize::from(pin)] = interrupts::ioapic_entry(pin);
             if pins[usize::from(pin)] != entry {
                 log.skip(format_args!("ioapic_entry{pin}"));
             }
         }
-        Self { ports: PORTS.map(|(_, port)| port::read(port)), pins, pit }
+        Self {
+            ports: PORTS.map(|(_, port)| port::read(port)),
+            pins,
+            pit,
+        }
     }
 
     /// Compares them.
     pub(crate) fn compare(&mut self, stopped: bool, log: &mut Log) {
         for ((name, port), expected) in PORTS.into_iter().zip(self.ports) {
-            log.compare(format_args!("{name}"), expected.into(), port::read(port).into());
+            log.compare(
+                format_args!("{name}"),
+                expected.into(),
+                port::read(port).into(),
+            );
         }
         for pin in PINS {
             let expected = self.pins[usize::from(pin)];
-            log.compare(format_args!("ioapic_entry{pin}"), expected, interrupts::ioapic_entry(pin));
+            log.compare(
+                format_args!("ioapic_entry{pin}"),
+                expected,
+                interrupts::ioapic_entry(pin),
+            );
         }
         if let Some(ticks) = &mut self.pit {
             if let Some((mode, count)) = pit_state() {
@@ -200,7 +221,12 @@ impl Ticks {
     const WINDOW: u64 = 200;
 
     fn new(cpu: Cpu, vector: u8, hertz: u64, khz: u64) -> Self {
-        Self { cpu, vector, interval: khz * 1000 / hertz, begin: (tsc::now(), cpu.count(vector)) }
+        Self {
+            cpu,
+            vector,
+            interval: khz * 1000 / hertz,
+            begin: (tsc::now(), cpu.count(vector)),
+        }
     }
 
     fn count(&self) -> u64 {

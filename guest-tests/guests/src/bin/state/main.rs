@@ -28,6 +28,9 @@ const ROUNDS_PER_CHECK: u64 = 16;
 /// A round that takes longer than this many ms was a stop; no ticks can be expected of it.
 const STOP_MS: u64 = 100;
 
+/// Changed values that are reported of a vCPU; there are fewer to compare.
+const NAMES: usize = 256;
+
 /// For the second vCPUs: the options that they need.
 static KHZ: AtomicU64 = AtomicU64::new(0);
 static INTERVAL: AtomicU64 = AtomicU64::new(0);
@@ -46,12 +49,19 @@ fn main(boot: &Boot) -> ! {
     INTERVAL.store(options.interval, Ordering::SeqCst);
     let running = smp::start(khz, options.cpus, |cpu| work(cpu, Spoil::Nothing));
     if running < options.cpus {
-        give_up(&format_args!("only {running} of cpus={} came", options.cpus));
+        give_up(&format_args!(
+            "only {running} of cpus={} came",
+            options.cpus
+        ));
     }
     while SET.load(Ordering::SeqCst) + 1 < running {
         core::hint::spin_loop();
     }
-    serial::line(&Report::Ready { cpus: running, vectors: system::vectors(), tsc_khz: khz });
+    serial::line(&Report::Ready {
+        cpus: running,
+        vectors: system::vectors(),
+        tsc_khz: khz,
+    });
     work(Cpu::nth(0), options.spoil)
 }
 
@@ -59,7 +69,7 @@ fn main(boot: &Boot) -> ! {
 pub(crate) struct Log {
     cpu: u64,
     changed: u64,
-    names: [Name; 64],
+    names: [Name; NAMES],
 }
 
 impl Log {
@@ -73,20 +83,43 @@ impl Log {
         }
         if let Some(slot) = self.names.get_mut(self.changed as usize) {
             *slot = name;
-            serial::line(&Report::Changed { cpu: self.cpu, name, expected: Hex(expected), found: Hex(found) });
+            serial::line(&Report::Changed {
+                cpu: self.cpu,
+                name,
+                expected: Hex(expected),
+                found: Hex(found),
+            });
             self.changed += 1;
         }
     }
 
+    /// Compares the lanes of a vector register; the first that differs is reported.
+    fn compare_lanes(&mut self, name: Arguments<'_>, expected: &[u64], found: &[u64]) {
+        if let Some((expected, found)) = expected
+            .iter()
+            .zip(found)
+            .find(|(expected, found)| expected != found)
+        {
+            self.compare(name, *expected, *found);
+        }
+    }
+
     fn skip(&self, name: Arguments<'_>) {
-        serial::line(&Report::Skipped { cpu: self.cpu, name: Name::of(name) });
+        serial::line(&Report::Skipped {
+            cpu: self.cpu,
+            name: Name::of(name),
+        });
     }
 }
 
 fn work(cpu: Cpu, spoil: Spoil) -> ! {
     let (khz, interval) = (KHZ.load(Ordering::SeqCst), INTERVAL.load(Ordering::SeqCst));
     let number = cpu.index() as u64;
-    let mut log = Log { cpu: number, changed: 0, names: [Name::default(); 64] };
+    let mut log = Log {
+        cpu: number,
+        changed: 0,
+        names: [Name::default(); NAMES],
+    };
     // FS and GS point to these.
     let words = [0xf5f5_0000 + number, 0x6565_0000 + number];
     let segments = [&raw const words[0] as u64, &raw const words[1] as u64];

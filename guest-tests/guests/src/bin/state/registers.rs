@@ -16,7 +16,8 @@ unsafe extern "C" {
 }
 
 const GENERAL: [&str; 16] = [
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
+    "r14", "r15",
 ];
 const RSP: usize = 4;
 /// The flags that survive the loop, and are changed by nothing else: CF, DF, AC, ID.
@@ -38,7 +39,14 @@ pub(crate) struct Registers {
 
 impl Registers {
     pub(crate) const fn zero() -> Self {
-        Self { fx: [0; 64], vectors: [[0; 8]; 32], masks: [0; 8], general: [0; 16], flags: 0, segments: [0; 2] }
+        Self {
+            fx: [0; 64],
+            vectors: [[0; 8]; 32],
+            masks: [0; 8],
+            general: [0; 16],
+            flags: 0,
+            segments: [0; 2],
+        }
     }
 
     /// Values of which no two are equal, and which change from round to round: what was loaded
@@ -87,33 +95,76 @@ impl Registers {
 
     /// Compares what was stored with what was loaded.
     pub(crate) fn compare(&self, stored: &Self, vectors: Vectors, log: &mut Log) {
-        for (index, name) in GENERAL.into_iter().enumerate().filter(|&(index, _)| index != RSP) {
-            log.compare(format_args!("{name}"), self.general[index], stored.general[index]);
+        for (index, name) in GENERAL
+            .into_iter()
+            .enumerate()
+            .filter(|&(index, _)| index != RSP)
+        {
+            log.compare(
+                format_args!("{name}"),
+                self.general[index],
+                stored.general[index],
+            );
         }
-        log.compare(format_args!("rflags"), self.flags & KEPT_FLAGS, stored.flags & KEPT_FLAGS);
+        log.compare(
+            format_args!("rflags"),
+            self.flags & KEPT_FLAGS,
+            stored.flags & KEPT_FLAGS,
+        );
         for (index, name) in ["fs:0", "gs:0"].into_iter().enumerate() {
-            log.compare(format_args!("{name}"), self.segments[index], stored.segments[index]);
+            log.compare(
+                format_args!("{name}"),
+                self.segments[index],
+                stored.segments[index],
+            );
         }
         // The last x87 instruction (FOP) is not kept by all processors.
-        log.compare(format_args!("x87_control"), self.fx[0] & 0xff_ffff_ffff, stored.fx[0] & 0xff_ffff_ffff);
-        log.compare(format_args!("mxcsr"), self.fx[3] & 0xffff_ffff, stored.fx[3] & 0xffff_ffff);
+        log.compare(
+            format_args!("x87_control"),
+            self.fx[0] & 0xff_ffff_ffff,
+            stored.fx[0] & 0xff_ffff_ffff,
+        );
+        log.compare(
+            format_args!("mxcsr"),
+            self.fx[3] & 0xffff_ffff,
+            stored.fx[3] & 0xffff_ffff,
+        );
         for st in 0..8 {
-            log.compare(format_args!("st{st}.0"), self.fx[4 + 2 * st], stored.fx[4 + 2 * st]);
-            log.compare(format_args!("st{st}.1"), self.fx[5 + 2 * st] & 0xffff, stored.fx[5 + 2 * st] & 0xffff);
+            log.compare(
+                format_args!("st{st}.0"),
+                self.fx[4 + 2 * st],
+                stored.fx[4 + 2 * st],
+            );
+            log.compare(
+                format_args!("st{st}.1"),
+                self.fx[5 + 2 * st] & 0xffff,
+                stored.fx[5 + 2 * st] & 0xffff,
+            );
         }
-        for index in 0..32 {
-            log.compare(format_args!("xmm{}.{}", index / 2, index % 2), self.fx[20 + index], stored.fx[20 + index]);
+        for (index, (expected, found)) in self.fx[20..52]
+            .chunks(2)
+            .zip(stored.fx[20..52].chunks(2))
+            .enumerate()
+        {
+            log.compare_lanes(format_args!("xmm{index}"), expected, found);
         }
         let (prefix, count, lanes) = match vectors {
             Vectors::Sse => return,
             Vectors::Avx => ("ymm", 16, 4),
             Vectors::Avx512 => ("zmm", 32, 8),
         };
-        for index in 0..count {
-            for lane in 0..lanes {
-                let (expected, found) = (self.vectors[index][lane], stored.vectors[index][lane]);
-                log.compare(format_args!("{prefix}{index}.{lane}"), expected, found);
-            }
+        for (index, (expected, found)) in self
+            .vectors
+            .iter()
+            .zip(&stored.vectors)
+            .take(count)
+            .enumerate()
+        {
+            log.compare_lanes(
+                format_args!("{prefix}{index}"),
+                &expected[..lanes],
+                &found[..lanes],
+            );
         }
         if vectors == Vectors::Avx512 {
             for (index, (&expected, &found)) in self.masks.iter().zip(&stored.masks).enumerate() {

@@ -81,7 +81,11 @@ impl System {
             (name, msr, Some(value + number))
         });
         let left = LEFT.iter().map(|&(name, msr)| (name, msr, None));
-        let clock = if pvclock::offered() { Some(clock | 1) } else { None };
+        let clock = if pvclock::offered() {
+            Some(clock | 1)
+        } else {
+            None
+        };
         let special = [
             ("fs_base", FS_BASE, Some(segments[0])),
             ("gs_base", GS_BASE, Some(segments[1])),
@@ -93,7 +97,9 @@ impl System {
             let set = value.is_none_or(|value| unsafe { privileged::write_msr(msr, value) });
             let read = privileged::read_msr(msr);
             *slot = match (set, read) {
-                (true, Some(read)) if value.is_none_or(|value| value == read) => Some((name, msr, read)),
+                (true, Some(read)) if value.is_none_or(|value| value == read) => {
+                    Some((name, msr, read))
+                }
                 _ => {
                     log.skip(format_args!("{name}"));
                     None
@@ -101,7 +107,8 @@ impl System {
             };
         }
         // Linear addresses in DR0 to DR3; conditions and lengths in DR7, but nothing enabled.
-        let debug = [0x1111_1000, 0x2222_2000, 0x3333_3000, 0x4444_4000].map(|address: u64| address + (cpu << 8));
+        let debug = [0x1111_1000, 0x2222_2000, 0x3333_3000, 0x4444_4000]
+            .map(|address: u64| address + (cpu << 8));
         let [dr0, dr1, dr2, dr3] = debug;
         // SAFETY: no breakpoint is enabled.
         unsafe { privileged::write_debug(&[dr0, dr1, dr2, dr3, 0xdd11_0400]) };
@@ -110,7 +117,11 @@ impl System {
         if control.dr != wanted {
             log.skip(format_args!("debug_registers"));
         }
-        Self { msrs, control, xcr0: xcr0() }
+        Self {
+            msrs,
+            control,
+            xcr0: xcr0(),
+        }
     }
 
     /// The same, but with CR8 as the local APIC's task priority has made it meanwhile.
@@ -130,15 +141,25 @@ impl System {
         for (index, name) in ["cr0", "cr3", "cr4", "cr8"].into_iter().enumerate() {
             log.compare(format_args!("{name}"), expected.cr[index], found.cr[index]);
         }
-        for (index, name) in ["dr0", "dr1", "dr2", "dr3", "dr6", "dr7"].into_iter().enumerate() {
+        for (index, name) in ["dr0", "dr1", "dr2", "dr3", "dr6", "dr7"]
+            .into_iter()
+            .enumerate()
+        {
             log.compare(format_args!("{name}"), expected.dr[index], found.dr[index]);
         }
-        for (name, expected, found) in [("gdtr", expected.gdtr, found.gdtr), ("idtr", expected.idtr, found.idtr)] {
+        for (name, expected, found) in [
+            ("gdtr", expected.gdtr, found.gdtr),
+            ("idtr", expected.idtr, found.idtr),
+        ] {
             log.compare(format_args!("{name}.0"), expected[0], found[0]);
             log.compare(format_args!("{name}.1"), expected[1], found[1]);
         }
         log.compare(format_args!("tr"), expected.tr.into(), found.tr.into());
-        log.compare(format_args!("ldtr"), expected.ldtr.into(), found.ldtr.into());
+        log.compare(
+            format_args!("ldtr"),
+            expected.ldtr.into(),
+            found.ldtr.into(),
+        );
         log.compare(format_args!("xcr0"), self.xcr0, xcr0());
     }
 }
