@@ -19,7 +19,11 @@ fn rustflags(script: &Path) -> String {
         format!("-Wl,-T,{}", script.display()),
     ];
     let mut flags = vec!["-Crelocation-model=static".to_owned()];
-    flags.extend(arguments.into_iter().map(|argument| format!("-Clink-arg={argument}")));
+    flags.extend(
+        arguments
+            .into_iter()
+            .map(|argument| format!("-Clink-arg={argument}")),
+    );
     flags.join("\x1f")
 }
 
@@ -30,7 +34,13 @@ fn leaks(name: &str) -> bool {
     let kept = ["CARGO_HOME", "CARGO_MAKEFLAGS"];
     let steering = ["RUSTFLAGS", "RUSTDOC", "CLIPPY_ARGS", "CLIPPY_CONF_DIR"];
     let prefixes = ["CARGO_", "RUSTC_", "LLVM_PROFILE"];
-    let network = ["CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTRIES_", "CARGO_REGISTRY_", "CARGO_SOURCE_"];
+    let network = [
+        "CARGO_HTTP_",
+        "CARGO_NET_",
+        "CARGO_REGISTRIES_",
+        "CARGO_REGISTRY_",
+        "CARGO_SOURCE_",
+    ];
     if kept.contains(&name) || network.iter().any(|prefix| name.starts_with(prefix)) {
         return false;
     }
@@ -53,10 +63,16 @@ fn build() -> Result<(), String> {
     for input in ["src", "image.ld", "Cargo.toml"] {
         println!("cargo::rerun-if-changed={}", guests.join(input).display());
     }
-    println!("cargo::rerun-if-changed={}", here.join("build.rs").display());
+    println!(
+        "cargo::rerun-if-changed={}",
+        here.join("build.rs").display()
+    );
     // The profile `guest` and the toolchain are the workspace's.
     for input in ["Cargo.toml", "rust-toolchain.toml"] {
-        println!("cargo::rerun-if-changed={}", here.join("..").join(input).display());
+        println!(
+            "cargo::rerun-if-changed={}",
+            here.join("..").join(input).display()
+        );
     }
 
     let mut cargo = Command::new(path("CARGO")?);
@@ -67,14 +83,35 @@ fn build() -> Result<(), String> {
     }
     cargo
         .current_dir(&guests)
-        .args(["build", "--package", "guests", "--bins", "--features", "bare-metal"])
-        .args(["--profile", "guest", "--target", TARGET, "--locked", "--target-dir"])
+        .args([
+            "build",
+            "--package",
+            "guests",
+            "--bins",
+            "--features",
+            "bare-metal",
+        ])
+        .args([
+            "--profile",
+            "guest",
+            "--target",
+            TARGET,
+            "--locked",
+            "--target-dir",
+        ])
         .arg(&target_dir)
-        .env("CARGO_ENCODED_RUSTFLAGS", rustflags(&guests.join("image.ld")));
+        .env(
+            "CARGO_ENCODED_RUSTFLAGS",
+            rustflags(&guests.join("image.ld")),
+        );
     // Its messages go to standard error, which cargo shows when a build script fails.
-    let status = cargo.status().map_err(|error| format!("cannot start {cargo:?}: {error}"))?;
+    let status = cargo
+        .status()
+        .map_err(|error| format!("cannot start {cargo:?}: {error}"))?;
     if !status.success() {
-        return Err(format!("the build of the bare-metal guests failed ({status}); its messages are below"));
+        return Err(format!(
+            "the build of the bare-metal guests failed ({status}); its messages are below"
+        ));
     }
     println!(
         "cargo::rustc-env=GUEST_IMAGES={}",

@@ -197,14 +197,26 @@ mod tests {
     fn defaults_need_no_command_line() {
         assert_eq!(Options::default().to_string(), "");
         assert_eq!(Options::parse(""), Ok(Options::default()));
-        assert_eq!(Options::parse("rate=0").map(|options| options.rate), Ok(Rate::PerSecond(0)));
+        assert_eq!(
+            Options::parse("rate=0").map(|options| options.rate),
+            Ok(Rate::PerSecond(0))
+        );
     }
 
     #[test]
     fn a_wrong_word_is_named() {
-        assert_eq!(Options::parse("fill=64M quick"), Err(Malformed::Unknown("quick")));
-        assert_eq!(Options::parse("speed=1"), Err(Malformed::Unknown("speed=1")));
-        assert_eq!(Options::parse("rate=fast"), Err(Malformed::Value("rate=fast")));
+        assert_eq!(
+            Options::parse("fill=64M quick"),
+            Err(Malformed::Unknown("quick"))
+        );
+        assert_eq!(
+            Options::parse("speed=1"),
+            Err(Malformed::Unknown("speed=1"))
+        );
+        assert_eq!(
+            Options::parse("rate=fast"),
+            Err(Malformed::Value("rate=fast"))
+        );
     }
 
     #[test]

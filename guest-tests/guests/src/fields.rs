@@ -46,7 +46,10 @@ impl FromStr for Size {
             Some(b'K') => (text.len() - 1, 1 << 10),
             _ => (text.len(), 1u64),
         };
-        let number: u64 = text.get(..digits).and_then(|digits| digits.parse().ok()).ok_or(())?;
+        let number: u64 = text
+            .get(..digits)
+            .and_then(|digits| digits.parse().ok())
+            .ok_or(())?;
         number.checked_mul(unit).map(Self).ok_or(())
     }
 }
@@ -94,9 +97,76 @@ impl<T: FromStr> FromStr for Maybe<T> {
     }
 }
 
+/// A short name, at most 24 bytes without blanks; what is longer is cut off.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub struct Name {
+    bytes: [u8; 24],
+    length: usize,
+}
+
+impl Name {
+    /// The name that these arguments make.
+    #[must_use]
+    pub fn of(arguments: fmt::Arguments<'_>) -> Self {
+        let mut name = Self::default();
+        // Writing to it never fails.
+        let _ = fmt::write(&mut name, arguments);
+        name
+    }
+
+    /// As text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        self.bytes
+            .get(..self.length)
+            .and_then(|bytes| str::from_utf8(bytes).ok())
+            .unwrap_or("")
+    }
+}
+
+impl fmt::Write for Name {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for character in text.chars() {
+            let end = self.length + character.len_utf8();
+            if let Some(place) = self.bytes.get_mut(self.length..end) {
+                character.encode_utf8(place);
+                self.length = end;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Debug for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self.as_str(), f)
+    }
+}
+
+impl FromStr for Name {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let name = Self::of(format_args!("{text}"));
+        if name.as_str() == text {
+            Ok(name)
+        } else {
+            Err(())
+        }
+    }
+}
+
 /// The value of `key` among the words of `text`.
 pub(crate) fn value<'a>(text: &'a str, key: &str) -> Option<&'a str> {
-    let mut pairs = text.split_ascii_whitespace().filter_map(|word| word.split_once('='));
+    let mut pairs = text
+        .split_ascii_whitespace()
+        .filter_map(|word| word.split_once('='));
     pairs.find(|(name, _)| *name == key).map(|(_, value)| value)
 }
 
@@ -225,7 +295,13 @@ mod tests {
 
     #[test]
     fn sizes_read_back_as_written() {
-        for (size, text) in [(0, "0"), (4095, "4095"), (8192, "8K"), (3 << 29, "1536M"), (4 << 30, "4G")] {
+        for (size, text) in [
+            (0, "0"),
+            (4095, "4095"),
+            (8192, "8K"),
+            (3 << 29, "1536M"),
+            (4 << 30, "4G"),
+        ] {
             assert_eq!(Size(size).to_string(), text);
             assert_eq!(text.parse(), Ok(Size(size)));
         }
@@ -236,6 +312,21 @@ mod tests {
         for text in ["", "M", "12X", "-1", "1.5G", "18446744073709551615K"] {
             assert_eq!(text.parse::<Size>(), Err(()), "{text}");
         }
+    }
+
+    #[test]
+    fn a_name_that_is_too_long_is_refused() {
+        assert_eq!(
+            "lapic_lvt_timer"
+                .parse::<Name>()
+                .map(|name| name.to_string()),
+            Ok("lapic_lvt_timer".into())
+        );
+        assert_eq!("abcdefghijklmnopqrstuvwxyz".parse::<Name>(), Err(()));
+        assert_eq!(
+            Name::of(format_args!("abcdefghijklmnopqrstuvwxyz")).as_str(),
+            "abcdefghijklmnopqrstuvwx"
+        );
     }
 
     #[test]

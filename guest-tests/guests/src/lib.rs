@@ -10,9 +10,13 @@
 
 #[cfg(feature = "bare-metal")]
 pub mod bare;
+pub mod boot;
+pub mod clock;
 pub mod dirtier;
+pub mod echo;
 pub mod fault;
 mod fields;
 pub mod page;
+pub mod state;
 
-pub use fields::{Hex, Malformed, Maybe, Size};
+pub use fields::{Hex, Malformed, Maybe, Name, Size};

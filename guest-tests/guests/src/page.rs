@@ -30,7 +30,10 @@ fn spread(seed: &mut u64) -> u64 {
 impl Stream {
     fn new(page: u64, generation: u32) -> Self {
         let mut seed = (page << 32) ^ u64::from(generation);
-        let mut stream = Self { a: [0; LANES], b: [0; LANES] };
+        let mut stream = Self {
+            a: [0; LANES],
+            b: [0; LANES],
+        };
         for lane in stream.a.iter_mut().chain(&mut stream.b) {
             *lane = spread(&mut seed);
         }
@@ -54,8 +57,22 @@ impl Stream {
 
 /// Words of eight letters for compressible pages.
 const VOCABULARY: [[u8; 8]; 16] = [
-    *b"a guest ", *b"wanders ", *b"from one", *b" host to", *b" another", *b", where ", *b"no page ", *b"is lost,",
-    *b" not one", *b" word of", *b" it torn", *b", while ", *b"its tick", *b" goes on", *b" softly.", *b"\nThen a ",
+    *b"a guest ",
+    *b"wanders ",
+    *b"from one",
+    *b" host to",
+    *b" another",
+    *b", where ",
+    *b"no page ",
+    *b"is lost,",
+    *b" not one",
+    *b" word of",
+    *b" it torn",
+    *b", while ",
+    *b"its tick",
+    *b" goes on",
+    *b" softly.",
+    *b"\nThen a ",
 ];
 
 /// Calls `each` with every four words of the page, in order.
@@ -65,7 +82,9 @@ fn generate(data: Data, page: u64, generation: u32, mut each: impl FnMut(usize, 
     for group in 0..512 / LANES {
         let words = match data {
             Data::Random => stream.next(),
-            Data::Text => stream.next().map(|word| u64::from_le_bytes(VOCABULARY[(word >> 60) as usize])),
+            Data::Text => stream
+                .next()
+                .map(|word| u64::from_le_bytes(VOCABULARY[(word >> 60) as usize])),
             Data::Zero => [0; LANES],
         };
         each(group, words);
@@ -94,7 +113,12 @@ pub fn matches(memory: &Page, data: Data, page: u64, generation: u32) -> bool {
 /// The first word that differs from `generation` of page number `page`: its index, and how it
 /// should be.
 #[must_use]
-pub fn first_difference(memory: &Page, data: Data, page: u64, generation: u32) -> Option<(usize, u64)> {
+pub fn first_difference(
+    memory: &Page,
+    data: Data,
+    page: u64,
+    generation: u32,
+) -> Option<(usize, u64)> {
     let mut first = None;
     generate(data, page, generation, |group, words| {
         for (lane, expected) in words.into_iter().enumerate() {
@@ -123,7 +147,10 @@ mod tests {
             let memory = page(data, 7, 3);
             assert!(matches(&memory, data, 7, 3));
             for (number, generation) in [(7, 2), (7, 4), (6, 3), (8, 3), (3, 7)] {
-                assert!(!matches(&memory, data, number, generation), "{number} {generation}");
+                assert!(
+                    !matches(&memory, data, number, generation),
+                    "{number} {generation}"
+                );
             }
         }
     }
@@ -136,7 +163,10 @@ mod tests {
                 let mut memory = right;
                 memory[index] ^= 1 << (index % 64);
                 assert!(!matches(&memory, data, 1 << 20, 99));
-                assert_eq!(first_difference(&memory, data, 1 << 20, 99), Some((index, right[index])));
+                assert_eq!(
+                    first_difference(&memory, data, 1 << 20, 99),
+                    Some((index, right[index]))
+                );
             }
             assert_eq!(first_difference(&right, data, 1 << 20, 99), None);
         }
@@ -152,7 +182,10 @@ mod tests {
     #[test]
     fn text_pages_are_text_and_zero_pages_are_zero() {
         let text = page(Data::Text, 0, 1);
-        assert!(text.iter().all(|word| word.to_le_bytes().iter().all(u8::is_ascii)));
+        assert!(
+            text.iter()
+                .all(|word| word.to_le_bytes().iter().all(u8::is_ascii))
+        );
         assert_eq!(page(Data::Zero, 5, 5), [0; 512]);
     }
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use guests::dirtier::HEARTBEAT;
+use crate::{Event, Reader};
 
 /// How long to wait between two attempts to connect to a port that isn't there yet.
 const CONNECT_RETRY: Duration = Duration::from_millis(2);
@@ -43,30 +43,6 @@ impl Heartbeats {
         self.first.get_or_insert(at);
         self.last = Some(at);
         self.count += 1;
-    }
-}
-
-/// Tells heartbeats from lines in what a guest writes.
-///
-/// A report is a line that begins with a newline of its own, so that a `.` outside of such a line
-/// is a heartbeat. A line that begins with anything else (a kernel's message) counts as well.
-#[derive(Debug, Default)]
-struct Splitter {
-    line: Vec<u8>,
-}
-
-impl Splitter {
-    fn feed(&mut self, byte: u8, mut on_heartbeat: impl FnMut(), on_line: impl FnOnce(String)) {
-        match byte {
-            b'\n' if self.line.is_empty() => {}
-            b'\n' => {
-                let text = String::from_utf8_lossy(&self.line).trim_end().to_owned();
-                self.line.clear();
-                on_line(text);
-            }
-            HEARTBEAT if self.line.is_empty() => on_heartbeat(),
-            byte => self.line.push(byte),
-        }
     }
 }
 
@@ -135,7 +111,9 @@ impl Watcher {
                     Some(found) => return Ok((found, line.at)),
                     None => others.push(line.text),
                 },
-                Err(RecvTimeoutError::Timeout) => return Err(WaitError::Timeout { patience, others }),
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(WaitError::Timeout { patience, others });
+                }
                 Err(RecvTimeoutError::Disconnected) => return Err(WaitError::Closed { others }),
             }
         }
@@ -187,31 +165,26 @@ pub enum WaitError {
     },
 }
 
-fn watch(mut reader: UnixStream, heartbeats: &Mutex<Heartbeats>, lines: &mpsc::Sender<Line>) {
-    let mut splitter = Splitter::default();
+fn watch(mut stream: UnixStream, heartbeats: &Mutex<Heartbeats>, lines: &mpsc::Sender<Line>) {
+    let mut reader = Reader::default();
     let mut buffer = [0; 4096];
     loop {
-        let count = match reader.read(&mut buffer) {
+        let count = match stream.read(&mut buffer) {
             Ok(0) => return,
             Ok(count) => count,
             Err(err) if err.kind() == io::ErrorKind::Interrupted => continue,
             Err(_) => return,
         };
         let at = Instant::now();
-        for &byte in buffer.iter().take(count) {
-            splitter.feed(
-                byte,
-                || {
-                    heartbeats
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .beat(at);
-                },
-                |text| {
-                    // A receiver that is gone doesn't want lines any more.
-                    let _ = lines.send(Line { text, at });
-                },
-            );
+        for event in reader.read(buffer.get(..count).unwrap_or_default()) {
+            match event {
+                Event::Heartbeat => heartbeats
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .beat(at),
+                // A receiver that is gone doesn't want lines any more.
+                Event::Line(text) => drop(lines.send(Line { text, at })),
+            }
         }
     }
 }
@@ -219,18 +192,6 @@ fn watch(mut reader: UnixStream, heartbeats: &Mutex<Heartbeats>, lines: &mpsc::S
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn heartbeats_and_lines_are_told_apart() {
-        let mut splitter = Splitter::default();
-        let mut beats = 0;
-        let mut lines = Vec::new();
-        for &byte in b"..\nstatus written=1.5 x\n.\n\n[ 0.1] hello.\r\n.." {
-            splitter.feed(byte, || beats += 1, |line| lines.push(line));
-        }
-        assert_eq!(beats, 5);
-        assert_eq!(lines, ["status written=1.5 x", "[ 0.1] hello."]);
-    }
 
     #[test]
     fn the_longest_gap_is_between_neighbours() {

@@ -62,7 +62,9 @@ pub enum Unreadable {
 impl fmt::Display for Unreadable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Magic(protocol, magic) => write!(f, "{protocol:?} boot information begins with {magic:#x}"),
+            Self::Magic(protocol, magic) => {
+                write!(f, "{protocol:?} boot information begins with {magic:#x}")
+            }
             Self::NoMemoryMap => f.write_str("the VMM gave no memory map"),
         }
     }
@@ -115,7 +117,11 @@ impl Boot {
             if version >= 1 {
                 let (map, entries): (u64, u32) = (read(info + 40), read(info + 48));
                 for entry in (0..u64::from(entries)).map(|index| map + index * 24) {
-                    self.add(Region { base: read(entry), size: read(entry + 8), kind: read(entry + 16) });
+                    self.add(Region {
+                        base: read(entry),
+                        size: read(entry + 8),
+                        kind: read(entry + 16),
+                    });
                 }
             }
             self.copy_command_line(read(info + 24));
@@ -139,7 +145,11 @@ impl Boot {
             }
             let entries: u8 = read(params + 0x1e8);
             for entry in (0..u64::from(entries)).map(|index| params + 0x2d0 + index * 20) {
-                self.add(Region { base: read(entry), size: read(entry + 8), kind: read(entry + 16) });
+                self.add(Region {
+                    base: read(entry),
+                    size: read(entry + 8),
+                    kind: read(entry + 16),
+                });
             }
             let wide = |low: u64, high: u64| {
                 u64::from(read::<u32>(params + low)) | u64::from(read::<u32>(params + high)) << 32

@@ -9,7 +9,7 @@ unsafe extern "C" {
 /// As many vCPUs as have a block.
 pub const MAX: usize = 32;
 /// Bytes of a block.
-const BYTES: usize = 1 << 15;
+const BYTES: usize = 1 << 16;
 /// Where in a block `traps.s` notes down a fault.
 const FAULT: usize = 9216;
 
@@ -39,14 +39,18 @@ impl Cpu {
     /// The vCPU with the block at `address`, as `entry.s` passes it.
     #[must_use]
     pub(crate) fn at(address: u64) -> Self {
-        Self { block: address as usize }
+        Self {
+            block: address as usize,
+        }
     }
 
     /// The vCPU that was the `index`th to start; 0 is the first.
     #[must_use]
     pub fn nth(index: usize) -> Self {
         assert!(index < MAX, "no such vCPU");
-        Self { block: &raw const vcpu_blocks as usize + index * BYTES }
+        Self {
+            block: &raw const vcpu_blocks as usize + index * BYTES,
+        }
     }
 
     /// In the order in which they started.

@@ -10,7 +10,11 @@ use crate::Hex;
 use crate::fault::Fault;
 
 // One piece: traps.s uses the symbols that entry.s sets.
-global_asm!(include_str!("entry.s"), include_str!("traps.s"), options(raw));
+global_asm!(
+    include_str!("entry.s"),
+    include_str!("traps.s"),
+    options(raw)
+);
 
 /// Second vCPUs come with this instead of a protocol.
 const ENTRY_SECOND: u64 = 2;
@@ -23,7 +27,11 @@ pub fn start(info: u64, entry: u64, block: u64, main: fn(&Boot) -> !) -> ! {
     }
     memory::install_traps();
     serial::initialize();
-    let protocol = if entry == 0 { Protocol::Pvh } else { Protocol::Linux64 };
+    let protocol = if entry == 0 {
+        Protocol::Pvh
+    } else {
+        Protocol::Linux64
+    };
     match Boot::read(protocol, info) {
         Ok(boot) => main(&boot),
         Err(reason) => super::give_up(&reason),

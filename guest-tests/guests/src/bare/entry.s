@@ -8,7 +8,7 @@
 .set USER_CODE, 0x2b
 .set FIRST_TSS, 0x30
 .set MAX_CPUS, 32
-.set BLOCK_SHIFT, 15            # a vCPU's block, laid out as in cpu.rs
+.set BLOCK_SHIFT, 16            # a vCPU's block, laid out as in cpu.rs
 .set BLOCK, 1 << BLOCK_SHIFT
 .set KERNEL_STACK_TOP, 8192     # the counters of its interrupts are below the stack
 .set TSS, 8192
@@ -228,7 +228,7 @@ low_gib:
     .endr
 
     .section .bss.entry, "aw", @nobits
-    .balign 32768
+    .balign 65536
     .globl vcpu_blocks
 vcpu_blocks:
     .skip MAX_CPUS * BLOCK

@@ -49,7 +49,11 @@ pub(crate) fn install_traps() {
 pub(crate) fn map(regions: &[Region]) {
     map_gib(DEVICES);
     for region in regions {
-        let end = region.base.saturating_add(region.size).div_ceil(GIB).min(DIRECTORIES as u64);
+        let end = region
+            .base
+            .saturating_add(region.size)
+            .div_ceil(GIB)
+            .min(DIRECTORIES as u64);
         (region.base / GIB..end).for_each(map_gib);
     }
 }

@@ -1,11 +1,15 @@
 //! The machine under the guests. Start reading at `entry.s`, then `privileged`.
 //!
 //! A guest is a bin with `guest!(pvh, main)` and `fn main(boot: &Boot) -> !`.
-#![allow(unsafe_code, reason = "bare metal: ports, page tables, the VMM's structures in memory")]
+#![allow(
+    unsafe_code,
+    reason = "bare metal: ports, page tables, the VMM's structures in memory"
+)]
 
 pub mod boot;
 pub mod cpu;
 mod entry;
+pub mod interrupts;
 pub mod intrinsics;
 pub mod lapic;
 pub mod memory;

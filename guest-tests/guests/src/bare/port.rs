@@ -8,18 +8,24 @@ use core::arch::asm;
 pub fn read(port: u16) -> u8 {
     let byte;
     // SAFETY: port I/O reaches devices, not memory.
-    unsafe { asm!("in al, dx", in("dx") port, out("al") byte, options(nomem, nostack, preserves_flags)) };
+    unsafe {
+        asm!("in al, dx", in("dx") port, out("al") byte, options(nomem, nostack, preserves_flags))
+    };
     byte
 }
 
 /// Writes a byte.
 pub fn write(port: u16, byte: u8) {
     // SAFETY: as in `read`.
-    unsafe { asm!("out dx, al", in("dx") port, in("al") byte, options(nomem, nostack, preserves_flags)) };
+    unsafe {
+        asm!("out dx, al", in("dx") port, in("al") byte, options(nomem, nostack, preserves_flags))
+    };
 }
 
 /// Writes two bytes at once.
 pub fn write_u16(port: u16, word: u16) {
     // SAFETY: as in `read`.
-    unsafe { asm!("out dx, ax", in("dx") port, in("ax") word, options(nomem, nostack, preserves_flags)) };
+    unsafe {
+        asm!("out dx, ax", in("dx") port, in("ax") word, options(nomem, nostack, preserves_flags))
+    };
 }

@@ -13,6 +13,9 @@ unsafe extern "C" {
     fn privileged_wrmsr();
     fn privileged_read_msr();
     fn privileged_write_msr();
+    fn privileged_rdtsc();
+    fn privileged_read_control();
+    fn privileged_write_debug();
     fn privileged_cpuid();
     fn privileged_interrupts();
     fn privileged_wait();
@@ -29,7 +32,12 @@ unsafe extern "C" {
 ///
 /// # Safety
 /// The routine must take these arguments and do no harm with them.
-pub(crate) unsafe fn call(routine: unsafe extern "C" fn(), first: u64, second: u64, third: u64) -> u64 {
+pub(crate) unsafe fn call(
+    routine: unsafe extern "C" fn(),
+    first: u64,
+    second: u64,
+    third: u64,
+) -> u64 {
     let result;
     // SAFETY: the gate changes what a C function may change, and memory as the caller vouches.
     unsafe {
@@ -80,13 +88,64 @@ pub unsafe fn write_msr(msr: u32, value: u64) -> bool {
     unsafe { call(privileged_write_msr, msr.into(), value, 0) == 1 }
 }
 
+/// The TSC as CPL 0 reads it: where CPL 0 is interpreted, an offset that the VMM sets may apply
+/// here only.
+#[must_use]
+pub fn rdtsc() -> u64 {
+    // SAFETY: no memory is touched.
+    unsafe { call(privileged_rdtsc, 0, 0, 0) }
+}
+
+/// The registers that only CPL 0 can read; `traps.s` fills it in.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Control {
+    /// CR0, CR3, CR4, CR8.
+    pub cr: [u64; 4],
+    /// DR0 to DR3, DR6, DR7.
+    pub dr: [u64; 6],
+    /// Limit and base, in ten bytes.
+    pub gdtr: [u64; 2],
+    /// Limit and base, in ten bytes.
+    pub idtr: [u64; 2],
+    /// The selector.
+    pub tr: u32,
+    /// The selector.
+    pub ldtr: u32,
+}
+
+/// Reads them.
+#[must_use]
+pub fn control() -> Control {
+    let mut control = Control::default();
+    // SAFETY: the routine writes to `control` only.
+    unsafe { call(privileged_read_control, &raw mut control as u64, 0, 0) };
+    control
+}
+
+/// Sets DR0 to DR3 and DR7.
+///
+/// # Safety
+/// DR7 must enable no breakpoint that nobody handles.
+pub unsafe fn write_debug(registers: &[u64; 5]) {
+    // SAFETY: the caller vouches for it.
+    unsafe { call(privileged_write_debug, registers.as_ptr() as u64, 0, 0) };
+}
+
 /// EAX, EBX, ECX and EDX of a CPUID leaf, as the VMM gives them: an interpreted CPUID obeys the
 /// VMM where a native one would show the host's.
 #[must_use]
 pub fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
     let mut registers = [0; 4];
     // SAFETY: the routine writes to `registers` only.
-    unsafe { call(privileged_cpuid, leaf.into(), subleaf.into(), registers.as_mut_ptr() as u64) };
+    unsafe {
+        call(
+            privileged_cpuid,
+            leaf.into(),
+            subleaf.into(),
+            registers.as_mut_ptr() as u64,
+        )
+    };
     registers
 }
 
@@ -133,6 +192,13 @@ fn forever(routine: unsafe extern "C" fn()) -> ! {
 pub fn breakpoint() {
     // SAFETY: the handler counts it and returns.
     unsafe { call(privileged_breakpoint, 0, 0, 0) };
+}
+
+/// The address after that `int3`.
+#[must_use]
+pub fn after_breakpoint() -> u64 {
+    // `int3` is one byte, at the routine's beginning.
+    privileged_breakpoint as *const () as u64 + 1
 }
 
 /// `popcnt` at CPL 0, which some KVMs can't interpret.

@@ -67,12 +67,22 @@ impl<'a> Clock<'a> {
         }
     }
 
+    /// Whether KVM says that the clocks of all vCPUs agree (PVCLOCK_TSC_STABLE_BIT).
+    #[must_use]
+    pub fn is_stable(&self) -> bool {
+        self.snapshot().0.flags & 1 != 0
+    }
+
     /// ns of the guest's monotonic time.
     #[must_use]
     pub fn now(&self) -> u64 {
         let (page, tsc) = self.snapshot();
         let delta = tsc.saturating_sub(page.tsc_timestamp);
-        let shifted = if page.shift < 0 { delta >> -page.shift } else { delta << page.shift };
+        let shifted = if page.shift < 0 {
+            delta >> -page.shift
+        } else {
+            delta << page.shift
+        };
         page.system_time + ((u128::from(shifted) * u128::from(page.multiplier)) >> 32) as u64
     }
 }
@@ -88,5 +98,9 @@ pub fn tsc_khz() -> Option<u64> {
     let (page, _) = clock.snapshot();
     clock.stop();
     let khz = (1_000_000u64 << 32).checked_div(page.multiplier.into())?;
-    Some(if page.shift < 0 { khz << -page.shift } else { khz >> page.shift })
+    Some(if page.shift < 0 {
+        khz << -page.shift
+    } else {
+        khz >> page.shift
+    })
 }

@@ -26,7 +26,11 @@ pub fn start(khz: u64, expected: u64, main: fn(Cpu) -> !) -> u64 {
     // SAFETY: the trampoline's page is RAM on any PC and nobody's by now.
     unsafe {
         let code = &raw const trampoline;
-        intrinsics::copy(TRAMPOLINE as *mut u8, code, (&raw const trampoline_end).offset_from_unsigned(code));
+        intrinsics::copy(
+            TRAMPOLINE as *mut u8,
+            code,
+            (&raw const trampoline_end).offset_from_unsigned(code),
+        );
     }
     lapic::enable();
     lapic::broadcast_init();

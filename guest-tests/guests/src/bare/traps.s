@@ -75,7 +75,7 @@ trap_6:
     push 6
     jmp exception
 
-# An access to an MSR that does not exist: `probe_msr` goes on with RDX = 1.
+# An access to an MSR that does not exist goes on at probe_failed.
 trap_13:
     cmp qword ptr [rsp + 8], offset probe_read
     je 1f
@@ -146,7 +146,7 @@ privileged_wrmsr:
     wrmsr
     ret
 
-# Read MSR RDI to [RSI] (privileged_probe_msr), or write it back (…_write): RAX = 1 if it exists.
+# Read MSR RDI to [RSI], or write RSI to it: RAX = 1 if that worked, 0 if it raised #GP.
     .globl privileged_read_msr
 privileged_read_msr:
     mov ecx, edi
@@ -168,6 +168,58 @@ probe_write:
     ret
 probe_failed:
     xor eax, eax
+    ret
+
+    .globl privileged_rdtsc
+privileged_rdtsc:
+    rdtsc
+    shl rdx, 32
+    or rax, rdx
+    ret
+
+# CR0, CR3, CR4, CR8, DR0 to DR3, DR6, DR7, GDTR, IDTR, TR, LDTR to [RDI], as in privileged.rs.
+    .globl privileged_read_control
+privileged_read_control:
+    mov rax, cr0
+    mov [rdi], rax
+    mov rax, cr3
+    mov [rdi + 8], rax
+    mov rax, cr4
+    mov [rdi + 16], rax
+    mov rax, cr8
+    mov [rdi + 24], rax
+    mov rax, dr0
+    mov [rdi + 32], rax
+    mov rax, dr1
+    mov [rdi + 40], rax
+    mov rax, dr2
+    mov [rdi + 48], rax
+    mov rax, dr3
+    mov [rdi + 56], rax
+    mov rax, dr6
+    mov [rdi + 64], rax
+    mov rax, dr7
+    mov [rdi + 72], rax
+    sgdt [rdi + 80]
+    sidt [rdi + 96]
+    str eax
+    mov [rdi + 112], eax
+    sldt eax
+    mov [rdi + 116], eax
+    ret
+
+    .globl privileged_write_debug
+privileged_write_debug:         # DR0 to DR3 and DR7 from [RDI]
+    mov rax, [rdi]
+    mov dr0, rax
+    mov rax, [rdi + 8]
+    mov dr1, rax
+    mov rax, [rdi + 16]
+    mov dr2, rax
+    mov rax, [rdi + 24]
+    mov dr3, rax
+    mov rax, [rdi + 32]
+    mov dr7, rax
     ret
 
     .globl privileged_cpuid

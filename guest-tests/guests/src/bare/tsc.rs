@@ -13,16 +13,28 @@ pub fn now() -> u64 {
 /// Its frequency in kHz: `given` unless 0, or else what CPUID, kvmclock or the PIT tell.
 #[must_use]
 pub fn frequency(given: u64) -> Option<u64> {
-    [|| hypervisor_leaf(), || crystal_leaf(), || pvclock::tsc_khz(), || by_pit()]
-        .into_iter()
-        .fold((given != 0).then_some(given), |found, source: fn() -> Option<u64>| found.or_else(source))
+    [
+        || hypervisor_leaf(),
+        || crystal_leaf(),
+        || pvclock::tsc_khz(),
+        || by_pit(),
+    ]
+    .into_iter()
+    .fold(
+        (given != 0).then_some(given),
+        |found, source: fn() -> Option<u64>| found.or_else(source),
+    )
 }
 
 /// Leaf 0x40000010, EAX: as VMware and QEMU (`vmware-cpuid-freq`) have it.
 fn hypervisor_leaf() -> Option<u64> {
     let hypervisor = privileged::cpuid(1, 0)[2] >> 31 != 0;
     let reaches = hypervisor && privileged::cpuid(0x4000_0000, 0)[0] >= 0x4000_0010;
-    let khz = if reaches { privileged::cpuid(0x4000_0010, 0)[0] } else { 0 };
+    let khz = if reaches {
+        privileged::cpuid(0x4000_0010, 0)[0]
+    } else {
+        0
+    };
     (khz != 0).then_some(khz.into())
 }
 
@@ -32,7 +44,10 @@ fn crystal_leaf() -> Option<u64> {
         return None;
     }
     let [denominator, numerator, hertz, _] = privileged::cpuid(0x15, 0).map(u64::from);
-    (hertz * numerator).checked_div(denominator).filter(|&hertz| hertz != 0).map(|hertz| hertz / 1000)
+    (hertz * numerator)
+        .checked_div(denominator)
+        .filter(|&hertz| hertz != 0)
+        .map(|hertz| hertz / 1000)
 }
 
 /// Lets the PIT's channel 2 count 20 ms.

@@ -67,7 +67,11 @@ impl Memory {
                 found += count;
             }
         });
-        (pages > 0 && found == pages).then_some(Self { pieces, pages, generations })
+        (pages > 0 && found == pages).then_some(Self {
+            pieces,
+            pages,
+            generations,
+        })
     }
 
     fn address(&self, page: u64) -> u64 {
@@ -140,7 +144,11 @@ impl Dirtier {
         let cycles = |microseconds: u64| microseconds * khz / 1000;
         Self {
             working_set: (options.ws.0 / page::BYTES).min(memory.pages),
-            poll: Timer::new(if options.heartbeat == 0 { cycles(POLL_US) } else { 0 }),
+            poll: Timer::new(if options.heartbeat == 0 {
+                cycles(POLL_US)
+            } else {
+                0
+            }),
             beat: Timer::new(cycles(options.heartbeat)),
             options,
             khz,
@@ -187,7 +195,11 @@ impl Dirtier {
         };
         let always = self.options.rate == Rate::Max && self.working_set > 0;
         let mut sweep = per_second(self.options.sweep);
-        let mut corrupt = self.options.corrupt.0.filter(|&page| page < self.memory.pages);
+        let mut corrupt = self
+            .options
+            .corrupt
+            .0
+            .filter(|&page| page < self.memory.pages);
         let corrupt_at = self.last_turn + self.khz * 1000;
         let backlog = BACKLOG_US * self.khz / 1000;
         loop {
@@ -198,7 +210,9 @@ impl Dirtier {
             if sweep.fires(now, backlog) {
                 self.sweep_next();
             }
-            if now >= corrupt_at && let Some(number) = corrupt.take() {
+            if now >= corrupt_at
+                && let Some(number) = corrupt.take()
+            {
                 self.memory.page(number).0[200] ^= 0x10;
             }
         }
@@ -209,7 +223,11 @@ impl Dirtier {
         let now = tsc::now();
         if now < self.last_turn {
             self.longest_back = self.longest_back.max(self.last_turn - now);
-            for timer in timers.iter_mut().map(|timer| &mut **timer).chain([&mut self.beat, &mut self.poll]) {
+            for timer in timers
+                .iter_mut()
+                .map(|timer| &mut **timer)
+                .chain([&mut self.beat, &mut self.poll])
+            {
                 timer.due = now;
             }
         } else {
@@ -275,7 +293,11 @@ impl Dirtier {
             Pattern::Random => self.random(self.working_set),
             Pattern::Hot => {
                 let hot = self.random(10) != 0;
-                self.random(if hot { self.working_set.div_ceil(10) } else { self.working_set })
+                self.random(if hot {
+                    self.working_set.div_ceil(10)
+                } else {
+                    self.working_set
+                })
             }
         };
         self.check(number);
@@ -325,7 +347,10 @@ impl Dirtier {
         let difference = page::first_difference(page, data, number, generation);
         let older = (generation.saturating_sub(OLDER)..generation).rev();
         let found_generation = older.map(|older| (older, page::matches(page, data, number, older)));
-        let found_generation = found_generation.filter(|(_, matches)| *matches).map(|(older, _)| older.into()).next();
+        let found_generation = found_generation
+            .filter(|(_, matches)| *matches)
+            .map(|(older, _)| older.into())
+            .next();
         let (index, expected) = difference.unwrap_or((0, 0));
         let found = page[index];
         page::write(page, data, number, generation);
