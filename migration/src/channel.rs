@@ -299,11 +299,9 @@ impl Channel {
         let total = HEADER_LEN + body.len();
         self.phase = phase;
         self.torn = true;
-        let sent = self
-            .io
+        self.io
             .send(self.link.fd(), [&header, body], None, &[], 0)
-            .is_ok_and(|count| count == total);
-        sent
+            .is_ok_and(|count| count == total)
     }
 
     /// Sends GO. `Err(false, …)` if not one byte of it can have left.

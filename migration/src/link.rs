@@ -199,17 +199,12 @@ impl Link {
 
     /// Waits until the socket is ready for one of `wanted`. `since` is when something last moved.
     pub(crate) fn wait(&self, wanted: Readiness, since: Instant) -> Result<Readiness, LinkError> {
-        loop {
-            let stall = since + self.patience;
-            let end = self.until.map_or(stall, |until| until.min(stall));
-            if let Some(ready) = self.wait_until(wanted, end)? {
-                return Ok(ready);
-            }
-            return Err(if self.until.is_some_and(|until| until <= stall) {
-                LinkError::Deadline
-            } else {
-                LinkError::NoProgress(self.patience)
-            });
+        let stall = since + self.patience;
+        let end = self.until.map_or(stall, |until| until.min(stall));
+        match self.wait_until(wanted, end)? {
+            Some(ready) => Ok(ready),
+            None if end < stall => Err(LinkError::Deadline),
+            None => Err(LinkError::NoProgress(self.patience)),
         }
     }
 
