@@ -2,10 +2,41 @@
 //! to switch over, and the hand-over of the guest.
 //!
 //! The crate knows neither KVM nor any device: it sees the two machines through the traits of
-//! [`vm`]. Read that first.
+//! [`vm`]. Read that first, then [`source`] and [`destination`], which tell the story.
+//!
+//! - What the machines and the engine share: [`vm`], [`layout`], [`section`], [`bitmap`],
+//!   [`clock`].
+//! - What users see and set: [`uri`], [`parameters`], [`progress`], [`cancel`].
+//! - The source: [`source`], with its passes over memory (`rounds`, [`pagemap`], `zero`), its
+//!   side of the connection (`session`), and arithmetic ([`convergence`], [`pacing`]).
+//! - The destination: [`listener`], [`destination`], and the arriving memory (`placement`).
+//! - The wire, described in docs/protocol.md: [`protocol`], [`frame`], [`message`], [`codec`],
+//!   `channel`, [`link`], [`connect`], and `guest_io`, which moves memory.
 
 pub mod bitmap;
+pub mod cancel;
+pub mod channel;
 pub mod clock;
+pub mod codec;
+pub mod connect;
+pub mod convergence;
+pub mod destination;
+pub mod frame;
+pub mod guest_io;
 pub mod layout;
+pub mod link;
+pub mod listener;
+pub mod message;
+pub mod pacing;
+pub mod pagemap;
+pub mod parameters;
+mod placement;
+pub mod progress;
+pub mod protocol;
+mod rounds;
 pub mod section;
+mod session;
+pub mod source;
+pub mod uri;
 pub mod vm;
+mod zero;

@@ -1,0 +1,570 @@
+//! Whole frames over a [`Link`], in the order that the protocol allows.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::bitmap::PageRun;
+use crate::clock::Clock;
+use crate::codec::DecodeError;
+use crate::frame::{FrameError, HEADER_LEN, Header, Kind};
+use crate::guest_io::{GuestPages, PageIo};
+use crate::link::{Link, LinkError, Readiness, not_ready};
+use crate::message::decode_reason;
+use crate::protocol::{OutOfOrder, Phase};
+
+/// The most frames of the peer that wait to be looked at.
+const MAX_WAITING: usize = 4096;
+const INBOX: usize = 16 << 10;
+/// A body's buffer grows with what has come, in steps of this.
+const BODY_STEP: usize = 256 << 10;
+
+/// Why frames no longer go or come.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// The connection.
+    #[error("{error} (in phase {phase:?})")]
+    Link {
+        /// What happened.
+        error: LinkError,
+        /// How far the migration had come.
+        phase: Phase,
+    },
+    /// A frame.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// A frame's body.
+    #[error("a {} frame is malformed: {error}", .kind.name())]
+    Body {
+        /// The kind of frame.
+        kind: Kind,
+        /// What is wrong.
+        error: DecodeError,
+    },
+    /// The order of the frames.
+    #[error(transparent)]
+    OutOfOrder(#[from] OutOfOrder),
+    /// The peer gave up, and says why: REFUSE, FAILED or CANCEL.
+    #[error("{}: {reason}", peer_verb(*.kind))]
+    Peer {
+        /// Which.
+        kind: Kind,
+        /// Why.
+        reason: String,
+    },
+    /// The peer sends answers to nothing.
+    #[error("the peer sent more than {MAX_WAITING} unasked frames")]
+    Flood,
+}
+
+fn peer_verb(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Refuse => "the destination refused",
+        Kind::Cancel => "the source cancelled",
+        _ => "the destination failed",
+    }
+}
+
+impl ChannelError {
+    /// The reason, if the migration was cancelled from another thread.
+    pub fn cancelled(&self) -> Option<&str> {
+        match self {
+            Self::Link {
+                error: LinkError::Cancelled(reason),
+                ..
+            } => Some(reason),
+            _ => None,
+        }
+    }
+}
+
+/// A frame that arrived; its body is in [`Channel::body`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Arrived {
+    pub(crate) kind: Kind,
+    pub(crate) payload_len: u32,
+}
+
+/// A small frame that arrived while something was being sent.
+#[derive(Debug)]
+struct Waiting {
+    at: Duration,
+    kind: Kind,
+    body: Vec<u8>,
+}
+
+pub(crate) struct Channel {
+    link: Link,
+    clock: Arc<dyn Clock>,
+    phase: Phase,
+    /// Whether frames are taken in while sending: at the source, where they are few and small.
+    duplex: bool,
+    next_sent: u32,
+    next_received: u32,
+    sent_bytes: u64,
+    received_bytes: u64,
+    /// Whether a frame was begun and not finished: nothing more can be sent.
+    torn: bool,
+    inbox: Vec<u8>,
+    inbox_start: usize,
+    header: Option<Header>,
+    partial: Vec<u8>,
+    body: Vec<u8>,
+    arrived_at: Duration,
+    waiting: VecDeque<Waiting>,
+    io: PageIo,
+}
+
+impl Channel {
+    pub(crate) fn new(link: Link, clock: Arc<dyn Clock>, duplex: bool) -> Self {
+        Self {
+            link,
+            clock,
+            phase: Phase::Start,
+            duplex,
+            next_sent: 0,
+            next_received: 0,
+            sent_bytes: 0,
+            received_bytes: 0,
+            torn: false,
+            inbox: Vec::with_capacity(INBOX),
+            inbox_start: 0,
+            header: None,
+            partial: Vec::new(),
+            body: Vec::new(),
+            arrived_at: Duration::ZERO,
+            waiting: VecDeque::new(),
+            io: PageIo::default(),
+        }
+    }
+
+    pub(crate) fn link(&mut self) -> &mut Link {
+        &mut self.link
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    pub(crate) fn sent_bytes(&self) -> u64 {
+        self.sent_bytes
+    }
+
+    pub(crate) fn received_bytes(&self) -> u64 {
+        self.received_bytes
+    }
+
+    /// The body of the frame that [`receive`](Self::receive) returned last.
+    pub(crate) fn body(&self) -> &[u8] {
+        &self.body
+    }
+
+    /// When that frame arrived.
+    pub(crate) fn arrived_at(&self) -> Duration {
+        self.arrived_at
+    }
+
+    fn broken(&self, error: LinkError) -> ChannelError {
+        ChannelError::Link {
+            error,
+            phase: self.phase,
+        }
+    }
+
+    /// Decodes the last body, naming its frame in the error.
+    pub(crate) fn decode<T>(
+        &self,
+        kind: Kind,
+        decode: impl FnOnce(&[u8]) -> Result<T, DecodeError>,
+    ) -> Result<T, ChannelError> {
+        decode(&self.body).map_err(|error| ChannelError::Body { kind, error })
+    }
+
+    /// Sends bytes that are no frame: the preamble.
+    pub(crate) fn send_raw(&mut self, bytes: &[u8]) -> Result<(), ChannelError> {
+        self.send_all([bytes, &[]], None, &[], bytes.len() as u64)
+    }
+
+    /// Sends a frame.
+    pub(crate) fn send(&mut self, kind: Kind, body: &[u8]) -> Result<(), ChannelError> {
+        self.send_frame(kind, body, None, &[])
+    }
+
+    /// Sends a PAGES frame: the pages of `runs`, each within one region, follow `body`.
+    pub(crate) fn send_pages(
+        &mut self,
+        body: &[u8],
+        memory: &GuestPages,
+        runs: &[PageRun],
+    ) -> Result<(), ChannelError> {
+        self.send_frame(Kind::Pages, body, Some(memory), runs)
+    }
+
+    fn send_frame(
+        &mut self,
+        kind: Kind,
+        body: &[u8],
+        memory: Option<&GuestPages>,
+        runs: &[PageRun],
+    ) -> Result<(), ChannelError> {
+        self.link
+            .check_cancel()
+            .map_err(|error| self.broken(error))?;
+        self.phase = self.phase.after(kind)?;
+        let payload_len: u64 =
+            runs.iter().map(|run| run.count).sum::<u64>() * crate::layout::PAGE_SIZE;
+        let header = Header {
+            kind,
+            sequence: self.next_sent,
+            body_len: body.len() as u32,
+            payload_len: payload_len as u32,
+            body_crc: crc32fast::hash(body),
+        }
+        .encode();
+        self.next_sent = self.next_sent.wrapping_add(1);
+        let total = (HEADER_LEN + body.len()) as u64 + payload_len;
+        self.send_all([&header, body], memory, runs, total)
+    }
+
+    fn send_all(
+        &mut self,
+        head: [&[u8]; 2],
+        memory: Option<&GuestPages>,
+        runs: &[PageRun],
+        total: u64,
+    ) -> Result<(), ChannelError> {
+        self.torn = true;
+        let mut done = 0;
+        let mut since = Instant::now();
+        while done < total {
+            match self.io.send(self.link.fd(), head, memory, runs, done) {
+                Ok(count) => {
+                    done += count as u64;
+                    self.sent_bytes += count as u64;
+                    since = Instant::now();
+                }
+                Err(error) => match not_ready::<()>(error) {
+                    Ok(_) => self.wait_to_send(since)?,
+                    Err(error) => return Err(self.why_closed(error)),
+                },
+            }
+        }
+        self.torn = false;
+        Ok(())
+    }
+
+    fn wait_to_send(&mut self, since: Instant) -> Result<(), ChannelError> {
+        let wanted = Readiness {
+            read: self.duplex && self.waiting.len() < MAX_WAITING,
+            write: true,
+        };
+        let ready = self
+            .link
+            .wait(wanted, since)
+            .map_err(|error| self.broken(error))?;
+        if ready.read {
+            self.take_in()?;
+        }
+        Ok(())
+    }
+
+    /// Sending failed because the peer is gone: perhaps it has said why before.
+    fn why_closed(&mut self, error: LinkError) -> ChannelError {
+        if self.duplex {
+            // Ends with the frame that says why, or when there is nothing more to read.
+            if let Err(said @ ChannelError::Peer { .. }) = self.take_in() {
+                return said;
+            }
+        }
+        self.broken(error)
+    }
+
+    /// Sends a frame only as far as that is possible without waiting; for last words.
+    pub(crate) fn send_now(&mut self, kind: Kind, body: &[u8]) -> bool {
+        if self.torn {
+            return false;
+        }
+        let Ok(phase) = self.phase.after(kind) else {
+            return false;
+        };
+        let header = Header {
+            kind,
+            sequence: self.next_sent,
+            body_len: body.len() as u32,
+            payload_len: 0,
+            body_crc: crc32fast::hash(body),
+        }
+        .encode();
+        let total = HEADER_LEN + body.len();
+        self.phase = phase;
+        self.torn = true;
+        self.io
+            .send(self.link.fd(), [&header, body], None, &[], 0)
+            .is_ok_and(|count| count == total)
+    }
+
+    /// Sends GO. `Err(false, …)` if not one byte of it can have left.
+    pub(crate) fn send_go(&mut self, body: &[u8]) -> Result<(), (bool, ChannelError)> {
+        let before = self.sent_bytes;
+        self.send(Kind::Go, body)
+            .map_err(|error| (self.sent_bytes != before, error))
+    }
+
+    /// Takes in frames of the peer that are there, without waiting.
+    fn take_in(&mut self) -> Result<(), ChannelError> {
+        loop {
+            match self.fill() {
+                Ok(true) => {}
+                Ok(false) => return Ok(()),
+                // What it said before it closed comes first.
+                Err(_) if !self.waiting.is_empty() => return Ok(()),
+                Err(error) => return Err(error),
+            }
+            while let Some(arrived) = self.next_frame()? {
+                if self.waiting.len() >= MAX_WAITING {
+                    return Err(ChannelError::Flood);
+                }
+                self.waiting.push_back(Waiting {
+                    at: self.clock.now(),
+                    kind: arrived.kind,
+                    body: self.body.clone(),
+                });
+            }
+        }
+    }
+
+    /// The kind of the next frame of the peer, if it is there already.
+    pub(crate) fn next_kind(&mut self) -> Result<Option<Kind>, ChannelError> {
+        if self.waiting.is_empty() {
+            self.take_in()?;
+        }
+        Ok(self.waiting.front().map(|waiting| waiting.kind))
+    }
+
+    /// A frame of the peer that is there already.
+    pub(crate) fn receive_now(&mut self) -> Result<Option<Arrived>, ChannelError> {
+        if self.waiting.is_empty() {
+            self.take_in()?;
+        }
+        Ok(self.waiting.pop_front().map(|waiting| {
+            self.body = waiting.body;
+            self.arrived_at = waiting.at;
+            Arrived {
+                kind: waiting.kind,
+                payload_len: 0,
+            }
+        }))
+    }
+
+    /// Waits for the next frame.
+    pub(crate) fn receive(&mut self) -> Result<Arrived, ChannelError> {
+        let mut since = Instant::now();
+        loop {
+            if self.duplex {
+                if let Some(arrived) = self.receive_now()? {
+                    return Ok(arrived);
+                }
+            } else if let Some(arrived) = self.next_frame()? {
+                self.arrived_at = self.clock.now();
+                return Ok(arrived);
+            } else if self.fill()? {
+                since = Instant::now();
+                continue;
+            }
+            self.wait_readable(since)?;
+            since = Instant::now();
+        }
+    }
+
+    /// Waits for the next frame, but only until `end`.
+    pub(crate) fn receive_until(&mut self, end: Instant) -> Result<Option<Arrived>, ChannelError> {
+        loop {
+            if let Some(arrived) = self.receive_now()? {
+                return Ok(Some(arrived));
+            }
+            let wanted = Readiness {
+                read: true,
+                write: false,
+            };
+            let ready = self
+                .link
+                .wait_until(wanted, end)
+                .map_err(|error| self.broken(error))?;
+            if ready.is_none() {
+                return Ok(None);
+            }
+        }
+    }
+
+    fn wait_readable(&mut self, since: Instant) -> Result<(), ChannelError> {
+        let wanted = Readiness {
+            read: true,
+            write: false,
+        };
+        match self.link.wait(wanted, since) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(self.broken(error)),
+        }
+    }
+
+    /// Reads once what is there, into the inbox or straight into a long body; false if nothing is.
+    fn fill(&mut self) -> Result<bool, ChannelError> {
+        self.link
+            .check_cancel()
+            .map_err(|error| self.broken(error))?;
+        let missing = self
+            .header
+            .map_or(0, |header| header.body_len as usize - self.partial.len());
+        let read = if missing > INBOX {
+            let start = self.partial.len();
+            self.partial.resize(start + missing.min(BODY_STEP), 0);
+            let read = self.link.read(&mut self.partial[start..]);
+            let count = *read.as_ref().ok().and_then(Option::as_ref).unwrap_or(&0);
+            self.partial.truncate(start + count);
+            read
+        } else {
+            self.inbox.drain(..self.inbox_start);
+            self.inbox_start = 0;
+            let start = self.inbox.len();
+            self.inbox.resize(INBOX.max(start + HEADER_LEN), 0);
+            let read = self.link.read(&mut self.inbox[start..]);
+            let count = *read.as_ref().ok().and_then(Option::as_ref).unwrap_or(&0);
+            self.inbox.truncate(start + count);
+            read
+        };
+        match read {
+            Ok(count) => {
+                self.received_bytes += count.unwrap_or(0) as u64;
+                Ok(count.is_some())
+            }
+            Err(error) => Err(self.broken(error)),
+        }
+    }
+
+    /// The next frame, if all of it but its payload is in the buffers.
+    fn next_frame(&mut self) -> Result<Option<Arrived>, ChannelError> {
+        let header = match self.header {
+            Some(header) => header,
+            None => {
+                let Some(bytes) = self
+                    .inbox
+                    .get(self.inbox_start..)
+                    .and_then(|bytes| bytes.first_chunk::<HEADER_LEN>())
+                else {
+                    return Ok(None);
+                };
+                let header = Header::decode(bytes)?;
+                if header.sequence != self.next_received {
+                    return Err(FrameError::Sequence {
+                        found: header.sequence,
+                        expected: self.next_received,
+                    }
+                    .into());
+                }
+                self.phase.after(header.kind)?;
+                self.inbox_start += HEADER_LEN;
+                self.partial.clear();
+                self.header = Some(header);
+                header
+            }
+        };
+        let missing = header.body_len as usize - self.partial.len();
+        let there = self.inbox.get(self.inbox_start..).unwrap_or_default();
+        let now = there.get(..missing).unwrap_or(there);
+        self.partial.extend(now);
+        self.inbox_start += now.len();
+        if self.partial.len() < header.body_len as usize {
+            return Ok(None);
+        }
+        header.check_body(&self.partial)?;
+        self.header = None;
+        std::mem::swap(&mut self.body, &mut self.partial);
+        self.next_received = self.next_received.wrapping_add(1);
+        self.phase = self.phase.after(header.kind)?;
+        if matches!(header.kind, Kind::Refuse | Kind::Failed | Kind::Cancel) {
+            let reason = self.decode(header.kind, decode_reason)?;
+            return Err(ChannelError::Peer {
+                kind: header.kind,
+                reason,
+            });
+        }
+        Ok(Some(Arrived {
+            kind: header.kind,
+            payload_len: header.payload_len,
+        }))
+    }
+
+    /// Receives the payload of a PAGES frame into `runs`, each within one region.
+    pub(crate) fn receive_pages(
+        &mut self,
+        memory: &GuestPages,
+        runs: &[PageRun],
+    ) -> Result<(), ChannelError> {
+        let total = runs.iter().map(|run| run.count).sum::<u64>() * crate::layout::PAGE_SIZE;
+        let there = self.inbox.get(self.inbox_start..).unwrap_or_default();
+        let now = there.get(..total as usize).unwrap_or(there);
+        self.io.place(memory, runs, now);
+        self.inbox_start += now.len();
+        let mut done = now.len() as u64;
+        let mut since = Instant::now();
+        while done < total {
+            match self.io.receive(self.link.fd(), memory, runs, done) {
+                Ok(0) => return Err(self.broken(LinkError::Closed)),
+                Ok(count) => {
+                    done += count as u64;
+                    self.received_bytes += count as u64;
+                    since = Instant::now();
+                }
+                Err(error) => match not_ready::<()>(error) {
+                    Ok(_) => self.wait_readable(since)?,
+                    Err(error) => return Err(self.broken(error)),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// After last words: lets the peer read them before the socket closes, which would discard
+    /// them if bytes of the peer were still unread. Ends when the peer closes, or at `end`.
+    pub(crate) fn linger(mut self, end: Instant) {
+        self.link.finish();
+        self.link.ignore_cancel();
+        let wanted = Readiness {
+            read: true,
+            write: false,
+        };
+        let mut discarded = vec![0; 1 << 18];
+        while let Ok(Some(_)) = self.link.wait_until(wanted, end) {
+            if self.link.read(&mut discarded).is_err() {
+                break;
+            }
+        }
+        self.link.shutdown();
+    }
+}
+
+impl std::fmt::Debug for Channel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Channel")
+            .field("phase", &self.phase)
+            .field("sent_bytes", &self.sent_bytes)
+            .field("received_bytes", &self.received_bytes)
+            .finish_non_exhaustive()
+    }
+}
+
+impl From<(LinkError, Phase)> for ChannelError {
+    fn from((error, phase): (LinkError, Phase)) -> Self {
+        Self::Link { error, phase }
+    }
+}
+
+impl From<io::Error> for ChannelError {
+    fn from(error: io::Error) -> Self {
+        Self::Link {
+            error: error.into(),
+            phase: Phase::Start,
+        }
+    }
+}

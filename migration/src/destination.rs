@@ -1,0 +1,490 @@
+//! The destination: from the offer to the first instruction. See docs/design.md for who may run
+//! the guest when.
+
+use std::io::Write;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::cancel::Cancel;
+use crate::channel::{Channel, ChannelError};
+use crate::clock::Clock;
+use crate::frame::{Kind, MAX_SECTION};
+use crate::guest_io::MemoryError;
+use crate::link::{Deadlines, Link, LinkError};
+use crate::listener::Incoming;
+use crate::message::{
+    Accept, BlobChunk, CAPABILITIES, End, Go, Hello, Id, Ready, Running, Sync, SyncAck,
+    decode_pages, decode_state, decode_zero, encode_reason,
+};
+use crate::placement::{Incomplete, Placement};
+use crate::progress::{Progress, Status};
+use crate::protocol::{NEWEST_VERSION, OLDEST_VERSION, common_version};
+use crate::section::{Section, SectionError};
+use crate::vm::{DestinationVm, Offer, Start, VmError};
+
+/// The most bytes of all state sections together: 64 MiB.
+pub const MAX_STATE: usize = 4 * MAX_SECTION;
+
+/// The most state sections.
+pub const MAX_SECTIONS: usize = 4096;
+
+/// The longest stop that is believed: the longest downtime limit, twice, and some.
+const MAX_STOPPED: Duration = Duration::from_secs(6 * 3600);
+
+/// What the arrival of a guest needs beside the machine.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// Ends it early.
+    pub cancel: Cancel,
+    /// Where it tells how it goes.
+    pub progress: Arc<Progress>,
+    /// How long it waits.
+    pub deadlines: Deadlines,
+}
+
+/// Why a guest did not arrive. It has not run here and never will.
+#[derive(Debug, thiserror::Error)]
+pub enum DestinationError {
+    /// The connection, the protocol, or what the source says.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    /// No version in common.
+    #[error(
+        "the source speaks versions {oldest} to {newest} of the migration protocol, this destination {OLDEST_VERSION} to {NEWEST_VERSION}"
+    )]
+    Version {
+        /// The source's oldest.
+        oldest: u16,
+        /// The source's newest.
+        newest: u16,
+    },
+    /// Something that this build can't do.
+    #[error("the source requires capabilities that this destination does not have (bits {0:#x})")]
+    Capabilities(u32),
+    /// The machine refuses the offer.
+    #[error("{0}")]
+    Refused(VmError),
+    /// The machine.
+    #[error("{doing} failed: {error}")]
+    Vm {
+        /// What the engine asked of it.
+        doing: &'static str,
+        /// Why it could not.
+        error: VmError,
+    },
+    /// Memory that isn't there.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// A piece of a blob that is not the next one.
+    #[error("a piece of blob {index} at {offset} came, but {expected}")]
+    Blob {
+        /// The blob's index.
+        index: u16,
+        /// Where the piece begins.
+        offset: u64,
+        /// What was due.
+        expected: String,
+    },
+    /// Memory came before all blobs were there.
+    #[error("{0} of the blobs never came")]
+    BlobsMissing(usize),
+    /// A blob cannot be kept.
+    #[error("cannot write the blob '{name}': {error}")]
+    BlobWrite {
+        /// The blob.
+        name: String,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// The state sections are not a set.
+    #[error(transparent)]
+    Section(#[from] SectionError),
+    /// The state is too large.
+    #[error("the state has more than {MAX_SECTIONS} sections or {MAX_STATE} bytes")]
+    StateTooLarge,
+    /// Not as many as were sent.
+    #[error("{found} state sections came, but the source says that it sent {stated}")]
+    SectionCount {
+        /// How many came.
+        found: usize,
+        /// How many should have.
+        stated: u32,
+    },
+    /// Memory is not whole.
+    #[error(transparent)]
+    Incomplete(#[from] Incomplete),
+    /// GO contradicts what went before.
+    #[error("the source's GO is not for this migration: {0}")]
+    Go(String),
+    /// Cancelled, between two frames.
+    #[error("{0}")]
+    Cancelled(String),
+}
+
+impl DestinationError {
+    /// The reason, if it was cancelled here.
+    pub fn cancelled(&self) -> Option<&str> {
+        match self {
+            Self::Channel(error) => error.cancelled(),
+            Self::Cancelled(reason) => Some(reason),
+            _ => None,
+        }
+    }
+}
+
+/// A guest that has arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arrival {
+    /// The migration.
+    pub id: Id,
+    /// How it was started.
+    pub start: Start,
+}
+
+struct Destination<'a> {
+    vm: &'a mut dyn DestinationVm,
+    job: &'a Job,
+    clock: Arc<dyn Clock>,
+    body: Vec<u8>,
+}
+
+/// Receives a guest into `vm`. On success it runs, or is paused as it was at the source. On
+/// failure it has not run and never will, and the source has been told why.
+pub fn receive(
+    vm: &mut dyn DestinationVm,
+    incoming: Incoming,
+    job: &Job,
+) -> Result<Arrival, DestinationError> {
+    job.progress.set_status(Status::Setup);
+    let clock = Arc::clone(job.progress.clock());
+    let peer = incoming.peer().to_owned();
+    tracing::info!(peer, "a guest arrives");
+    let link = Link::new(incoming.stream, job.cancel.clone(), &job.deadlines)
+        .map_err(ChannelError::from)?;
+    let mut channel = Channel::new(link, Arc::clone(&clock), false);
+    let mut destination = Destination {
+        vm,
+        job,
+        clock,
+        body: Vec::new(),
+    };
+    let version = common_version(
+        (OLDEST_VERSION, NEWEST_VERSION),
+        (incoming.preamble.oldest, incoming.preamble.newest),
+    );
+    let result = match version {
+        Some(version) => destination.converse(&mut channel, version),
+        None => Err(DestinationError::Version {
+            oldest: incoming.preamble.oldest,
+            newest: incoming.preamble.newest,
+        }),
+    };
+    match result {
+        Ok(arrival) => {
+            tracing::info!(id = ?arrival.id, start = ?arrival.start, "the guest has arrived");
+            job.progress.set_status(Status::Completed);
+            channel.linger(Instant::now() + job.deadlines.linger);
+            Ok(arrival)
+        }
+        Err(error) => {
+            destination.fail(channel, &error);
+            Err(error)
+        }
+    }
+}
+
+impl Destination<'_> {
+    fn converse(
+        &mut self,
+        channel: &mut Channel,
+        version: u16,
+    ) -> Result<Arrival, DestinationError> {
+        let deadline = Instant::now() + self.job.deadlines.handshake;
+        channel.link().set_until(Some(deadline));
+        channel.receive()?;
+        channel.link().set_until(None);
+        let hello = channel.decode(Kind::Hello, Hello::decode)?;
+        let unknown = hello.required & !CAPABILITIES;
+        if unknown != 0 {
+            return Err(DestinationError::Capabilities(unknown));
+        }
+        tracing::info!(id = ?hello.id, version, bytes = hello.offer.layout.bytes(), "offered");
+        let ram = self
+            .vm
+            .prepare(&hello.offer)
+            .map_err(DestinationError::Refused)?;
+        let mut placement = Placement::new(ram)?;
+        if *placement.layout() != hello.offer.layout {
+            return Err(DestinationError::Vm {
+                doing: "building the guest's memory",
+                error: "its layout is not the one that was offered".into(),
+            });
+        }
+        Accept {
+            id: hello.id,
+            version,
+            capabilities: hello.optional & CAPABILITIES,
+        }
+        .encode(&mut self.body);
+        channel.send(Kind::Accept, &self.body)?;
+        self.job.progress.update(|snapshot| {
+            snapshot.ram.total = hello.offer.layout.bytes();
+            snapshot.ram.remaining = hello.offer.layout.bytes();
+        });
+        self.job.progress.set_status(Status::Active);
+
+        let (sections, end) = self.take_in(channel, &hello.offer, &mut placement)?;
+        self.job.progress.set_status(Status::Device);
+        let began = self.clock.now();
+        placement.check_complete()?;
+        self.vm.load(sections).map_err(vm("loading the state"))?;
+        let took = self.clock.now().saturating_sub(began);
+        Ready {
+            load_ns: nanoseconds(took),
+        }
+        .encode(&mut self.body);
+        channel.send(Kind::Ready, &self.body)?;
+        tracing::info!(id = ?hello.id, load_us = took.as_micros(), "ready");
+        self.start(channel, hello.id, end)
+    }
+
+    /// Everything up to END: blobs, memory, state.
+    fn take_in(
+        &mut self,
+        channel: &mut Channel,
+        offer: &Offer,
+        placement: &mut Placement,
+    ) -> Result<(Vec<Section>, End), DestinationError> {
+        let mut blobs = Blobs::default();
+        let mut sections: Vec<Section> = Vec::new();
+        let mut state_bytes = 0;
+        let (mut runs, mut crcs) = (Vec::new(), Vec::new());
+        loop {
+            let arrived = channel.receive()?;
+            if arrived.kind != Kind::Blob && !blobs.complete(offer) {
+                return Err(DestinationError::BlobsMissing(
+                    offer.blobs.len() - blobs.done,
+                ));
+            }
+            match arrived.kind {
+                Kind::Blob => {
+                    let body = channel.body();
+                    let (chunk, data) =
+                        BlobChunk::decode(body).map_err(|error| ChannelError::Body {
+                            kind: Kind::Blob,
+                            error,
+                        })?;
+                    blobs.write(self.vm, offer, chunk, data)?;
+                }
+                Kind::Pages => {
+                    channel.decode(Kind::Pages, |body| {
+                        decode_pages(body, arrived.payload_len, &mut runs, &mut crcs)
+                    })?;
+                    placement.receive(channel, &runs, &crcs)?;
+                }
+                Kind::Zero => {
+                    channel.decode(Kind::Zero, |body| decode_zero(body, &mut runs))?;
+                    placement.zero(&runs)?;
+                }
+                Kind::Sync => {
+                    let sync = channel.decode(Kind::Sync, Sync::decode)?;
+                    SyncAck { mark: sync.mark }.encode(&mut self.body);
+                    channel.send(Kind::SyncAck, &self.body)?;
+                    self.tell(channel, placement, sync.round);
+                }
+                Kind::State => {
+                    let section = channel.decode(Kind::State, decode_state)?;
+                    if sections.iter().any(|other| other.name == section.name) {
+                        return Err(SectionError::Duplicate(section.name).into());
+                    }
+                    state_bytes += section.body.len();
+                    sections.push(section);
+                    if state_bytes > MAX_STATE || sections.len() > MAX_SECTIONS {
+                        return Err(DestinationError::StateTooLarge);
+                    }
+                }
+                Kind::End => {
+                    let end = channel.decode(Kind::End, End::decode)?;
+                    self.tell(channel, placement, 0);
+                    if end.sections as usize != sections.len() {
+                        return Err(DestinationError::SectionCount {
+                            found: sections.len(),
+                            stated: end.sections,
+                        });
+                    }
+                    return Ok((sections, end));
+                }
+                kind => return Err(out_of_order(channel, kind)),
+            }
+        }
+    }
+
+    /// Waits for GO, without which the guest never runs, and lets the guest go.
+    fn start(
+        &mut self,
+        channel: &mut Channel,
+        id: Id,
+        end: End,
+    ) -> Result<Arrival, DestinationError> {
+        let deadline = Instant::now() + self.job.deadlines.go;
+        channel.link().set_until(Some(deadline));
+        let arrived = channel.receive()?;
+        if arrived.kind != Kind::Go {
+            return Err(out_of_order(channel, arrived.kind));
+        }
+        let arrived_at = channel.arrived_at();
+        let go = channel.decode(Kind::Go, Go::decode)?;
+        if !self.job.cancel.commit() {
+            let reason = self.job.cancel.cancelled().unwrap_or("cancelled");
+            return Err(DestinationError::Cancelled(reason.to_owned()));
+        }
+        channel.link().ignore_cancel();
+        let stopped = Duration::from_nanos(go.stopped_ns);
+        let one_way = Duration::from_nanos(go.round_trip_ns) / 2;
+        if go.id != id || go.run && !end.was_running || stopped + one_way > MAX_STOPPED {
+            return Err(DestinationError::Go(format!("{go:?} after {end:?}")));
+        }
+        let stopped_for = if go.run {
+            stopped + one_way + self.clock.now().saturating_sub(arrived_at)
+        } else {
+            Duration::ZERO
+        };
+        let start = Start {
+            run: go.run,
+            stopped_for,
+        };
+        self.vm.start(start).map_err(vm("starting the guest"))?;
+        let took = self.clock.now().saturating_sub(arrived_at);
+        Running {
+            start_ns: nanoseconds(took),
+        }
+        .encode(&mut self.body);
+        channel
+            .link()
+            .set_until(Some(Instant::now() + self.job.deadlines.linger));
+        if let Err(error) = channel.send(Kind::Running, &self.body) {
+            // The guest is here, whatever the source thinks.
+            tracing::warn!(?id, "cannot tell the source that the guest runs: {error}");
+        }
+        Ok(Arrival { id, start })
+    }
+
+    fn tell(&self, channel: &Channel, placement: &Placement, round: u64) {
+        let counts = placement.counts();
+        self.job.progress.update(|snapshot| {
+            snapshot.round = snapshot.round.max(round);
+            let ram = &mut snapshot.ram;
+            ram.transferred = channel.received_bytes();
+            ram.normal = counts.pages;
+            ram.normal_bytes = counts.pages * crate::layout::PAGE_SIZE;
+            ram.duplicate = counts.zero;
+            ram.remaining = placement.missing() * crate::layout::PAGE_SIZE;
+        });
+    }
+
+    fn fail(&mut self, mut channel: Channel, error: &DestinationError) {
+        let text = error.to_string();
+        let gone = matches!(
+            error,
+            DestinationError::Channel(
+                ChannelError::Peer { .. }
+                    | ChannelError::Link {
+                        error: LinkError::Closed,
+                        ..
+                    }
+            )
+        );
+        if !gone {
+            encode_reason(&text, &mut self.body);
+            // The one is refused before anything was accepted, the other after.
+            let _ = channel.send_now(Kind::Refuse, &self.body)
+                || channel.send_now(Kind::Failed, &self.body);
+        }
+        self.job
+            .progress
+            .update(|snapshot| snapshot.error = Some(text.clone()));
+        if error.cancelled().is_some() {
+            tracing::info!("the arrival of the guest was cancelled: {text}");
+            self.job.progress.set_status(Status::Cancelled);
+        } else {
+            tracing::error!("the guest did not arrive: {text}");
+            self.job.progress.set_status(Status::Failed);
+        }
+        channel.linger(Instant::now() + self.job.deadlines.linger);
+    }
+}
+
+/// The blobs: each comes whole, in order.
+#[derive(Default)]
+struct Blobs {
+    done: usize,
+    writer: Option<Box<dyn Write + Send>>,
+    offset: u64,
+}
+
+impl Blobs {
+    fn complete(&self, offer: &Offer) -> bool {
+        self.done == offer.blobs.len()
+    }
+
+    fn write(
+        &mut self,
+        machine: &mut dyn DestinationVm,
+        offer: &Offer,
+        chunk: BlobChunk,
+        data: &[u8],
+    ) -> Result<(), DestinationError> {
+        let wrong = |expected: String| DestinationError::Blob {
+            index: chunk.index,
+            offset: chunk.offset,
+            expected,
+        };
+        let index = self.done;
+        let Some(blob) = offer.blobs.get(index) else {
+            return Err(wrong("all blobs were there".to_owned()));
+        };
+        if usize::from(chunk.index) != index || chunk.offset != self.offset {
+            return Err(wrong(format!("blob {index} at {} was due", self.offset)));
+        }
+        let len = data.len() as u64;
+        if len > blob.len - self.offset || len == 0 && blob.len > 0 {
+            return Err(wrong(format!(
+                "{} bytes of it were due",
+                blob.len - self.offset
+            )));
+        }
+        let mut writer = match self.writer.take() {
+            Some(writer) => writer,
+            None => machine.create_blob(index).map_err(vm("creating a blob"))?,
+        };
+        self.offset += len;
+        let done = self.offset == blob.len;
+        writer
+            .write_all(data)
+            .and_then(|()| if done { writer.flush() } else { Ok(()) })
+            .map_err(|error| DestinationError::BlobWrite {
+                name: blob.name.clone(),
+                error,
+            })?;
+        if done {
+            self.done += 1;
+            self.offset = 0;
+        } else {
+            self.writer = Some(writer);
+        }
+        Ok(())
+    }
+}
+
+fn out_of_order(channel: &Channel, kind: Kind) -> DestinationError {
+    let phase = channel.phase();
+    ChannelError::OutOfOrder(crate::protocol::OutOfOrder { kind, phase }).into()
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    duration.as_nanos().try_into().unwrap_or(u64::MAX)
+}
+
+fn vm(doing: &'static str) -> impl FnOnce(VmError) -> DestinationError {
+    move |error| DestinationError::Vm { doing, error }
+}

@@ -1,0 +1,298 @@
+//! A connection to the peer on which every wait ends: by progress, by cancelling, by a deadline.
+
+use std::io;
+use std::net::TcpStream;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt;
+
+use crate::cancel::Cancel;
+
+/// How long the engine waits for what.
+#[derive(Clone, Debug)]
+pub struct Deadlines {
+    /// To connect, host name resolution excepted.
+    pub connect: Duration,
+    /// For the peer's answer to HELLO, in which the destination builds the guest; and, at the
+    /// destination, for the whole HELLO.
+    pub handshake: Duration,
+    /// Without a byte going or coming, while one should.
+    pub progress: Duration,
+    /// While the guest is stopped, from the pause to READY, in addition to twice the downtime
+    /// limit.
+    pub stop_margin: Duration,
+    /// At the destination: from READY to GO.
+    pub go: Duration,
+    /// At the source: from GO to RUNNING or FAILED.
+    pub running: Duration,
+    /// At the listener: for a connection's preamble.
+    pub preamble: Duration,
+    /// After a failure: for the peer to take what was said and to close.
+    pub linger: Duration,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(10),
+            handshake: Duration::from_secs(30),
+            progress: Duration::from_secs(30),
+            stop_margin: Duration::from_secs(5),
+            go: Duration::from_secs(30),
+            running: Duration::from_secs(30),
+            preamble: Duration::from_secs(5),
+            linger: Duration::from_secs(2),
+        }
+    }
+}
+
+/// Why a connection is of no more use.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// The peer closed it, or reset it.
+    #[error("the peer closed the connection")]
+    Closed,
+    /// Nothing moved for that long: the peer or the network is dead.
+    #[error("nothing was sent or received for {} s: the peer or the network is dead", .0.as_secs_f32())]
+    NoProgress(Duration),
+    /// An answer that is due at a fixed time did not come.
+    #[error("the peer's answer did not come in time")]
+    Deadline,
+    /// Cancelled from another thread.
+    #[error("{0}")]
+    Cancelled(String),
+    /// The kernel says no.
+    #[error("the connection failed: {0}")]
+    Io(io::Error),
+}
+
+impl From<io::Error> for LinkError {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::ConnectionReset
+            | io::ErrorKind::BrokenPipe
+            | io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::NotConnected => Self::Closed,
+            _ => Self::Io(error),
+        }
+    }
+}
+
+/// A connected stream socket.
+#[derive(Debug)]
+pub struct Stream {
+    fd: OwnedFd,
+    peer: String,
+    tcp: bool,
+}
+
+impl Stream {
+    /// A name of the peer, for messages.
+    pub fn peer(&self) -> &str {
+        &self.peer
+    }
+
+    /// Makes it nonblocking, and lets the kernel notice a TCP peer that has died.
+    pub(crate) fn prepare(&self, deadlines: &Deadlines) -> io::Result<()> {
+        rustix::io::ioctl_fionbio(&self.fd, true)?;
+        if self.tcp {
+            sockopt::set_tcp_nodelay(&self.fd, true)?;
+            sockopt::set_socket_keepalive(&self.fd, true)?;
+            let probe = (deadlines.progress / 4).max(Duration::from_secs(1));
+            sockopt::set_tcp_keepidle(&self.fd, probe)?;
+            sockopt::set_tcp_keepintvl(&self.fd, probe)?;
+            sockopt::set_tcp_keepcnt(&self.fd, 3)?;
+            let millis = deadlines
+                .progress
+                .as_millis()
+                .try_into()
+                .unwrap_or(u32::MAX);
+            sockopt::set_tcp_user_timeout(&self.fd, millis)?;
+        }
+        // The buffers' sizes are left to the kernel: it grows those of TCP to what the link
+        // needs, which setting them by hand would end.
+        Ok(())
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl From<TcpStream> for Stream {
+    fn from(stream: TcpStream) -> Self {
+        let peer = stream
+            .peer_addr()
+            .map_or_else(|_| "tcp".to_owned(), |address| format!("tcp:{address}"));
+        Self {
+            fd: stream.into(),
+            peer,
+            tcp: true,
+        }
+    }
+}
+
+impl From<UnixStream> for Stream {
+    fn from(stream: UnixStream) -> Self {
+        Self {
+            fd: stream.into(),
+            peer: "unix".to_owned(),
+            tcp: false,
+        }
+    }
+}
+
+/// What a descriptor is ready for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Readiness {
+    pub(crate) read: bool,
+    pub(crate) write: bool,
+}
+
+/// A stream with the deadlines and the cancelling of its migration.
+#[derive(Debug)]
+pub(crate) struct Link {
+    stream: Stream,
+    /// `None` once it is too late to cancel.
+    cancel: Option<Cancel>,
+    patience: Duration,
+    until: Option<Instant>,
+}
+
+impl Link {
+    pub(crate) fn new(stream: Stream, cancel: Cancel, deadlines: &Deadlines) -> io::Result<Self> {
+        stream.prepare(deadlines)?;
+        Ok(Self {
+            stream,
+            cancel: Some(cancel),
+            patience: deadlines.progress,
+            until: None,
+        })
+    }
+
+    /// No wait goes past `until`, whatever moves.
+    pub(crate) fn set_until(&mut self, until: Option<Instant>) {
+        self.until = until;
+    }
+
+    /// From here on, cancelling has no effect.
+    pub(crate) fn ignore_cancel(&mut self) {
+        self.cancel = None;
+    }
+
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+
+    /// An error if cancelled.
+    pub(crate) fn check_cancel(&self) -> Result<(), LinkError> {
+        match self.cancel.as_ref().and_then(Cancel::cancelled) {
+            Some(reason) => Err(LinkError::Cancelled(reason.to_owned())),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until the socket is ready for one of `wanted`. `since` is when something last moved.
+    pub(crate) fn wait(&self, wanted: Readiness, since: Instant) -> Result<Readiness, LinkError> {
+        let stall = since + self.patience;
+        let end = self.until.map_or(stall, |until| until.min(stall));
+        match self.wait_until(wanted, end)? {
+            Some(ready) => Ok(ready),
+            None if end < stall => Err(LinkError::Deadline),
+            None => Err(LinkError::NoProgress(self.patience)),
+        }
+    }
+
+    /// As [`wait`](Self::wait), but only until `end`, which is no error: `None`.
+    pub(crate) fn wait_until(
+        &self,
+        wanted: Readiness,
+        end: Instant,
+    ) -> Result<Option<Readiness>, LinkError> {
+        wait_for(&self.stream, wanted, self.cancel.as_ref(), end)
+    }
+
+    /// Reads what is there: `None` if nothing is.
+    pub(crate) fn read(&self, buffer: &mut [u8]) -> Result<Option<usize>, LinkError> {
+        match rustix::io::read(&self.stream, buffer) {
+            Ok(0) => Err(LinkError::Closed),
+            Ok(count) => Ok(Some(count)),
+            Err(error) => not_ready(error.into()),
+        }
+    }
+
+    /// Ends both directions at once.
+    pub(crate) fn shutdown(&self) {
+        let _ = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Both);
+    }
+
+    /// Ends our direction: the peer reads what was sent, then the stream's end.
+    pub(crate) fn finish(&self) {
+        let _ = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Write);
+    }
+}
+
+/// Turns "would block" into `None`.
+pub(crate) fn not_ready<T>(error: io::Error) -> Result<Option<T>, LinkError> {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(None),
+        io::ErrorKind::TimedOut => Err(LinkError::NoProgress(Duration::ZERO)),
+        _ => Err(error.into()),
+    }
+}
+
+/// Waits until `socket` is ready for one of `wanted`, or `end` (`None`), or cancelled (an error).
+pub(crate) fn wait_for(
+    socket: &impl AsFd,
+    wanted: Readiness,
+    cancel: Option<&Cancel>,
+    end: Instant,
+) -> Result<Option<Readiness>, LinkError> {
+    let mut events = PollFlags::empty();
+    events.set(PollFlags::IN, wanted.read);
+    events.set(PollFlags::OUT, wanted.write);
+    loop {
+        let mut fds = vec_of(socket, events, cancel);
+        let left = end.saturating_duration_since(Instant::now());
+        match poll(&mut fds, Some(&timespec(left))) {
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(error) => return Err(LinkError::Io(error.into())),
+            Ok(0) if left.is_zero() => return Ok(None),
+            Ok(0) => continue,
+            Ok(_) => {}
+        }
+        if let Some(reason) = cancel.and_then(Cancel::cancelled) {
+            return Err(LinkError::Cancelled(reason.to_owned()));
+        }
+        // An error or a hang-up is told by the read or the write that follows.
+        let failed = PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL;
+        let ready = fds.first().map_or(PollFlags::empty(), PollFd::revents);
+        let any = ready.intersects(failed);
+        return Ok(Some(Readiness {
+            read: wanted.read && (any || ready.contains(PollFlags::IN)),
+            write: wanted.write && (any || ready.contains(PollFlags::OUT)),
+        }));
+    }
+}
+
+fn vec_of<'a>(
+    socket: &'a impl AsFd,
+    events: PollFlags,
+    cancel: Option<&'a Cancel>,
+) -> Vec<PollFd<'a>> {
+    let mut fds = vec![PollFd::new(socket, events)];
+    fds.extend(cancel.map(|cancel| PollFd::new(cancel, PollFlags::IN)));
+    fds
+}
+
+pub(crate) fn timespec(duration: Duration) -> Timespec {
+    Timespec {
+        tv_sec: duration.as_secs().try_into().unwrap_or(i64::MAX),
+        tv_nsec: duration.subsec_nanos().into(),
+    }
+}

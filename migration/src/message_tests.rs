@@ -1,0 +1,229 @@
+use super::*;
+use proptest::prelude::*;
+
+fn hello() -> Hello {
+    Hello {
+        id: Id(*b"0123456789abcdef"),
+        required: 0,
+        optional: 0x0102_0304,
+        offer: Offer {
+            layout: Layout::new(vec![
+                Region {
+                    start: 0,
+                    len: 0x2000,
+                },
+                Region {
+                    start: 1 << 32,
+                    len: 0x1000,
+                },
+            ])
+            .unwrap(),
+            configuration: vec![Section {
+                name: "cpu".to_owned(),
+                version: 3,
+                body: vec![9, 8],
+            }],
+            blobs: vec![Blob {
+                name: "kernel".to_owned(),
+                len: 0x0102_0304,
+            }],
+        },
+    }
+}
+
+fn encoded(encode: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+    let mut out = vec![0xff; 3];
+    encode(&mut out);
+    out
+}
+
+/// The bytes of version 1: a change here is a change of the protocol.
+#[test]
+fn the_format_is_fixed() {
+    assert_eq!(
+        Preamble {
+            oldest: 1,
+            newest: 2
+        }
+        .encode(),
+        *b"\x89FERRY\r\n\x01\x00\x02\x00\xe1\xb3\x9b\x41"
+    );
+    let mut expected = b"0123456789abcdef".to_vec();
+    expected.extend([0, 0, 0, 0, 4, 3, 2, 1, 0, 0x10, 0, 0, 2, 0]);
+    expected.extend([0, 0, 0, 0, 0, 0, 0, 0, 0, 0x20, 0, 0, 0, 0, 0, 0]);
+    expected.extend([0, 0, 0, 0, 1, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0]);
+    expected.extend([1, 0, 3, b'c', b'p', b'u', 3, 0, 0, 0, 2, 0, 0, 0, 9, 8]);
+    expected.extend([1, 0, 6]);
+    expected.extend(b"kernel");
+    expected.extend([4, 3, 2, 1, 0, 0, 0, 0]);
+    assert_eq!(encoded(|out| hello().encode(out).unwrap()), expected);
+    assert_eq!(Hello::decode(&expected), Ok(hello()));
+
+    let id = hello().id;
+    let of_id = |rest: &[u8]| [&id.0[..], rest].concat();
+    let accept = Accept {
+        id,
+        version: 1,
+        capabilities: 2,
+    };
+    assert_eq!(
+        encoded(|out| accept.encode(out)),
+        of_id(&[1, 0, 2, 0, 0, 0])
+    );
+    let sync = Sync {
+        mark: 0x0102,
+        round: 3,
+    };
+    assert_eq!(
+        encoded(|out| sync.encode(out)),
+        [2, 1, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0]
+    );
+    assert_eq!(
+        encoded(|out| SyncAck { mark: 5 }.encode(out)),
+        [5, 0, 0, 0, 0, 0, 0, 0]
+    );
+    let end = End {
+        sections: 2,
+        was_running: true,
+    };
+    assert_eq!(encoded(|out| end.encode(out)), [2, 0, 0, 0, 1]);
+    assert_eq!(
+        encoded(|out| Ready { load_ns: 7 }.encode(out)),
+        [7, 0, 0, 0, 0, 0, 0, 0]
+    );
+    let go = Go {
+        id,
+        run: true,
+        stopped_ns: 0x0100,
+        round_trip_ns: 9,
+    };
+    assert_eq!(
+        encoded(|out| go.encode(out)),
+        of_id(&[1, 0, 1, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0])
+    );
+    assert_eq!(Go::decode(&encoded(|out| go.encode(out))), Ok(go));
+    assert_eq!(
+        encoded(|out| Running { start_ns: 1 }.encode(out)),
+        [1, 0, 0, 0, 0, 0, 0, 0]
+    );
+    let chunk = BlobChunk {
+        index: 1,
+        offset: 0x0203,
+    };
+    assert_eq!(chunk.encode(), [1, 0, 3, 2, 0, 0, 0, 0, 0, 0]);
+    let run = AddressRun {
+        address: 0x1000,
+        pages: 1,
+    };
+    assert_eq!(
+        encoded(|out| encode_pages(&[run], &[0x0403_0201], out)),
+        [
+            1, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 2, 3, 4
+        ]
+    );
+    assert_eq!(
+        encoded(|out| encode_zero(&[run], out)),
+        [
+            1, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0
+        ]
+    );
+    let section = &hello().offer.configuration[0];
+    let state = encoded(|out| encode_state(section, out).unwrap());
+    assert_eq!(state, b"\x03cpu\x03\x00\x00\x00\x02\x00\x00\x00\x09\x08");
+    assert_eq!(decode_state(&state).as_ref(), Ok(section));
+}
+
+#[test]
+fn what_is_out_of_bounds_is_refused() {
+    let with = |change: fn(&mut Hello)| {
+        let mut hello = hello();
+        change(&mut hello);
+        hello.encode(&mut vec![])
+    };
+    let blob = |name: &str, len| Blob {
+        name: name.to_owned(),
+        len,
+    };
+    assert!(matches!(
+        with(|h| h.offer.blobs[0].name = "a b".to_owned()),
+        Err(DecodeError::Name(_))
+    ));
+    assert!(with(|h| h.offer.blobs[0].name.clear()).is_err());
+    assert!(with(|h| h.offer.blobs[0].len = MAX_BLOB + 1).is_err());
+    assert!(with(|h| h.offer.configuration[0].body = vec![0; 1 << 20]).is_err());
+    let mut many = hello();
+    many.offer.blobs = vec![blob("b", 1); MAX_BLOBS + 1];
+    assert!(many.encode(&mut vec![]).is_err());
+
+    // A preamble's damage is noticed, whichever bit it hits.
+    for bit in 0..PREAMBLE_LEN * 8 {
+        let mut bytes = Preamble::OURS.encode();
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        assert_eq!(Preamble::decode(&bytes), None);
+    }
+    assert_eq!(
+        Preamble::decode(&Preamble::OURS.encode()),
+        Some(Preamble::OURS)
+    );
+
+    let run = |address, pages| AddressRun { address, pages };
+    let (mut runs, mut crcs) = (vec![], vec![]);
+    let mut pages = |list: &[AddressRun], sums: &[u32], payload| {
+        let body = encoded(|out| encode_pages(list, sums, out));
+        decode_pages(&body, payload, &mut runs, &mut crcs)
+    };
+    assert_eq!(pages(&[run(0, 1), run(8192, 1)], &[1, 2], 8192), Ok(()));
+    assert!(pages(&[run(0, 0)], &[], 0).is_err());
+    assert!(pages(&[run(0, 2)], &[1], 8192).is_err());
+    assert!(pages(&[run(0, 1)], &[1, 2], 4096).is_err());
+    assert!(pages(&[run(0, 1)], &[1], 4095).is_err());
+    assert!(pages(&[run(0, 513)], &[0; 513], 513 * 4096).is_err());
+    assert_eq!(
+        Ready::decode(&[0; 9]),
+        Err(DecodeError::Trailing(1)),
+        "trailing bytes"
+    );
+    assert_eq!(End::decode(&[0, 0, 0, 0, 2]), Err(DecodeError::Bool(2)));
+}
+
+#[test]
+fn reasons_are_bounded_and_safe_to_print() {
+    let long = "ä".repeat(MAX_REASON);
+    let body = encoded(|out| encode_reason(&long, out));
+    assert_eq!(body.len(), MAX_REASON);
+    assert!(decode_reason(&body).unwrap().chars().all(|c| c == 'ä'));
+    assert_eq!(
+        decode_reason(b"two\nlines\x1b[2J\x07").unwrap(),
+        "two\nlines\u{fffd}[2J\u{fffd}"
+    );
+    assert_eq!(decode_reason(&[0xff]), Err(DecodeError::NotText));
+}
+
+proptest! {
+    /// Nothing that a peer can put in a body does more than fail.
+    #[test]
+    fn any_bytes_decode_or_fail(body in prop::collection::vec(any::<u8>(), 0..600), payload: u32) {
+        let (mut runs, mut crcs) = (vec![], vec![]);
+        let _ = Hello::decode(&body);
+        let _ = decode_state(&body);
+        let _ = BlobChunk::decode(&body);
+        let _ = decode_pages(&body, payload, &mut runs, &mut crcs);
+        let _ = decode_zero(&body, &mut runs);
+        let _ = decode_reason(&body);
+        let _ = Go::decode(&body);
+        let _ = Accept::decode(&body);
+    }
+
+    /// A valid HELLO with some bytes changed decodes to something valid, or fails.
+    #[test]
+    fn a_damaged_hello_decodes_or_fails(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)) {
+        let mut body = encoded(|out| hello().encode(out).unwrap());
+        for (at, value) in changes {
+            let at = at.index(body.len());
+            body[at] = value;
+        }
+        if let Ok(decoded) = Hello::decode(&body) {
+            prop_assert_eq!(encoded(|out| decoded.encode(out).unwrap()), body);
+        }
+    }
+}

@@ -1,0 +1,316 @@
+//! What a migration tells about itself, under QEMU's names: readable at any time by any thread.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::clock::Clock;
+use crate::layout::PAGE_SIZE;
+
+/// How many rounds are kept for [`Snapshot::rounds`].
+pub const KEPT_ROUNDS: usize = 256;
+
+/// The state of a migration, as in QEMU's `MigrationStatus`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Status {
+    /// There has been none.
+    #[default]
+    None,
+    /// Connecting, checking, building the guest.
+    Setup,
+    /// Memory moves; the guest runs at the source.
+    Active,
+    /// The guest is stopped; the rest moves.
+    Device,
+    /// The guest is at the destination.
+    Completed,
+    /// It failed; the guest is at the source.
+    Failed,
+    /// Being cancelled.
+    Cancelling,
+    /// Cancelled; the guest is at the source.
+    Cancelled,
+    /// The hand-over was begun and never confirmed: the guest may run at the destination. Ours.
+    HandoverUnknown,
+}
+
+impl Status {
+    /// QEMU's name for it; `handover-unknown` for what QEMU doesn't have.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Setup => "setup",
+            Self::Active => "active",
+            Self::Device => "device",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Cancelling => "cancelling",
+            Self::Cancelled => "cancelled",
+            Self::HandoverUnknown => "handover-unknown",
+        }
+    }
+
+    /// Whether a migration with this status has ended.
+    pub fn is_over(self) -> bool {
+        matches!(
+            self,
+            Self::Completed | Self::Failed | Self::Cancelled | Self::HandoverUnknown
+        )
+    }
+}
+
+/// Memory in numbers, as in QEMU's `MigrationRAMStats`.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Ram {
+    /// Bytes sent (at the destination: received), of every kind.
+    pub transferred: u64,
+    /// Bytes of RAM that are still to be sent.
+    pub remaining: u64,
+    /// Bytes of RAM that the guest has.
+    pub total: u64,
+    /// Pages told as zero, among them those never touched.
+    pub duplicate: u64,
+    /// Pages sent with their data.
+    pub normal: u64,
+    /// The bytes of their data.
+    pub normal_bytes: u64,
+    /// Megabits a second.
+    pub mbps: f64,
+    /// How often the dirty log was harvested for a round.
+    pub dirty_sync_count: u64,
+    /// Pages a second that the guest dirtied in the last round.
+    pub dirty_pages_rate: u64,
+    /// Pages a second that were sent in the last round.
+    pub pages_per_second: u64,
+    /// Bytes sent while the guest ran.
+    pub precopy_bytes: u64,
+    /// Bytes sent while the guest was stopped.
+    pub downtime_bytes: u64,
+}
+
+impl Ram {
+    /// The page size in bytes.
+    pub const PAGE_SIZE: u64 = PAGE_SIZE;
+}
+
+/// How long the guest stood still, and what for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Downtime {
+    /// From the last instruction at the source to the first at the destination; the sum of the
+    /// others, save for rounding.
+    pub total: Duration,
+    /// Stopping the vCPUs.
+    pub stop: Duration,
+    /// Reading the dirty log and sending the last pages.
+    pub last_pages: Duration,
+    /// Saving the state.
+    pub save: Duration,
+    /// Sending the state and what was on its way, and the answer.
+    pub send: Duration,
+    /// Checking and loading at the destination.
+    pub load: Duration,
+    /// Giving up what only one side may hold, GO, and starting the vCPUs.
+    pub start: Duration,
+}
+
+/// One pass over the dirty pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Round {
+    /// From 1; the first is over all pages.
+    pub number: u64,
+    /// Pages sent with their data.
+    pub pages: u64,
+    /// Pages told as zero.
+    pub zero: u64,
+    /// Bytes sent.
+    pub bytes: u64,
+    /// How long it took.
+    pub time: Duration,
+    /// Pages that were dirty at its end.
+    pub dirty: u64,
+    /// Pages a second that the guest dirtied in it.
+    pub dirty_rate: f64,
+    /// The bandwidth estimated at its end, in bytes a second; 0 if not known.
+    pub bandwidth: f64,
+}
+
+/// All there is to know at a moment.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// The status.
+    pub status: Status,
+    /// Why it failed or was cancelled.
+    pub error: Option<String>,
+    /// Memory.
+    pub ram: Ram,
+    /// Since the beginning, up to the end.
+    pub total_time: Duration,
+    /// From the beginning to the first page.
+    pub setup_time: Duration,
+    /// What a stop would have cost at the end of the last round.
+    pub expected_downtime: Option<Duration>,
+    /// What it did cost.
+    pub downtime: Option<Downtime>,
+    /// Pages that were never touched, and so never read.
+    pub skipped: u64,
+    /// Rounds begun so far, the last one with the guest stopped included.
+    pub round: u64,
+    /// The last [`KEPT_ROUNDS`] rounds that ended.
+    pub rounds: VecDeque<Round>,
+}
+
+/// Told of what happens, on the engine's thread: must return soon.
+pub trait Observer: Send + Sync {
+    /// The status has changed.
+    fn status_changed(&self, status: Status) {
+        let _ = status;
+    }
+
+    /// A pass over the dirty pages begins: QEMU's MIGRATION_PASS, from 1.
+    fn pass_begun(&self, pass: u64) {
+        let _ = pass;
+    }
+
+    /// A pass has ended.
+    fn round_ended(&self, round: &Round) {
+        let _ = round;
+    }
+}
+
+/// The progress of one migration, shared by the engine, which writes, and whoever asks.
+pub struct Progress {
+    state: Mutex<State>,
+    clock: Arc<dyn Clock>,
+    observer: Option<Box<dyn Observer>>,
+}
+
+#[derive(Default)]
+struct State {
+    snapshot: Snapshot,
+    began: Option<Duration>,
+}
+
+impl std::fmt::Debug for Progress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Progress").field(&self.snapshot()).finish()
+    }
+}
+
+impl Progress {
+    /// Of a migration that has not begun.
+    pub fn new(clock: Arc<dyn Clock>, observer: Option<Box<dyn Observer>>) -> Self {
+        Self {
+            state: Mutex::default(),
+            clock,
+            observer,
+        }
+    }
+
+    /// How it is now.
+    pub fn snapshot(&self) -> Snapshot {
+        let state = self.lock();
+        let mut snapshot = state.snapshot.clone();
+        if let (Some(began), false) = (state.began, snapshot.status.is_over()) {
+            snapshot.total_time = self.clock.now().saturating_sub(began);
+        }
+        snapshot
+    }
+
+    /// The status now.
+    pub fn status(&self) -> Status {
+        self.lock().snapshot.status
+    }
+
+    pub(crate) fn clock(&self) -> &Arc<dyn Clock> {
+        &self.clock
+    }
+
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Snapshot)) {
+        change(&mut self.lock().snapshot);
+    }
+
+    pub(crate) fn set_status(&self, status: Status) {
+        {
+            let mut state = self.lock();
+            if state.snapshot.status == status {
+                return;
+            }
+            let now = self.clock.now();
+            let began = *state.began.get_or_insert(now);
+            state.snapshot.status = status;
+            state.snapshot.total_time = now.saturating_sub(began);
+            if status == Status::Active {
+                state.snapshot.setup_time = now.saturating_sub(began);
+            }
+        }
+        if let Some(observer) = &self.observer {
+            observer.status_changed(status);
+        }
+    }
+
+    pub(crate) fn begin_round(&self, number: u64) {
+        self.update(|snapshot| snapshot.round = number);
+        if let Some(observer) = &self.observer {
+            observer.pass_begun(number);
+        }
+    }
+
+    pub(crate) fn end_round(&self, round: Round) {
+        self.update(|snapshot| {
+            if snapshot.rounds.len() == KEPT_ROUNDS {
+                snapshot.rounds.pop_front();
+            }
+            snapshot.rounds.push_back(round);
+        });
+        if let Some(observer) = &self.observer {
+            observer.round_ended(&round);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::MonotonicClock;
+
+    #[test]
+    fn rounds_are_kept_within_bounds_and_observers_are_told() {
+        #[derive(Default)]
+        struct Log(Arc<Mutex<Vec<String>>>);
+        impl Observer for Log {
+            fn status_changed(&self, status: Status) {
+                self.0.lock().unwrap().push(status.name().to_owned());
+            }
+            fn pass_begun(&self, pass: u64) {
+                self.0.lock().unwrap().push(format!("pass {pass}"));
+            }
+        }
+        let log = Arc::default();
+        let progress = Progress::new(
+            Arc::new(MonotonicClock),
+            Some(Box::new(Log(Arc::clone(&log)))),
+        );
+        assert_eq!(progress.status(), Status::None);
+        progress.set_status(Status::Setup);
+        progress.set_status(Status::Setup);
+        progress.set_status(Status::Active);
+        progress.begin_round(1);
+        assert_eq!(*log.lock().unwrap(), ["setup", "active", "pass 1"]);
+        for number in 0..2 * KEPT_ROUNDS as u64 {
+            progress.end_round(Round {
+                number,
+                ..Round::default()
+            });
+        }
+        let rounds = progress.snapshot().rounds;
+        assert_eq!(rounds.len(), KEPT_ROUNDS);
+        assert_eq!(rounds.back().unwrap().number, 2 * KEPT_ROUNDS as u64 - 1);
+        progress.set_status(Status::Failed);
+        let total = progress.snapshot().total_time;
+        assert_eq!(progress.snapshot().total_time, total);
+    }
+}

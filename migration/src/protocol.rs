@@ -1,0 +1,148 @@
+//! Which frame may follow which: the state machine of a migration, the same at both ends.
+//!
+//! Each side moves its own copy with every frame that it sends or receives. Frames cross on the
+//! way, so the two are not always in the same phase; what a frame may follow is chosen so that a
+//! peer that keeps to the protocol is never refused for it.
+
+use crate::frame::Kind;
+
+/// The oldest version of the protocol that this build speaks.
+pub const OLDEST_VERSION: u16 = 1;
+/// The newest version of the protocol that this build speaks.
+pub const NEWEST_VERSION: u16 = 1;
+
+/// How far a migration has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Connected.
+    Start,
+    /// HELLO is there; the destination has not answered.
+    Offered,
+    /// Accepted: blobs may come.
+    Blobs,
+    /// Memory comes.
+    Ram,
+    /// State sections come.
+    State,
+    /// END is there; the destination loads.
+    Ended,
+    /// The destination is ready; the source has not handed over.
+    Ready,
+    /// GO is there.
+    Going,
+    /// Over, well or badly.
+    Over,
+}
+
+/// A frame that may not come in that phase.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the peer broke the protocol: {} is not allowed in phase {phase:?}", .kind.name())]
+pub struct OutOfOrder {
+    /// The frame.
+    pub kind: Kind,
+    /// The phase.
+    pub phase: Phase,
+}
+
+impl Phase {
+    /// The phase after a frame of that kind.
+    pub fn after(self, kind: Kind) -> Result<Self, OutOfOrder> {
+        use Phase::{Blobs, Ended, Going, Offered, Over, Ram, Ready, Start, State};
+        Ok(match (self, kind) {
+            (Start, Kind::Hello) => Offered,
+            (Offered, Kind::Accept) => Blobs,
+            (Offered, Kind::Refuse) => Over,
+            (Blobs, Kind::Blob) => Blobs,
+            (Blobs | Ram, Kind::Pages | Kind::Zero | Kind::Sync) => Ram,
+            (Ram | State | Ended, Kind::SyncAck) => self,
+            (Ram | State, Kind::State) => State,
+            (Ram | State, Kind::End) => Ended,
+            (Ended, Kind::Ready) => Ready,
+            (Ready, Kind::Go) => Going,
+            (Going, Kind::Running) => Over,
+            (Offered | Blobs | Ram | State | Ended | Ready, Kind::Cancel) => Over,
+            (Offered | Blobs | Ram | State | Ended | Ready | Going, Kind::Failed) => Over,
+            _ => return Err(OutOfOrder { kind, phase: self }),
+        })
+    }
+}
+
+/// The newest version that both ranges have, if any.
+pub fn common_version(ours: (u16, u16), theirs: (u16, u16)) -> Option<u16> {
+    let newest = ours.1.min(theirs.1);
+    (newest >= ours.0 && newest >= theirs.0).then_some(newest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Phase::*;
+
+    const PHASES: [Phase; 9] = [Start, Offered, Blobs, Ram, State, Ended, Ready, Going, Over];
+
+    fn run(kinds: &[Kind]) -> Result<Phase, OutOfOrder> {
+        kinds
+            .iter()
+            .try_fold(Start, |phase, &kind| phase.after(kind))
+    }
+
+    #[test]
+    fn a_whole_migration() {
+        use Kind::*;
+        let kinds = [
+            Hello,
+            Accept,
+            Blob,
+            Blob,
+            Sync,
+            Pages,
+            SyncAck,
+            Zero,
+            Sync,
+            Pages,
+            Kind::State,
+            End,
+            SyncAck,
+            Ready,
+            Go,
+            Running,
+        ];
+        assert_eq!(run(&kinds), Ok(Over));
+    }
+
+    #[test]
+    fn the_guest_is_handed_over_only_after_ready() {
+        for phase in PHASES {
+            assert_eq!(phase.after(Kind::Go).is_ok(), phase == Ready, "{phase:?}");
+            assert_eq!(phase.after(Kind::Running).is_ok(), phase == Going);
+        }
+    }
+
+    #[test]
+    fn nothing_is_cancelled_after_go_and_nothing_follows_the_end() {
+        assert!(Going.after(Kind::Cancel).is_err());
+        assert_eq!(Going.after(Kind::Failed), Ok(Over));
+        for kind in Kind::ALL {
+            assert!(Over.after(kind).is_err());
+            assert_eq!(Start.after(kind).is_ok(), kind == Kind::Hello);
+        }
+    }
+
+    #[test]
+    fn no_memory_before_the_offer_is_accepted_or_after_the_state() {
+        for kind in [Kind::Pages, Kind::Zero, Kind::Sync, Kind::Blob] {
+            for phase in [Start, Offered, State, Ended, Ready, Going] {
+                assert!(phase.after(kind).is_err(), "{kind:?} in {phase:?}");
+            }
+        }
+        assert!(Ram.after(Kind::Blob).is_err());
+    }
+
+    #[test]
+    fn versions_meet_at_the_newest_common_one() {
+        assert_eq!(common_version((1, 3), (2, 5)), Some(3));
+        assert_eq!(common_version((2, 5), (1, 3)), Some(3));
+        assert_eq!(common_version((1, 1), (2, 5)), None);
+        assert_eq!(common_version((4, 5), (2, 3)), None);
+    }
+}

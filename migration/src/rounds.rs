@@ -1,0 +1,332 @@
+//! Passes over guest memory at the source: which pages, in which frames.
+
+use crate::bitmap::{PageBitmap, PageRun};
+use crate::channel::ChannelError;
+use crate::frame::{Kind, MAX_ZERO_RUNS};
+use crate::guest_io::GuestPages;
+use crate::message::{AddressRun, encode_pages, encode_zero};
+use crate::pagemap::Pagemap;
+use crate::progress::Progress;
+use crate::session::Session;
+use crate::vm::{SourceVm, VmError};
+
+/// How many dirty pages are protected at a time: 8 MiB. Each call costs an ioctl and a flush of
+/// the guest's TLBs; but a page that the guest writes between its protection and its turn is sent
+/// twice.
+const CHUNK: u64 = 2048;
+
+/// Protected ranges begin and end at multiples of this, as `KVM_CLEAR_DIRTY_LOG` wants it.
+const ALIGN: u64 = 64;
+
+/// How a pass treats the pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pass {
+    /// Over all pages, most of which may never have been touched.
+    First,
+    /// Over what the guest wrote.
+    Dirty,
+    /// The same with the guest stopped.
+    Last,
+}
+
+/// Why a pass ended early.
+#[derive(Debug)]
+pub(crate) enum PassError {
+    Channel(ChannelError),
+    Protect(VmError),
+}
+
+impl From<ChannelError> for PassError {
+    fn from(error: ChannelError) -> Self {
+        Self::Channel(error)
+    }
+}
+
+/// What a pass sent.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Sent {
+    pub(crate) pages: u64,
+    pub(crate) zero: u64,
+    pub(crate) skipped: u64,
+}
+
+/// The memory of the source, and which of its pages are still to be sent.
+pub(crate) struct Memory {
+    pub(crate) pages: GuestPages,
+    pub(crate) pending: PageBitmap,
+    pagemap: Pagemap,
+    frame: Frame,
+    zero: Vec<AddressRun>,
+    touched: Vec<PageRun>,
+    body: Vec<u8>,
+    sent: Sent,
+    told: Sent,
+}
+
+/// The PAGES frame that is being filled.
+#[derive(Default)]
+struct Frame {
+    runs: Vec<PageRun>,
+    wire: Vec<AddressRun>,
+    crcs: Vec<u32>,
+    limit: usize,
+}
+
+impl Memory {
+    /// All pages pending.
+    pub(crate) fn new(pages: GuestPages) -> Self {
+        Self {
+            pending: PageBitmap::full(pages.layout().pages()),
+            pages,
+            pagemap: Pagemap::open(),
+            frame: Frame::default(),
+            zero: Vec::new(),
+            touched: Vec::new(),
+            body: Vec::new(),
+            sent: Sent::default(),
+            told: Sent::default(),
+        }
+    }
+
+    /// Sends all that is pending; nothing is pending afterwards.
+    pub(crate) fn send(
+        &mut self,
+        pass: Pass,
+        round: u64,
+        vm: &mut dyn SourceVm,
+        session: &mut Session,
+        progress: &Progress,
+    ) -> Result<Sent, PassError> {
+        self.sent = Sent::default();
+        self.told = Sent::default();
+        self.frame.limit = session.frame_pages() as usize;
+        let mut next = 0;
+        while let Some(chunk) = self.next_chunk(next) {
+            next = chunk.end();
+            if pass != Pass::Last {
+                vm.protect(&self.pending, chunk.first, chunk.count)
+                    .map_err(PassError::Protect)?;
+            }
+            self.send_chunk(pass, chunk, round, session, progress)?;
+            self.pending.clear_range(chunk.first, chunk.count);
+            session.look_at_answers()?;
+        }
+        self.flush_pages(round, session, progress)?;
+        self.flush_zero(round, session)?;
+        self.tell(session, progress);
+        Ok(self.sent)
+    }
+
+    /// The next range with about [`CHUNK`] pending pages in it.
+    fn next_chunk(&self, from: u64) -> Option<PageRun> {
+        let pages = self.pending.pages();
+        let first = self.pending.next_set(from)? / ALIGN * ALIGN;
+        let (mut end, mut found) = (first, 0);
+        for run in self.pending.runs(first, pages, CHUNK) {
+            found += run.count;
+            // No more than the chunk's share of a long run.
+            end = run.end() - found.saturating_sub(CHUNK);
+            if found >= CHUNK {
+                break;
+            }
+        }
+        let end = end.next_multiple_of(ALIGN).min(pages);
+        Some(PageRun {
+            first,
+            count: end - first,
+        })
+    }
+
+    fn send_chunk(
+        &mut self,
+        pass: Pass,
+        chunk: PageRun,
+        round: u64,
+        session: &mut Session,
+        progress: &Progress,
+    ) -> Result<(), ChannelError> {
+        let mut at = chunk.first;
+        while let Some(run) = self
+            .pending
+            .runs(at, chunk.end().saturating_sub(at), CHUNK)
+            .next()
+        {
+            let run = self.pages.within_region(run);
+            at = run.end();
+            let host = match pass {
+                // The pages are protected: one that is touched from here on is seen as dirty.
+                Pass::First => self.pages.private_host_address(run.first),
+                Pass::Dirty | Pass::Last => None,
+            };
+            let Some(host) = host else {
+                self.send_touched(run, round, session, progress)?;
+                continue;
+            };
+            let mut touched = std::mem::take(&mut self.touched);
+            self.pagemap.touched(host, run.count, &mut touched);
+            let mut untouched_from = run.first;
+            for part in &touched {
+                let part = PageRun {
+                    first: run.first + part.first,
+                    count: part.count,
+                };
+                self.skip(untouched_from, part.first, round, session)?;
+                self.send_touched(part, round, session, progress)?;
+                untouched_from = part.end();
+            }
+            self.skip(untouched_from, run.end(), round, session)?;
+            self.touched = touched;
+        }
+        Ok(())
+    }
+
+    fn skip(
+        &mut self,
+        first: u64,
+        end: u64,
+        round: u64,
+        session: &mut Session,
+    ) -> Result<(), ChannelError> {
+        if end <= first {
+            return Ok(());
+        }
+        self.sent.skipped += end - first;
+        let count = end - first;
+        self.add_zero(PageRun { first, count }, round, session)
+    }
+
+    fn send_touched(
+        &mut self,
+        run: PageRun,
+        round: u64,
+        session: &mut Session,
+        progress: &Progress,
+    ) -> Result<(), ChannelError> {
+        for page in run.first..run.end() {
+            if self.pages.is_zero(page) {
+                self.add_zero(
+                    PageRun {
+                        first: page,
+                        count: 1,
+                    },
+                    round,
+                    session,
+                )?;
+                continue;
+            }
+            self.add_page(page);
+            if self.frame.crcs.len() >= self.frame.limit {
+                self.flush_pages(round, session, progress)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn add_page(&mut self, page: u64) {
+        let frame = &mut self.frame;
+        frame.crcs.push(self.pages.crc(page));
+        let address = self.pages.addresses(PageRun {
+            first: page,
+            count: 1,
+        });
+        if let (Some(run), Some(wire)) = (frame.runs.last_mut(), frame.wire.last_mut()) {
+            let end = wire.address + wire.pages * crate::layout::PAGE_SIZE;
+            if run.end() == page && end == address.address {
+                let longer = PageRun {
+                    first: run.first,
+                    count: run.count + 1,
+                };
+                // Regions that touch in the guest need not touch in this process.
+                if self.pages.within_region(longer) == longer {
+                    *run = longer;
+                    wire.pages += 1;
+                    return;
+                }
+            }
+        }
+        frame.runs.push(PageRun {
+            first: page,
+            count: 1,
+        });
+        frame.wire.push(address);
+    }
+
+    fn flush_pages(
+        &mut self,
+        round: u64,
+        session: &mut Session,
+        progress: &Progress,
+    ) -> Result<(), ChannelError> {
+        let frame = &mut self.frame;
+        if frame.runs.is_empty() {
+            return Ok(());
+        }
+        encode_pages(&frame.wire, &frame.crcs, &mut self.body);
+        session.send_pages(&self.body, &self.pages, &frame.runs, round)?;
+        self.sent.pages += frame.crcs.len() as u64;
+        frame.runs.clear();
+        frame.wire.clear();
+        frame.crcs.clear();
+        frame.limit = session.frame_pages() as usize;
+        self.tell(session, progress);
+        Ok(())
+    }
+
+    fn add_zero(
+        &mut self,
+        run: PageRun,
+        round: u64,
+        session: &mut Session,
+    ) -> Result<(), ChannelError> {
+        self.sent.zero += run.count;
+        let run = self.pages.addresses(run);
+        match self.zero.last_mut() {
+            Some(last)
+                if last.address + last.pages * crate::layout::PAGE_SIZE == run.address
+                    && self
+                        .pages
+                        .resolve(AddressRun {
+                            address: last.address,
+                            pages: last.pages + run.pages,
+                        })
+                        .is_ok() =>
+            {
+                last.pages += run.pages;
+            }
+            _ => self.zero.push(run),
+        }
+        if self.zero.len() >= MAX_ZERO_RUNS {
+            self.flush_zero(round, session)?;
+        }
+        Ok(())
+    }
+
+    /// Within a pass each page comes once, so that zeroes may be told later than data.
+    fn flush_zero(&mut self, round: u64, session: &mut Session) -> Result<(), ChannelError> {
+        if self.zero.is_empty() {
+            return Ok(());
+        }
+        encode_zero(&self.zero, &mut self.body);
+        self.zero.clear();
+        session.send(Kind::Zero, &self.body, round)
+    }
+
+    fn tell(&mut self, session: &Session, progress: &Progress) {
+        let (sent, told) = (self.sent, self.told);
+        self.told = sent;
+        let transferred = session.channel.sent_bytes();
+        let data = sent.pages - told.pages;
+        let zero = sent.zero - told.zero;
+        progress.update(|snapshot| {
+            let ram = &mut snapshot.ram;
+            ram.transferred = transferred;
+            ram.normal += data;
+            ram.normal_bytes = ram.normal * crate::layout::PAGE_SIZE;
+            ram.duplicate += zero;
+            snapshot.skipped += sent.skipped - told.skipped;
+            ram.remaining = ram
+                .remaining
+                .saturating_sub((data + zero) * crate::layout::PAGE_SIZE);
+        });
+    }
+}

@@ -1,0 +1,252 @@
+//! The source's side of a connection: frames, marks in the stream and their acknowledgements,
+//! pacing, and what all of that says about the link.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::bitmap::PageRun;
+use crate::channel::{Channel, ChannelError};
+use crate::clock::Clock;
+use crate::convergence::Convergence;
+use crate::frame::{Kind, MAX_PAGES};
+use crate::guest_io::GuestPages;
+use crate::message::{Sync, SyncAck};
+use crate::pacing::{Pacing, pages_per_frame};
+use crate::parameters::Parameters;
+use crate::protocol::OutOfOrder;
+
+/// A mark is set at least each so many bytes or so often, to learn how fast data arrives, and so
+/// that both sides know that the other lives.
+const MARK_BYTES: u64 = 32 << 20;
+const MARK_TIME: Duration = Duration::from_millis(200);
+
+/// How soon a changed bandwidth limit is noticed while waiting for the pace.
+const PACE_STEP: Duration = Duration::from_millis(50);
+
+/// Frames stay this small until the link's speed is known.
+const FIRST_FRAMES: u64 = 64;
+
+struct Mark {
+    number: u64,
+    /// When the first byte since the mark before was sent.
+    began: Duration,
+    /// How many bytes had been sent with it.
+    bytes: u64,
+}
+
+pub(crate) struct Session {
+    pub(crate) channel: Channel,
+    pub(crate) convergence: Convergence,
+    clock: Arc<dyn Clock>,
+    parameters: Arc<Parameters>,
+    pacing: Pacing,
+    paced: bool,
+    marks: VecDeque<Mark>,
+    last_mark: u64,
+    marked_at: Duration,
+    marked_bytes: u64,
+    acked_bytes: u64,
+    began: Option<Duration>,
+    body: Vec<u8>,
+}
+
+impl Session {
+    pub(crate) fn new(
+        channel: Channel,
+        clock: Arc<dyn Clock>,
+        parameters: Arc<Parameters>,
+    ) -> Self {
+        Self {
+            channel,
+            convergence: Convergence::default(),
+            clock,
+            parameters,
+            pacing: Pacing::default(),
+            paced: true,
+            marks: VecDeque::new(),
+            last_mark: 0,
+            marked_at: Duration::ZERO,
+            marked_bytes: 0,
+            acked_bytes: 0,
+            began: None,
+            body: Vec::new(),
+        }
+    }
+
+    /// From here on the guest is stopped: nothing is held back.
+    pub(crate) fn stop_pacing(&mut self) {
+        self.paced = false;
+    }
+
+    /// How many pages to put in a frame.
+    pub(crate) fn frame_pages(&self) -> u64 {
+        let measured = self.convergence.bandwidth.estimate();
+        let limit = match measured {
+            None => FIRST_FRAMES,
+            Some(rate) => pages_per_frame(rate, MAX_PAGES),
+        };
+        match self.parameters.max_bandwidth() {
+            rate if rate > 0 && self.paced => pages_per_frame(rate as f64, limit),
+            _ => limit,
+        }
+    }
+
+    /// Sends a frame with page data, in time.
+    pub(crate) fn send_pages(
+        &mut self,
+        body: &[u8],
+        memory: &GuestPages,
+        runs: &[PageRun],
+        round: u64,
+    ) -> Result<(), ChannelError> {
+        self.pace(round)?;
+        self.begin();
+        let before = self.channel.sent_bytes();
+        self.channel.send_pages(body, memory, runs)?;
+        self.sent(before, round)
+    }
+
+    /// Sends any other frame of a round, in time.
+    pub(crate) fn send(&mut self, kind: Kind, body: &[u8], round: u64) -> Result<(), ChannelError> {
+        self.pace(round)?;
+        self.begin();
+        let before = self.channel.sent_bytes();
+        self.channel.send(kind, body)?;
+        self.sent(before, round)
+    }
+
+    fn begin(&mut self) {
+        if self.began.is_none() {
+            self.began = Some(self.clock.now());
+        }
+    }
+
+    fn sent(&mut self, before: u64, round: u64) -> Result<(), ChannelError> {
+        self.pacing.sent(self.channel.sent_bytes() - before);
+        self.look_at_answers()?;
+        let bytes = self.channel.sent_bytes() - self.marked_bytes;
+        let since = self.clock.now().saturating_sub(self.marked_at);
+        if self.channel.phase() == crate::protocol::Phase::Ram
+            && (bytes >= MARK_BYTES || since >= MARK_TIME)
+        {
+            self.mark(round)?;
+        }
+        Ok(())
+    }
+
+    fn pace(&mut self, round: u64) -> Result<(), ChannelError> {
+        while self.paced {
+            let wait = self
+                .pacing
+                .wait(self.clock.now(), self.parameters.max_bandwidth());
+            if wait.is_zero() {
+                return Ok(());
+            }
+            if self.clock.now().saturating_sub(self.marked_at) >= 5 * MARK_TIME
+                && self.channel.phase() == crate::protocol::Phase::Ram
+            {
+                self.mark(round)?;
+            }
+            self.idle(wait.min(PACE_STEP))?;
+        }
+        Ok(())
+    }
+
+    /// Waits, looking at what the peer says.
+    pub(crate) fn idle(&mut self, time: Duration) -> Result<(), ChannelError> {
+        let end = Instant::now() + time;
+        while let Some(arrived) = self.channel.receive_until(end)? {
+            self.answer(arrived.kind)?;
+        }
+        Ok(())
+    }
+
+    /// Sets a mark in the stream: a SYNC, whose number is returned.
+    pub(crate) fn mark(&mut self, round: u64) -> Result<u64, ChannelError> {
+        self.last_mark += 1;
+        let number = self.last_mark;
+        self.begin();
+        Sync {
+            mark: number,
+            round,
+        }
+        .encode(&mut self.body);
+        self.channel.send(Kind::Sync, &self.body)?;
+        let now = self.clock.now();
+        self.marks.push_back(Mark {
+            number,
+            began: self.began.take().unwrap_or(now),
+            bytes: self.channel.sent_bytes(),
+        });
+        self.marked_at = now;
+        self.marked_bytes = self.channel.sent_bytes();
+        Ok(number)
+    }
+
+    /// Waits until that mark is acknowledged: all before it has been placed.
+    pub(crate) fn wait_for(&mut self, number: u64) -> Result<(), ChannelError> {
+        while self.marks.front().is_some_and(|mark| mark.number <= number) {
+            let arrived = self.channel.receive()?;
+            self.answer(arrived.kind)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for a frame that is no acknowledgement of a mark.
+    pub(crate) fn receive(&mut self, expected: Kind) -> Result<(), ChannelError> {
+        loop {
+            let kind = self.channel.receive()?.kind;
+            if kind == expected {
+                return Ok(());
+            }
+            self.answer(kind)?;
+        }
+    }
+
+    /// Measures the round trip; nothing else is on its way.
+    pub(crate) fn measure_round_trip(&mut self) -> Result<(), ChannelError> {
+        let sent = self.clock.now();
+        let number = self.mark(0)?;
+        self.wait_for(number)?;
+        let time = self.channel.arrived_at().saturating_sub(sent);
+        self.convergence.round_trip_took(time);
+        Ok(())
+    }
+
+    /// Takes the acknowledgements that are there. What else is there is left for who waits for it.
+    pub(crate) fn look_at_answers(&mut self) -> Result<(), ChannelError> {
+        while self.channel.next_kind()? == Some(Kind::SyncAck) {
+            if let Some(arrived) = self.channel.receive_now()? {
+                self.answer(arrived.kind)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, kind: Kind) -> Result<(), ChannelError> {
+        let unexpected = OutOfOrder {
+            kind,
+            phase: self.channel.phase(),
+        };
+        if kind != Kind::SyncAck {
+            return Err(unexpected.into());
+        }
+        let ack = self.channel.decode(kind, SyncAck::decode)?;
+        let mark = self
+            .marks
+            .pop_front()
+            .filter(|mark| mark.number == ack.mark)
+            .ok_or(unexpected)?;
+        let bytes = mark.bytes - self.acked_bytes;
+        self.acked_bytes = mark.bytes;
+        let round_trip = self.convergence.round_trip();
+        self.convergence.bandwidth.delivered(
+            bytes,
+            mark.began,
+            self.channel.arrived_at(),
+            round_trip,
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,4 @@
+//! Whole migrations between two machines that are nothing but memory, over real sockets.
+
+mod machine;
+mod whole;

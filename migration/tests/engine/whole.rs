@@ -1,0 +1,200 @@
+//! Migrations in which nothing goes wrong, and what both sides need to run one.
+
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use migration::cancel::Cancel;
+use migration::clock::MonotonicClock;
+use migration::destination::{self, Arrival, DestinationError};
+use migration::link::{Deadlines, Stream};
+use migration::listener::Incoming;
+use migration::parameters::Parameters;
+use migration::progress::{Progress, Status};
+use migration::source::{self, Outcome, Peer};
+
+use crate::machine::{Destination, Source, Writes, assert_same};
+
+pub(crate) fn progress() -> Arc<Progress> {
+    Arc::new(Progress::new(Arc::new(MonotonicClock), None))
+}
+
+/// A source's job. The downtime limit is generous: these machines are slow when tests run in
+/// parallel, and when to switch over is tested elsewhere.
+pub(crate) fn source_job() -> source::Job {
+    let parameters = Parameters::default();
+    parameters.set_downtime_limit_ms(500).unwrap();
+    source::Job {
+        cancel: Cancel::new().unwrap(),
+        parameters: Arc::new(parameters),
+        progress: progress(),
+        deadlines: Deadlines::default(),
+    }
+}
+
+pub(crate) fn destination_job() -> destination::Job {
+    destination::Job {
+        cancel: Cancel::new().unwrap(),
+        progress: progress(),
+        deadlines: Deadlines::default(),
+    }
+}
+
+pub(crate) type Arriving = JoinHandle<(Destination, Result<Arrival, DestinationError>)>;
+
+/// Lets a guest arrive on `stream`, on a thread.
+pub(crate) fn arrive(mut vm: Destination, stream: Stream, job: destination::Job) -> Arriving {
+    std::thread::spawn(move || {
+        let incoming = Incoming::from_stream(stream, &job.cancel, &job.deadlines).unwrap();
+        let result = destination::receive(&mut vm, incoming, &job);
+        (vm, result)
+    })
+}
+
+pub(crate) fn unix_pair() -> (Stream, Stream) {
+    let (a, b) = UnixStream::pair().unwrap();
+    (a.into(), b.into())
+}
+
+pub(crate) fn tcp_pair() -> (Stream, Stream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (b, _) = listener.accept().unwrap();
+    (a.into(), b.into())
+}
+
+pub(crate) fn migrate(
+    vm: &mut Source,
+    pair: (Stream, Stream),
+) -> (Outcome, Destination, Result<Arrival, DestinationError>) {
+    let arriving = arrive(Destination::default(), pair.1, destination_job());
+    let outcome = source::migrate(vm, Peer::Connected(pair.0), &source_job());
+    let (destination, arrival) = arriving.join().unwrap();
+    (outcome, destination, arrival)
+}
+
+/// Fails unless the guest of `vm` has arrived whole, and stays stopped where it was.
+pub(crate) fn assert_moved(
+    vm: &Source,
+    outcome: &Outcome,
+    destination: &Destination,
+    arrival: &Result<Arrival, DestinationError>,
+) {
+    assert!(matches!(outcome, Outcome::Completed(_)), "{outcome:?}");
+    assert!(arrival.is_ok(), "{arrival:?}");
+    assert!(!vm.is_running());
+    assert_same(&vm.ram, destination.ram.as_ref().unwrap());
+    assert_eq!(destination.sections, vm.state);
+    let offer = destination.offer.as_ref().unwrap();
+    assert_eq!(offer.configuration, vm.configuration);
+    for (blob, (_, data)) in destination.blobs.iter().zip(&vm.blobs) {
+        assert!(*blob.lock().unwrap() == *data);
+    }
+}
+
+pub(crate) const BUSY: Writes = Writes {
+    pages: 1500,
+    batch: 50,
+    rest: Duration::from_micros(300),
+};
+
+#[test]
+fn an_idle_guest() {
+    for pair in [unix_pair(), tcp_pair()] {
+        let mut vm = Source::new(1000, 700);
+        let (outcome, destination, arrival) = migrate(&mut vm, pair);
+        assert_moved(&vm, &outcome, &destination, &arrival);
+        let start = destination.started.unwrap();
+        assert!(!start.run && start.stopped_for.is_zero(), "{start:?}");
+        assert_eq!(
+            vm.calls(),
+            [
+                "offer",
+                "start_dirty_log",
+                "pause",
+                "save",
+                "release",
+                "stop_dirty_log"
+            ]
+        );
+    }
+}
+
+#[test]
+fn a_busy_guest_with_a_hole_in_its_memory() {
+    for pair in [unix_pair(), tcp_pair()] {
+        let mut vm = Source::new(1111, 3333);
+        vm.run(BUSY);
+        let (outcome, destination, arrival) = migrate(&mut vm, pair);
+        assert_moved(&vm, &outcome, &destination, &arrival);
+        let Outcome::Completed(downtime) = outcome else {
+            unreachable!()
+        };
+        let start = destination.started.unwrap();
+        assert!(start.run && !start.stopped_for.is_zero());
+        let before_ready =
+            downtime.stop + downtime.last_pages + downtime.save + downtime.send + downtime.load;
+        assert!(start.stopped_for >= before_ready, "{start:?} {downtime:?}");
+        let downtime_parts = before_ready + downtime.start;
+        assert!(
+            downtime.total.abs_diff(downtime_parts) < Duration::from_micros(1),
+            "{downtime:?}"
+        );
+    }
+}
+
+#[test]
+fn the_numbers_add_up() {
+    let mut vm = Source::new(4000, 0);
+    let (a, b) = unix_pair();
+    let arriving = arrive(Destination::default(), b, destination_job());
+    let job = source_job();
+    let outcome = source::migrate(&mut vm, Peer::Connected(a), &job);
+    let (destination, arrival) = arriving.join().unwrap();
+    assert_moved(&vm, &outcome, &destination, &arrival);
+    let snapshot = job.progress.snapshot();
+    assert_eq!(snapshot.status, Status::Completed);
+    let ram = snapshot.ram;
+    assert_eq!(ram.total, 4000 * 4096);
+    assert_eq!(ram.remaining, 0);
+    assert_eq!(ram.normal, 4000u64.div_ceil(3));
+    assert_eq!(ram.normal_bytes, ram.normal * 4096);
+    assert_eq!(ram.duplicate, 4000 - ram.normal);
+    assert_eq!(snapshot.skipped, ram.duplicate, "untouched pages were read");
+    assert_eq!(ram.transferred, ram.precopy_bytes + ram.downtime_bytes);
+    assert!(ram.transferred > ram.normal_bytes);
+    // What isn't page data or blobs is small: a pair of runs for each page, here.
+    assert!(ram.transferred < ram.normal_bytes + 3_000_000 + 200_000);
+    assert_eq!(snapshot.rounds.len() as u64, snapshot.round);
+    assert!(snapshot.total_time >= snapshot.setup_time);
+    assert_eq!(ram.dirty_sync_count, snapshot.round);
+}
+
+#[test]
+fn from_a_to_b_by_address() {
+    use migration::listener::Listener;
+    let directory = tempfile::tempdir().unwrap();
+    for uri in [
+        "tcp:127.0.0.1:0".to_owned(),
+        format!("unix:{}", directory.path().join("socket").display()),
+    ] {
+        let mut listener = Listener::bind(&uri.parse().unwrap()).unwrap();
+        let uri = listener.uri().clone();
+        let arriving = std::thread::spawn(move || {
+            let job = destination_job();
+            let incoming = listener.accept(&job.cancel, &job.deadlines).unwrap();
+            let mut vm = Destination::default();
+            let result = destination::receive(&mut vm, incoming, &job);
+            (vm, result)
+        });
+        let mut vm = Source::new(500, 0);
+        vm.run(BUSY_SMALL);
+        let outcome = source::migrate(&mut vm, Peer::Uri(uri), &source_job());
+        let (destination, arrival) = arriving.join().unwrap();
+        assert_moved(&vm, &outcome, &destination, &arrival);
+    }
+}
+
+pub(crate) const BUSY_SMALL: Writes = Writes { pages: 300, ..BUSY };
