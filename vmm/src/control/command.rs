@@ -84,6 +84,29 @@ pub trait Machine: Send + Sync {
     fn subscribe(&self) -> broadcast::Receiver<Event>;
 }
 
+impl dyn Machine {
+    /// [Checks](ParameterChange::check) and makes a change of parameters.
+    pub fn change_parameters(&self, change: ParameterChange) -> CommandResult<()> {
+        change.check()?;
+        self.set_parameters(change)
+    }
+
+    /// Switches capabilities after a check that the machine knows each.
+    pub fn change_capabilities(&self, changes: &[MigrationCapabilityStatus]) -> CommandResult<()> {
+        let known = self.capabilities();
+        match changes
+            .iter()
+            .find(|change| known.iter().all(|k| k.capability != change.capability))
+        {
+            None => self.set_capabilities(changes),
+            Some(unknown) => Err(CommandError::generic(format!(
+                "Parameter 'capability' does not accept value '{}'",
+                unknown.capability
+            ))),
+        }
+    }
+}
+
 /// QAPI's `QapiErrorClass`: what a program can tell errors apart by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum ErrorClass {

@@ -2,10 +2,18 @@
 //!
 //! [`command`] is the one typed layer: the [`Machine`](command::Machine) trait, which the machine
 //! implements, with the types that it speaks in (named, shaped and valued as in QEMU's QAPI
-//! schema), and their checks. Start reading there.
+//! schema), and their checks. Start reading there. [`qmp`] is its face for programs, [`monitor`] the
+//! one for people.
 
 pub mod address;
 pub mod command;
 pub mod event;
 pub mod migration;
+pub mod monitor;
+pub mod qmp;
 pub mod run_state;
+pub mod size;
+pub mod socket;
+
+#[cfg(test)]
+mod fake;

@@ -1,0 +1,177 @@
+//! A machine without a guest, for the tests of the control plane.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use tokio::sync::broadcast;
+
+use super::command::*;
+
+pub(crate) struct FakeMachine {
+    state: Mutex<State>,
+    events: broadcast::Sender<Event>,
+}
+
+pub(crate) struct State {
+    pub(crate) name: Option<String>,
+    pub(crate) run_state: RunState,
+    pub(crate) info: MigrationInfo,
+    pub(crate) parameters: MigrationParameters,
+    pub(crate) events_capability: bool,
+    /// The commands that arrived, in words.
+    pub(crate) calls: Vec<String>,
+    /// What the next command that can fail fails with.
+    pub(crate) failure: Option<CommandError>,
+}
+
+impl FakeMachine {
+    pub(crate) fn new() -> Arc<Self> {
+        let state = State {
+            name: Some("fake".into()),
+            run_state: RunState::Running,
+            info: MigrationInfo::default(),
+            parameters: MigrationParameters::default(),
+            events_capability: true,
+            calls: Vec::new(),
+            failure: None,
+        };
+        Arc::new(Self {
+            state: Mutex::new(state),
+            events: broadcast::channel(256).0,
+        })
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    pub(crate) fn send(&self, kind: EventKind) {
+        // Without a subscriber there is nobody to tell.
+        let _ = self.events.send(Event::now(kind));
+    }
+
+    pub(crate) fn calls(&self) -> Vec<String> {
+        std::mem::take(&mut self.state().calls)
+    }
+
+    /// Puts the migration under way into this status.
+    pub(crate) fn migration(&self, info: MigrationInfo) {
+        let status = info.status;
+        self.state().info = info;
+        self.send(EventKind::Migration { status });
+    }
+
+    fn call(&self, what: impl Into<String>) -> CommandResult<()> {
+        let mut state = self.state();
+        state.calls.push(what.into());
+        state.failure.take().map_or(Ok(()), Err)
+    }
+}
+
+impl Machine for FakeMachine {
+    fn name(&self) -> Option<String> {
+        self.state().name.clone()
+    }
+
+    fn status(&self) -> StatusInfo {
+        self.state().run_state.into()
+    }
+
+    fn cpus(&self) -> Vec<CpuInfo> {
+        (0..2)
+            .map(|index| CpuInfo {
+                index,
+                thread_id: 100 + index as i32,
+                halted: index == 1,
+            })
+            .collect()
+    }
+
+    fn registers(&self, cpu: u32) -> CommandResult<String> {
+        match cpu {
+            0 | 1 => Ok(format!("RAX={cpu:016x}\nRIP=0000000000100000\n")),
+            _ => Err(CommandError::generic(format!("there is no vCPU {cpu}"))),
+        }
+    }
+
+    fn stop(&self) -> CommandResult<()> {
+        self.call("stop")?;
+        self.state().run_state = RunState::Paused;
+        self.send(EventKind::Stop);
+        Ok(())
+    }
+
+    fn cont(&self) -> CommandResult<()> {
+        self.call("cont")?;
+        self.state().run_state = RunState::Running;
+        self.send(EventKind::Resume);
+        Ok(())
+    }
+
+    fn system_reset(&self) -> CommandResult<()> {
+        self.call("system_reset")?;
+        self.send(EventKind::reset(ShutdownCause::HostQmpSystemReset));
+        Ok(())
+    }
+
+    fn quit(&self, cause: ShutdownCause) {
+        let _ = self.call(format!("quit {cause:?}"));
+        self.send(EventKind::shutdown(cause));
+    }
+
+    fn migrate(&self, request: MigrateRequest) -> CommandResult<()> {
+        self.call(format!("migrate {}", request.address))?;
+        self.migration(MigrationInfo {
+            status: MigrationStatus::Setup,
+            ..Default::default()
+        });
+        Ok(())
+    }
+
+    fn migrate_cancel(&self) -> CommandResult<()> {
+        self.call("migrate_cancel")?;
+        if self.migration_info().status.is_running() {
+            let status = MigrationStatus::Cancelled;
+            self.migration(MigrationInfo {
+                status,
+                ..Default::default()
+            });
+        }
+        Ok(())
+    }
+
+    fn migrate_incoming(&self, address: Address, exit_on_error: bool) -> CommandResult<()> {
+        self.call(format!("migrate_incoming {address} {exit_on_error}"))
+    }
+
+    fn migration_info(&self) -> MigrationInfo {
+        self.state().info.clone()
+    }
+
+    fn parameters(&self) -> MigrationParameters {
+        self.state().parameters
+    }
+
+    fn set_parameters(&self, change: ParameterChange) -> CommandResult<()> {
+        change.apply(&mut self.state().parameters);
+        Ok(())
+    }
+
+    fn capabilities(&self) -> Vec<MigrationCapabilityStatus> {
+        let state = self.state().events_capability;
+        vec![MigrationCapabilityStatus {
+            capability: "events".into(),
+            state,
+        }]
+    }
+
+    fn set_capabilities(&self, changes: &[MigrationCapabilityStatus]) -> CommandResult<()> {
+        for change in changes {
+            self.state().events_capability = change.state;
+        }
+        Ok(())
+    }
+
+    fn subscribe(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+}

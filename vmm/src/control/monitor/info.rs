@@ -1,0 +1,233 @@
+//! `info`: what it shows, in QEMU's words where QEMU has it.
+
+use std::fmt::Write;
+
+use super::commands::{Failure, Reply};
+use super::line::Words;
+use super::session::Session;
+use crate::control::command::{
+    CommandError, MigrationInfo, MigrationStats, MigrationStatus, RunState,
+};
+use crate::control::size::format_size;
+
+/// Something that `info` shows.
+pub struct Topic {
+    /// Its name.
+    pub name: &'static str,
+    parameters: &'static str,
+    help: &'static str,
+    show: fn(&Session, &mut Words) -> Result<String, Failure>,
+}
+
+/// All that `info` shows, by name.
+pub const TOPICS: &[Topic] = &[
+    Topic {
+        name: "cpus",
+        parameters: "",
+        help: "the vCPUs and their threads",
+        show: cpus,
+    },
+    Topic {
+        name: "migrate",
+        parameters: "",
+        help: "how the migration under way, or the last one, is doing",
+        show: |session, _| Ok(migration(&session.machine().migration_info())),
+    },
+    Topic {
+        name: "migrate_capabilities",
+        parameters: "",
+        help: "the migration capabilities, on or off",
+        show: capabilities,
+    },
+    Topic {
+        name: "migrate_parameters",
+        parameters: "",
+        help: "the migration parameters",
+        show: parameters,
+    },
+    Topic {
+        name: "name",
+        parameters: "",
+        help: "the guest's name",
+        show: |session, _| {
+            Ok(session
+                .machine()
+                .name()
+                .map(|name| name + "\n")
+                .unwrap_or_default())
+        },
+    },
+    Topic {
+        name: "registers",
+        parameters: "[-a|index]",
+        help: "the registers of the chosen vCPU, of all (-a), or of one",
+        show: registers,
+    },
+    Topic {
+        name: "status",
+        parameters: "",
+        help: "whether the guest runs, and why not",
+        show: status,
+    },
+    Topic {
+        name: "version",
+        parameters: "",
+        help: "Ferry's version",
+        show: |_, _| Ok(concat!("ferry ", env!("CARGO_PKG_VERSION"), "\n").to_owned()),
+    },
+];
+
+/// Carries `info` out.
+pub fn run(session: &mut Session, mut words: Words) -> Result<Reply, Failure> {
+    let Some(name) = words.optional() else {
+        return Ok(Reply::Text(help()));
+    };
+    let Some(topic) = TOPICS.iter().find(|topic| topic.name == name) else {
+        return Err(Failure::Unknown(format!("info {name}")));
+    };
+    let text = (topic.show)(session, &mut words)?;
+    words.finish()?;
+    Ok(Reply::Text(text))
+}
+
+/// The topics, a line each.
+pub fn help() -> String {
+    let line = |topic: &Topic| {
+        let space = if topic.parameters.is_empty() { "" } else { " " };
+        format!(
+            "info {}{space}{} -- {}\n",
+            topic.name, topic.parameters, topic.help
+        )
+    };
+    TOPICS.iter().map(line).collect()
+}
+
+fn status(session: &Session, _: &mut Words) -> Result<String, Failure> {
+    let status = session.machine().status();
+    Ok(match status.status {
+        _ if status.running => "VM status: running\n".to_owned(),
+        RunState::Paused => "VM status: paused\n".to_owned(),
+        state => format!("VM status: paused ({state})\n"),
+    })
+}
+
+fn cpus(session: &Session, _: &mut Words) -> Result<String, Failure> {
+    let line = |cpu: crate::control::command::CpuInfo| {
+        let mark = if cpu.index == session.cpu() { '*' } else { ' ' };
+        let halted = if cpu.halted { " (halted)" } else { "" };
+        format!(
+            "{mark} CPU #{}:{halted} thread_id={}\n",
+            cpu.index, cpu.thread_id
+        )
+    };
+    Ok(session.machine().cpus().into_iter().map(line).collect())
+}
+
+fn registers(session: &Session, words: &mut Words) -> Result<String, Failure> {
+    let machine = session.machine();
+    let indices: Vec<u32> = if words.options("a")?.contains('a') {
+        machine.cpus().iter().map(|cpu| cpu.index).collect()
+    } else {
+        match words.optional() {
+            Some(word) => vec![word.parse().map_err(|_| {
+                CommandError::generic(format!("'{word}' is not the index of a vCPU"))
+            })?],
+            None => vec![session.cpu()],
+        }
+    };
+    let mut text = String::new();
+    for index in indices {
+        let registers = machine.registers(index)?;
+        let _ = writeln!(text, "CPU#{index}\n{}", registers.trim_end());
+    }
+    Ok(text)
+}
+
+fn capabilities(session: &Session, _: &mut Words) -> Result<String, Failure> {
+    let on = |state| if state { "on" } else { "off" };
+    let capabilities = session.machine().capabilities();
+    Ok(capabilities
+        .iter()
+        .map(|c| format!("{}: {}\n", c.capability, on(c.state)))
+        .collect())
+}
+
+fn parameters(session: &Session, _: &mut Words) -> Result<String, Failure> {
+    let parameters = session.machine().parameters();
+    Ok(format!(
+        "max-bandwidth: {} bytes/second\n\
+         avail-switchover-bandwidth: {} bytes/second\n\
+         downtime-limit: {} ms\n",
+        parameters.max_bandwidth, parameters.avail_switchover_bandwidth, parameters.downtime_limit
+    ))
+}
+
+/// A migration, as `info migrate` shows it.
+pub fn migration(info: &MigrationInfo) -> String {
+    let mut text = String::new();
+    let _ = write_migration(&mut text, info);
+    text
+}
+
+fn write_migration(text: &mut String, info: &MigrationInfo) -> std::fmt::Result {
+    for reason in &info.blocked_reasons {
+        writeln!(text, "Outgoing migration blocked: {reason}")?;
+    }
+    if info.status != MigrationStatus::None {
+        write!(text, "Migration status: {}", info.status)?;
+        match &info.error_desc {
+            Some(error) => writeln!(text, " ({error})")?,
+            None => writeln!(text)?,
+        }
+    }
+    for address in &info.socket_address {
+        writeln!(text, "socket address: {address}")?;
+    }
+    for (what, time) in [
+        ("total time", info.total_time),
+        ("expected downtime", info.expected_downtime),
+        ("downtime", info.downtime),
+        ("setup", info.setup_time),
+    ] {
+        if let Some(time) = time {
+            writeln!(text, "{what}: {time} ms")?;
+        }
+    }
+    if let Some(ram) = &info.ram {
+        write_ram(text, ram)?;
+    }
+    let Some(ferry) = &info.ferry else {
+        return Ok(());
+    };
+    if let Some(parts) = &ferry.downtime {
+        writeln!(
+            text,
+            "downtime parts: stop {} us, last pages {} us, save {} us, send {} us, load {} us, \
+             start {} us",
+            parts.stop, parts.last_pages, parts.save, parts.send, parts.load, parts.start
+        )?;
+    }
+    if let Some(bandwidth) = ferry.bandwidth {
+        writeln!(text, "measured bandwidth: {}/s", format_size(bandwidth))?;
+    }
+    if let Some(round_trip) = ferry.round_trip {
+        writeln!(text, "measured round trip: {round_trip} us")?;
+    }
+    Ok(())
+}
+
+fn write_ram(text: &mut String, ram: &MigrationStats) -> std::fmt::Result {
+    writeln!(text, "transferred ram: {} kbytes", ram.transferred >> 10)?;
+    writeln!(text, "throughput: {:.2} mbps", ram.mbps)?;
+    writeln!(text, "remaining ram: {} kbytes", ram.remaining >> 10)?;
+    writeln!(text, "total ram: {} kbytes", ram.total >> 10)?;
+    writeln!(text, "duplicate: {} pages", ram.duplicate)?;
+    writeln!(text, "normal: {} pages", ram.normal)?;
+    writeln!(text, "normal bytes: {} kbytes", ram.normal_bytes >> 10)?;
+    writeln!(text, "dirty sync count: {}", ram.dirty_sync_count)?;
+    writeln!(text, "page size: {} kbytes", ram.page_size >> 10)?;
+    writeln!(text, "pages-per-second: {}", ram.pages_per_second)?;
+    writeln!(text, "precopy ram: {} kbytes", ram.precopy_bytes >> 10)?;
+    writeln!(text, "downtime ram: {} kbytes", ram.downtime_bytes >> 10)?;
+    writeln!(text, "dirty pages rate: {} pages", ram.dirty_pages_rate)
+}

@@ -1,0 +1,112 @@
+//! One conversation with a person.
+
+use std::fmt::Write;
+use std::sync::Arc;
+
+use super::commands::{self, Failure, Reply};
+use super::line;
+use crate::control::command::{CommandError, CommandResult, Machine};
+
+/// What a line led to.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is done; this is the answer, empty or ending in a line feed.
+    Done(String),
+    /// A migration has begun that the person waits for:
+    /// [follow](super::progress::follow) it.
+    Migrating,
+}
+
+/// A conversation: the machine, and what was said before that matters.
+pub struct Session {
+    machine: Arc<dyn Machine>,
+    cpu: u32,
+}
+
+impl Session {
+    /// A new conversation.
+    pub fn new(machine: Arc<dyn Machine>) -> Self {
+        Self { machine, cpu: 0 }
+    }
+
+    /// The machine that it is about.
+    pub fn machine(&self) -> &Arc<dyn Machine> {
+        &self.machine
+    }
+
+    /// The vCPU that `info registers` shows.
+    pub fn cpu(&self) -> u32 {
+        self.cpu
+    }
+
+    /// Chooses the vCPU that `info registers` shows.
+    pub fn select_cpu(&mut self, index: u64) -> CommandResult<()> {
+        match self
+            .machine
+            .cpus()
+            .iter()
+            .find(|cpu| u64::from(cpu.index) == index)
+        {
+            Some(cpu) => {
+                self.cpu = cpu.index;
+                Ok(())
+            }
+            None => Err(CommandError::generic(format!("there is no vCPU {index}"))),
+        }
+    }
+
+    /// Carries a line out.
+    pub fn execute(&mut self, line: &str) -> Outcome {
+        match self.run(line) {
+            Ok(Reply::Text(text)) => Outcome::Done(text),
+            Ok(Reply::Migrating) => Outcome::Migrating,
+            Err(text) => Outcome::Done(text),
+        }
+    }
+
+    /// Carries a line out where nobody can wait for a migration: it goes on in the background.
+    pub fn execute_at_once(&mut self, line: &str) -> String {
+        match self.execute(line) {
+            Outcome::Done(text) => text,
+            Outcome::Migrating => "a migration cannot be waited for here, continuing detached \
+                                   (see info migrate)\n"
+                .to_owned(),
+        }
+    }
+
+    fn run(&mut self, line: &str) -> Result<Reply, String> {
+        let mut words = line::split(line).map_err(|failure| failure_text(failure, None))?;
+        let Some(name) = (!words.is_empty()).then(|| words.remove(0)) else {
+            return Ok(Reply::nothing());
+        };
+        let Some(command) = commands::find(&name) else {
+            return Err(format!("unknown command: '{name}'\n"));
+        };
+        (command.run)(self, line::Words::new(words))
+            .map_err(|failure| failure_text(failure, Some(command)))
+    }
+}
+
+fn failure_text(failure: Failure, command: Option<&commands::Command>) -> String {
+    match (failure, command) {
+        (Failure::Usage(text), Some(command)) => {
+            let mut message = format!("{}: {text}\n", command.names.join("|"));
+            if let Some(name) = command.names.first() {
+                let _ = writeln!(message, "Try \"help {name}\" for more information");
+            }
+            message
+        }
+        (Failure::Usage(text), None) => format!("Error: {text}\n"),
+        (Failure::Unknown(what), _) => format!("unknown command: '{what}'\n"),
+        (Failure::Command(error), _) => format!("Error: {error}\n"),
+    }
+}
+
+/// Whether an answer says that the command failed. Answers are made for people; this is for a
+/// program that has nothing else.
+pub fn is_failure(answer: &str) -> bool {
+    answer.starts_with("unknown command: '")
+        || answer
+            .lines()
+            .any(|line| line.starts_with("Error: ") || line.starts_with("Try \"help "))
+}

@@ -1,0 +1,436 @@
+//! Conversations with the monitor.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+use super::commands::COMMANDS;
+use super::info::TOPICS;
+use super::progress::{Follower, Progress, line};
+use super::server::listen;
+use super::{Outcome, PROMPT, Session, is_failure};
+use crate::control::command::*;
+use crate::control::fake::FakeMachine;
+
+fn session() -> (Arc<FakeMachine>, Session) {
+    let machine = FakeMachine::new();
+    (machine.clone(), Session::new(machine))
+}
+
+fn done(session: &mut Session, line: &str) -> String {
+    match session.execute(line) {
+        Outcome::Done(text) => text,
+        Outcome::Migrating => panic!("{line} is in the foreground"),
+    }
+}
+
+fn ram() -> MigrationStats {
+    MigrationStats {
+        transferred: 300 << 20,
+        remaining: 256 << 20,
+        total: 1 << 30,
+        normal: 76_800,
+        dirty_pages_rate: 20_000,
+        mbps: 8000.0,
+        dirty_sync_count: 2,
+        page_size: 4096,
+        ..Default::default()
+    }
+}
+
+#[test]
+fn actions_reach_the_machine_under_both_names() {
+    let (machine, mut session) = session();
+    for line in [
+        "stop",
+        "s",
+        "cont",
+        "c",
+        "system_reset",
+        "migrate_cancel",
+        "quit",
+        "q",
+        "",
+        "  ",
+    ] {
+        assert_eq!(done(&mut session, line), "", "{line}");
+    }
+    assert_eq!(
+        machine.calls(),
+        [
+            "stop",
+            "stop",
+            "cont",
+            "cont",
+            "system_reset",
+            "migrate_cancel",
+            "quit HostQmpQuit",
+            "quit HostQmpQuit"
+        ]
+    );
+}
+
+#[test]
+fn what_is_wrong_is_said_in_qemus_words_and_seen_as_a_failure() {
+    let (machine, mut session) = session();
+    for (line, answer) in [
+        ("nope", "unknown command: 'nope'\n"),
+        ("info nope", "unknown command: 'info nope'\n"),
+        ("help nope", "unknown command: 'nope'\n"),
+        (
+            "migrate -d",
+            "migrate: string expected\nTry \"help migrate\" for more information\n",
+        ),
+        (
+            "migrate -z tcp:h:1",
+            "migrate: unsupported option -z\nTry \"help migrate\" for more information\n",
+        ),
+        (
+            "stop 5",
+            "stop|s: extraneous characters at the end of line\nTry \"help stop\" for more \
+             information\n",
+        ),
+        (
+            "migrate_set_parameter foo 1",
+            "Error: invalid parameter value: foo\n",
+        ),
+        (
+            "migrate_set_parameter downtime-limit x",
+            "Error: 'x' is not a whole number of milliseconds\n",
+        ),
+        (
+            "migrate_set_downtime -1",
+            "Error: '-1' is not a time in seconds\n",
+        ),
+        (
+            "migrate_set_downtime nan",
+            "Error: 'nan' is not a time in seconds\n",
+        ),
+        (
+            "migrate_set_capability foo on",
+            "Error: Parameter 'capability' does not accept value 'foo'\n",
+        ),
+        ("info registers 7", "Error: there is no vCPU 7\n"),
+        ("cpu 7", "Error: there is no vCPU 7\n"),
+        ("stop \"", "Error: unterminated string\n"),
+    ] {
+        let text = done(&mut session, line);
+        assert_eq!(text, answer, "{line}");
+        assert!(is_failure(&text), "{line}");
+    }
+    for line in [
+        "migrate_set_speed x",
+        "migrate exec:cat",
+        "migrate_incoming tcp:h",
+    ] {
+        assert!(is_failure(&done(&mut session, line)), "{line}");
+    }
+    assert!(machine.calls().is_empty());
+    machine.state().failure = Some(CommandError::generic("a migration is under way"));
+    assert_eq!(
+        done(&mut session, "migrate tcp:h:1"),
+        "Error: a migration is under way\n"
+    );
+}
+
+#[test]
+fn every_command_and_topic_has_help() {
+    let (machine, mut session) = session();
+    let all = done(&mut session, "help");
+    for command in COMMANDS {
+        for name in command.names {
+            let help = done(&mut session, &format!("help {name}"));
+            assert!(!help.is_empty() && !is_failure(&help), "{help}");
+        }
+        assert!(all.contains(command.names[0]));
+    }
+    for topic in TOPICS {
+        let text = done(&mut session, &format!("info {}", topic.name));
+        assert!(!is_failure(&text), "{text}");
+        assert!(done(&mut session, "help info").contains(topic.name));
+    }
+    assert!(machine.calls().is_empty());
+    assert!(COMMANDS.is_sorted_by_key(|command| command.names[0]));
+}
+
+#[test]
+fn info_shows_the_machine() {
+    let (machine, mut session) = session();
+    assert_eq!(done(&mut session, "info name"), "fake\n");
+    assert_eq!(done(&mut session, "info status"), "VM status: running\n");
+    machine.state().run_state = RunState::Paused;
+    assert_eq!(done(&mut session, "info status"), "VM status: paused\n");
+    machine.state().run_state = RunState::Postmigrate;
+    assert_eq!(
+        done(&mut session, "info status"),
+        "VM status: paused (postmigrate)\n"
+    );
+    assert_eq!(
+        done(&mut session, "info cpus"),
+        "* CPU #0: thread_id=100\n  CPU #1: (halted) thread_id=101\n"
+    );
+    done(&mut session, "cpu 1");
+    assert!(done(&mut session, "info registers").starts_with("CPU#1\nRAX=0000000000000001\n"));
+    assert!(done(&mut session, "info registers 0").starts_with("CPU#0\n"));
+    let all = done(&mut session, "info registers -a");
+    assert!(all.contains("CPU#0\n") && all.contains("CPU#1\n"));
+    assert_eq!(
+        done(&mut session, "info migrate_capabilities"),
+        "events: on\n"
+    );
+}
+
+#[test]
+fn migration_parameters_have_qemus_units() {
+    let (machine, mut session) = session();
+    for (line, expected) in [
+        ("migrate_set_speed 100", (100 << 20, 0, 30)),
+        ("migrate_set_parameter max-bandwidth 1G", (1 << 30, 0, 30)),
+        (
+            "migrate_set_parameter avail-switchover-bandwidth 2",
+            (1 << 30, 2 << 20, 30),
+        ),
+        (
+            "migrate_set_parameter downtime-limit 250",
+            (1 << 30, 2 << 20, 250),
+        ),
+        ("migrate_set_downtime 0.05", (1 << 30, 2 << 20, 50)),
+        ("migrate_set_downtime 7ms", (1 << 30, 2 << 20, 7)),
+        ("migrate_set_speed 0", (0, 2 << 20, 7)),
+    ] {
+        assert_eq!(done(&mut session, line), "");
+        let p = machine.parameters();
+        let set = (
+            p.max_bandwidth,
+            p.avail_switchover_bandwidth,
+            p.downtime_limit,
+        );
+        assert_eq!(set, expected, "{line}");
+    }
+    assert_eq!(
+        done(&mut session, "info migrate_parameters"),
+        "max-bandwidth: 0 bytes/second\navail-switchover-bandwidth: 2097152 bytes/second\n\
+         downtime-limit: 7 ms\n"
+    );
+    assert!(is_failure(&done(&mut session, "migrate_set_downtime 2001")));
+}
+
+#[test]
+fn info_migrate_tells_what_there_is_to_tell() {
+    let (machine, mut session) = session();
+    assert_eq!(done(&mut session, "info migrate"), "");
+    machine.state().info = MigrationInfo {
+        status: MigrationStatus::Failed,
+        error_desc: Some("connection refused".into()),
+        ..Default::default()
+    };
+    assert_eq!(
+        done(&mut session, "info migrate"),
+        "Migration status: failed (connection refused)\n"
+    );
+    machine.state().info = MigrationInfo {
+        status: MigrationStatus::Completed,
+        ram: Some(ram()),
+        total_time: Some(1200),
+        downtime: Some(9),
+        ferry: Some(FerryMigrationInfo {
+            downtime: Some(DowntimeParts {
+                stop: 80,
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let text = done(&mut session, "info migrate");
+    for part in [
+        "Migration status: completed\n",
+        "total time: 1200 ms\n",
+        "\ndowntime: 9 ms\n",
+        "remaining ram: 262144 kbytes\n",
+        "dirty sync count: 2\n",
+        "page size: 4 kbytes\n",
+        "downtime parts: stop 80 us,",
+    ] {
+        assert!(text.contains(part), "{part} is not in {text}");
+    }
+}
+
+#[test]
+fn a_line_of_progress_has_the_figures() {
+    let info = MigrationInfo {
+        status: MigrationStatus::Active,
+        ram: Some(ram()),
+        expected_downtime: Some(12),
+        ..Default::default()
+    };
+    assert_eq!(
+        line(&info),
+        "round 2: 75%, 256.0 MiB of 1.0 GiB remaining, 953.7 MiB/s, 20000 pages/s dirtied, \
+         expected downtime 12 ms"
+    );
+    let setup = MigrationInfo {
+        status: MigrationStatus::Setup,
+        ..Default::default()
+    };
+    assert_eq!(line(&setup), "connecting");
+}
+
+#[tokio::test]
+async fn a_migration_is_followed_to_its_end() {
+    let machine = FakeMachine::new();
+    let migrating = |status| MigrationInfo {
+        status,
+        ..Default::default()
+    };
+    machine.migration(migrating(MigrationStatus::Active));
+    let mut follower = Follower::new(machine.clone(), Duration::from_millis(1));
+    assert!(matches!(follower.next().await, Progress::Line(_)));
+    assert!(matches!(follower.next().await, Progress::Line(_)));
+    let failed = MigrationInfo {
+        error_desc: Some("x".into()),
+        ..migrating(MigrationStatus::Failed)
+    };
+    machine.migration(failed);
+    assert_eq!(
+        follower.next().await,
+        Progress::End("Error: migration failed: x\n".into())
+    );
+}
+
+struct Client {
+    stream: UnixStream,
+    text: String,
+}
+
+impl Client {
+    /// Reads up to and including `end`, and returns it without.
+    async fn until(&mut self, end: &str) -> String {
+        loop {
+            if let Some(at) = self.text.find(end) {
+                let rest = self.text.split_off(at + end.len());
+                let mut found = std::mem::replace(&mut self.text, rest);
+                found.truncate(at);
+                return found;
+            }
+            let mut chunk = [0; 4096];
+            let len = self.stream.read(&mut chunk).await.unwrap();
+            assert_ne!(len, 0, "hung up before {end:?}: {:?}", self.text);
+            self.text
+                .push_str(std::str::from_utf8(&chunk[..len]).unwrap());
+        }
+    }
+
+    async fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.stream.write_all(bytes.as_ref()).await.unwrap();
+    }
+}
+
+struct Setup {
+    machine: Arc<FakeMachine>,
+    server: crate::control::socket::Server,
+    dir: tempfile::TempDir,
+}
+
+fn setup() -> Setup {
+    let machine = FakeMachine::new();
+    let dir = tempfile::tempdir().unwrap();
+    let server = listen(&dir.path().join("mon"), machine.clone()).unwrap();
+    Setup {
+        machine,
+        server,
+        dir,
+    }
+}
+
+async fn connect(setup: &Setup) -> Client {
+    let stream = UnixStream::connect(setup.dir.path().join("mon"))
+        .await
+        .unwrap();
+    let mut client = Client {
+        stream,
+        text: String::new(),
+    };
+    assert!(client.until(PROMPT).await.contains("type 'help'"));
+    client
+}
+
+#[tokio::test]
+async fn several_clients_at_once_are_served() {
+    let setup = setup();
+    let mut first = connect(&setup).await;
+    let mut second = connect(&setup).await;
+    first.send("info name\r\ninfo ").await;
+    assert_eq!(first.until(PROMPT).await, "fake\r\n");
+    second.send("stop\n").await;
+    assert_eq!(second.until(PROMPT).await, "");
+    first.send("status\n").await;
+    assert_eq!(first.until(PROMPT).await, "VM status: paused\r\n");
+    drop(first);
+    second.send("info name\n").await;
+    assert_eq!(second.until(PROMPT).await, "fake\r\n");
+    setup.server.close(Duration::from_secs(5)).await;
+}
+
+#[tokio::test]
+async fn a_migration_in_the_foreground_shows_progress_and_ctrl_c_cancels_it() {
+    let setup = setup();
+    let mut client = connect(&setup).await;
+    client.send("migrate tcp:h:1\n").await;
+    assert_eq!(client.until("\r\n").await, "connecting");
+    client.send([super::CANCEL]).await;
+    assert_eq!(client.until(PROMPT).await, "Error: migration cancelled\r\n");
+    assert_eq!(setup.machine.calls(), ["migrate tcp:h:1", "migrate_cancel"]);
+
+    client.send("migrate tcp:h:2\ninfo name\n").await;
+    client.until("connecting\r\n").await;
+    let status = MigrationStatus::Completed;
+    let done = MigrationInfo {
+        status,
+        total_time: Some(5),
+        downtime: Some(1),
+        ..Default::default()
+    };
+    setup.machine.migration(done);
+    assert_eq!(
+        client.until(PROMPT).await,
+        "Migration completed in 5 ms, downtime 1 ms\r\n"
+    );
+    // What was typed meanwhile is done afterwards.
+    assert_eq!(client.until(PROMPT).await, "fake\r\n");
+}
+
+#[tokio::test]
+async fn a_migration_goes_on_when_its_client_goes() {
+    let setup = setup();
+    let mut client = connect(&setup).await;
+    client.send("migrate tcp:h:1\n").await;
+    client.until("connecting").await;
+    drop(client);
+    let mut other = connect(&setup).await;
+    other.send("info migrate\n").await;
+    assert_eq!(other.until(PROMPT).await, "Migration status: setup\r\n");
+}
+
+#[tokio::test]
+async fn a_line_without_end_is_cut_off() {
+    let setup = setup();
+    let mut client = connect(&setup).await;
+    // The server may have hung up before all is written.
+    let _ = client.stream.write_all(&vec![b'x'; 1 << 20]).await;
+    let mut rest = Vec::new();
+    let _ = client.stream.read_to_end(&mut rest).await;
+    assert!(rest.len() < 1000);
+    connect(&setup).await;
+}
+
+#[tokio::test]
+async fn bytes_that_are_no_text_do_no_harm() {
+    let setup = setup();
+    let mut client = connect(&setup).await;
+    client.send(b"\xff\xfe\x00\x1b[A\nstatus\n").await;
+    assert!(is_failure(&client.until(PROMPT).await));
+    assert!(is_failure(&client.until(PROMPT).await));
+}

@@ -1,0 +1,264 @@
+//! The commands: a table of names, and for each what it takes and returns.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::arguments::Arguments;
+use crate::control::command::{
+    Address, CommandError, CommandResult, ErrorClass, Machine, MigrateRequest,
+    MigrationCapabilityStatus, ParameterChange, ShutdownCause,
+};
+use crate::control::monitor;
+
+type Handler = fn(&Arc<dyn Machine>, Arguments) -> CommandResult<Value>;
+
+/// Every command but `qmp_capabilities`, which only opens a session.
+const COMMANDS: &[(&str, Handler)] = &[
+    ("cont", |machine, arguments| {
+        nothing(arguments, || machine.cont())
+    }),
+    ("human-monitor-command", human_monitor_command),
+    ("migrate", migrate),
+    ("migrate_cancel", |machine, arguments| {
+        nothing(arguments, || machine.migrate_cancel())
+    }),
+    ("migrate-incoming", migrate_incoming),
+    ("migrate-set-capabilities", migrate_set_capabilities),
+    ("migrate-set-parameters", migrate_set_parameters),
+    ("query-commands", query_commands),
+    ("query-cpus-fast", query_cpus_fast),
+    ("query-migrate", |machine, arguments| {
+        query(arguments, || machine.migration_info())
+    }),
+    ("query-migrate-capabilities", |machine, arguments| {
+        query(arguments, || machine.capabilities())
+    }),
+    ("query-migrate-parameters", |machine, arguments| {
+        query(arguments, || machine.parameters())
+    }),
+    ("query-name", query_name),
+    ("query-status", |machine, arguments| {
+        query(arguments, || machine.status())
+    }),
+    ("query-version", |_, arguments| {
+        query(arguments, super::version)
+    }),
+    ("quit", |machine, arguments| {
+        nothing(arguments, || {
+            machine.quit(ShutdownCause::HostQmpQuit);
+            Ok(())
+        })
+    }),
+    ("stop", |machine, arguments| {
+        nothing(arguments, || machine.stop())
+    }),
+    ("system_reset", |machine, arguments| {
+        nothing(arguments, || machine.system_reset())
+    }),
+];
+
+/// Carries a command out.
+pub fn execute(
+    machine: &Arc<dyn Machine>,
+    name: &str,
+    arguments: Arguments,
+) -> CommandResult<Value> {
+    match COMMANDS.iter().find(|(known, _)| *known == name) {
+        Some((_, handler)) => handler(machine, arguments),
+        None => Err(CommandError::new(
+            ErrorClass::CommandNotFound,
+            format!("The command {name} has not been found"),
+        )),
+    }
+}
+
+/// A command that takes nothing and returns nothing.
+fn nothing(
+    arguments: Arguments,
+    action: impl FnOnce() -> CommandResult<()>,
+) -> CommandResult<Value> {
+    arguments.finish()?;
+    action()?;
+    Ok(json!({}))
+}
+
+/// A command that takes nothing and returns something.
+fn query<T: Serialize>(arguments: Arguments, get: impl FnOnce() -> T) -> CommandResult<Value> {
+    arguments.finish()?;
+    serde_json::to_value(get()).map_err(|error| CommandError::generic(error.to_string()))
+}
+
+fn query_commands(_: &Arc<dyn Machine>, arguments: Arguments) -> CommandResult<Value> {
+    let names = COMMANDS
+        .iter()
+        .map(|(name, _)| *name)
+        .chain(["qmp_capabilities"]);
+    query(arguments, || {
+        names
+            .map(|name| json!({ "name": name }))
+            .collect::<Vec<_>>()
+    })
+}
+
+fn query_name(machine: &Arc<dyn Machine>, arguments: Arguments) -> CommandResult<Value> {
+    query(arguments, || match machine.name() {
+        Some(name) => json!({ "name": name }),
+        None => json!({}),
+    })
+}
+
+fn query_cpus_fast(machine: &Arc<dyn Machine>, arguments: Arguments) -> CommandResult<Value> {
+    let cpus = || {
+        let cpu = |cpu: crate::control::command::CpuInfo| {
+            json!({
+                "cpu-index": cpu.index,
+                "qom-path": format!("/machine/cpu[{}]", cpu.index),
+                "thread-id": cpu.thread_id,
+                "props": { "socket-id": 0, "core-id": cpu.index, "thread-id": 0 },
+                "target": "x86_64",
+            })
+        };
+        machine.cpus().into_iter().map(cpu).collect::<Vec<_>>()
+    };
+    query(arguments, cpus)
+}
+
+fn human_monitor_command(
+    machine: &Arc<dyn Machine>,
+    mut arguments: Arguments,
+) -> CommandResult<Value> {
+    let line = arguments.string("command-line")?;
+    let cpu = arguments.unsigned("cpu-index")?;
+    let line = arguments.required("command-line", line)?;
+    arguments.finish()?;
+    let mut session = monitor::Session::new(Arc::clone(machine));
+    if let Some(cpu) = cpu {
+        session.select_cpu(cpu).map_err(|_| {
+            CommandError::generic("Parameter 'cpu-index' expects a CPU number".to_owned())
+        })?;
+    }
+    Ok(Value::String(session.execute_at_once(&line)))
+}
+
+fn migrate(machine: &Arc<dyn Machine>, mut arguments: Arguments) -> CommandResult<Value> {
+    let uri = arguments.string("uri")?;
+    let channels = arguments.objects("channels")?;
+    // How QEMU's older clients ask for disks to be copied as well.
+    for copy in ["blk", "inc"] {
+        if arguments.boolean(copy)? == Some(true) {
+            return Err(CommandError::generic(format!(
+                "Parameter '{copy}' is not supported: Ferry does not copy disks in a migration"
+            )));
+        }
+    }
+    // Ignored, as in QEMU: over QMP a migration always goes on in the background.
+    arguments.boolean("detach")?;
+    if arguments.boolean("resume")? == Some(true) {
+        return Err(CommandError::generic(
+            "Cannot resume if there is no paused migration",
+        ));
+    }
+    let address = address(&arguments, uri, channels)?;
+    nothing(arguments, || machine.migrate(MigrateRequest { address }))
+}
+
+fn migrate_incoming(machine: &Arc<dyn Machine>, mut arguments: Arguments) -> CommandResult<Value> {
+    let uri = arguments.string("uri")?;
+    let channels = arguments.objects("channels")?;
+    let exit_on_error = arguments.boolean("exit-on-error")?.unwrap_or(true);
+    let address = address(&arguments, uri, channels)?;
+    nothing(arguments, || {
+        machine.migrate_incoming(address, exit_on_error)
+    })
+}
+
+/// The address of a migration, from one of the two ways to give it.
+fn address(
+    arguments: &Arguments,
+    uri: Option<String>,
+    channels: Option<Vec<Arguments>>,
+) -> CommandResult<Address> {
+    match (uri, channels) {
+        (Some(_), Some(_)) => Err(CommandError::generic(
+            "'uri' and 'channels' are mutually exclusive: exactly one of the two must be present",
+        )),
+        (uri, None) => arguments.required("uri", uri)?.parse(),
+        (None, Some(channels)) => match <[Arguments; 1]>::try_from(channels) {
+            Ok([channel]) => main_channel(channel),
+            Err(channels) => Err(CommandError::generic(format!(
+                "Parameter 'channels' expects one channel, of type main, got {}",
+                channels.len()
+            ))),
+        },
+    }
+}
+
+/// QAPI's `MigrationChannel` (since QEMU 8.2), brought into the form of a URI.
+fn main_channel(mut channel: Arguments) -> CommandResult<Address> {
+    let kind = channel.string("channel-type")?;
+    let kind = channel.required("channel-type", kind)?;
+    if kind != "main" {
+        return Err(channel.not_accepted("channel-type", &kind));
+    }
+    let addr = channel.object("addr")?;
+    let mut addr = channel.required("addr", addr)?;
+    channel.finish()?;
+
+    let transport = addr.string("transport")?;
+    let transport = addr.required("transport", transport)?;
+    if transport != "socket" {
+        return Err(addr.not_accepted("transport", &transport));
+    }
+    let kind = addr.string("type")?;
+    let kind = addr.required("type", kind)?;
+    let mut string = |name| {
+        let value = addr.string(name)?;
+        addr.required(name, value)
+    };
+    let uri = match kind.as_str() {
+        "inet" => {
+            let (host, port) = (string("host")?, string("port")?);
+            if host.contains(':') {
+                format!("tcp:[{host}]:{port}")
+            } else {
+                format!("tcp:{host}:{port}")
+            }
+        }
+        "unix" => format!("unix:{}", string("path")?),
+        _ => return Err(addr.not_accepted("type", &kind)),
+    };
+    addr.finish()?;
+    uri.parse()
+}
+
+fn migrate_set_parameters(
+    machine: &Arc<dyn Machine>,
+    mut arguments: Arguments,
+) -> CommandResult<Value> {
+    let change = ParameterChange {
+        max_bandwidth: arguments.unsigned("max-bandwidth")?,
+        avail_switchover_bandwidth: arguments.unsigned("avail-switchover-bandwidth")?,
+        downtime_limit: arguments.unsigned("downtime-limit")?,
+    };
+    nothing(arguments, || machine.change_parameters(change))
+}
+
+fn migrate_set_capabilities(
+    machine: &Arc<dyn Machine>,
+    mut arguments: Arguments,
+) -> CommandResult<Value> {
+    let entries = arguments.objects("capabilities")?;
+    let entries = arguments.required("capabilities", entries)?;
+    let mut changes = Vec::with_capacity(entries.len());
+    for mut entry in entries {
+        let capability = entry.string("capability")?;
+        let capability = entry.required("capability", capability)?;
+        let state = entry.boolean("state")?;
+        let state = entry.required("state", state)?;
+        entry.finish()?;
+        changes.push(MigrationCapabilityStatus { capability, state });
+    }
+    nothing(arguments, || machine.change_capabilities(&changes))
+}
