@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use migration::uri::{Uri, UriError};
 use tokio::sync::broadcast;
 use tracing::warn;
 
@@ -142,7 +143,7 @@ impl Control for Instance {
                 )));
             }
         }
-        let outgoing = Outgoing::start(Arc::clone(&self.0), guest, request.address)
+        let outgoing = Outgoing::start(Arc::clone(&self.0), guest, uri(&request.address)?)
             .map_err(|err| CommandError::generic(format!("can't start a migration: {err}")))?;
         state.outgoing = Some(outgoing);
         Ok(())
@@ -165,7 +166,7 @@ impl Control for Instance {
                 "The incoming migration has already been started",
             ));
         }
-        let incoming = Incoming::listen(Arc::clone(&self.0), &address, exit_on_error)
+        let incoming = Incoming::listen(Arc::clone(&self.0), &uri(&address)?, exit_on_error)
             .map_err(|err| CommandError::generic(err.to_string()))?;
         state.incoming = Some(incoming);
         Ok(())
@@ -218,6 +219,13 @@ impl Instance {
             .run_guest(&self.0)
             .map_err(|err| CommandError::generic(format!("the guest can't run: {err}")))
     }
+}
+
+fn uri(address: &Address) -> CommandResult<Uri> {
+    address
+        .to_string()
+        .parse()
+        .map_err(|err: UriError| CommandError::generic(err.to_string()))
 }
 
 fn handing_over(command: &str) -> CommandError {

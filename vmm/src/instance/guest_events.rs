@@ -45,9 +45,11 @@ impl EventSink for GuestEvents {
 }
 
 impl Shared {
-    /// Does what the vCPUs' events ask for.
-    pub(super) fn handle_guest_events(&self, state: &mut State) {
+    /// Does what the vCPUs' events ask for. Whether there was any.
+    pub(super) fn handle_guest_events(&self, state: &mut State) -> bool {
+        let mut any = false;
         while let Some((vcpu, event)) = self.guest_events.take() {
+            any = true;
             match event {
                 VcpuEvent::Reset => self.guest_reset(state),
                 VcpuEvent::TripleFault => {
@@ -61,6 +63,7 @@ impl Shared {
                 }
             }
         }
+        any
     }
 
     fn guest_reset(&self, state: &mut State) {

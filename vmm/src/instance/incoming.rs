@@ -20,11 +20,10 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use tracing::{error, info};
 
 use super::offer::{INITRD, KERNEL, MovingMachine};
-use super::{Exit, Instance, Shared, info as show};
-use crate::boot::BootFiles;
+use super::{Exit, Shared, info as show};
 use crate::control::command::{EventKind, MigrationInfo, RunState, ShutdownCause};
 use crate::cpuid::HostCpu;
-use crate::machine::Machine;
+use crate::machine::{BootFiles, Machine};
 
 /// A process that waits for a guest, receives one, or has received it.
 pub(super) struct Incoming {
@@ -192,8 +191,7 @@ impl DestinationVm for Destination {
         if !objections.is_empty() {
             return Err(objections.join("\n").into());
         }
-        let instance = Instance(Arc::clone(shared));
-        let machine = instance.build_for(moving.config.clone(), Some(&moving.cpu))?;
+        let machine = shared.build(moving.config.clone(), Some(&moving.cpu))?;
         let here = machine.devices().inventory();
         if here != moving.devices {
             return Err(device_differences(&moving.devices, &here).join("\n").into());
@@ -240,7 +238,7 @@ impl DestinationVm for Destination {
         } else {
             state.run = RunState::Paused;
         }
-        state.guest = Some(machine);
+        self.shared.install(&mut state, machine);
         state.name = state.name.take().or(moving.name);
         if state.run == RunState::Running {
             self.shared.emit(EventKind::Resume);

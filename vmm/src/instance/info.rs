@@ -61,7 +61,7 @@ pub(super) fn incoming(snapshot: &Snapshot, uri: &Uri) -> MigrationInfo {
         } else {
             status(snapshot.status)
         },
-        socket_address: vec![uri.clone().into()],
+        socket_address: uri.to_string().parse().into_iter().collect(),
         ..outgoing(snapshot)
     }
 }

@@ -16,18 +16,21 @@ mod outgoing;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use migration::listener::ListenError;
+use migration::uri::Uri;
 use tokio::sync::{broadcast, watch};
 use tracing::{error, info};
 
 use self::guest_events::GuestEvents;
 use self::incoming::Incoming;
 use self::outgoing::Outgoing;
-use crate::boot::BootFiles;
-use crate::console::SerialConsole;
+use crate::console::{Console, SerialInput};
 use crate::control::command::{Event, EventKind, RunState, ShutdownCause};
 use crate::kvm::Kvm;
 use crate::machine::config::{Given, MachineConfig};
-use crate::machine::{Machine, MachineError};
+use crate::cpuid::GuestCpu;
+use crate::machine::{BootFiles, Machine, MachineError};
+use crate::vcpu::EventSink;
 
 /// How many events a subscriber may lag behind.
 const EVENT_BACKLOG: usize = 1024;
@@ -63,7 +66,7 @@ pub struct Instance(Arc<Shared>);
 struct Shared {
     settings: Settings,
     kvm: Kvm,
-    console: SerialConsole,
+    console: Arc<Console>,
     state: Mutex<State>,
     guest_events: Arc<GuestEvents>,
     events: broadcast::Sender<Event>,
@@ -93,6 +96,24 @@ impl Shared {
     fn emit(&self, kind: EventKind) {
         // Without a subscriber there is nobody to tell.
         let _ = self.events.send(Event::now(kind));
+    }
+
+    /// Builds a machine, for a guest that has `seen` its processor already if it arrives.
+    fn build(
+        &self,
+        config: MachineConfig,
+        seen: Option<&GuestCpu>,
+    ) -> Result<Arc<Machine>, MachineError> {
+        let events = Arc::clone(&self.guest_events) as Arc<dyn EventSink>;
+        let machine = Machine::new(&self.kvm, config, seen, &self.console, &events)?;
+        Ok(Arc::new(machine))
+    }
+
+    /// Makes the machine this process's guest: it gets the console's input.
+    fn install(&self, state: &mut State, machine: Arc<Machine>) {
+        self.console
+            .connect_guest(Arc::clone(machine.devices()) as Arc<dyn SerialInput>);
+        state.guest = Some(machine);
     }
 
     /// Ends the process; the first reason counts.
@@ -134,7 +155,7 @@ impl State {
 impl Instance {
     /// A process without a guest yet: follow with [`boot`](Self::boot) or
     /// [`wait_for_guest`](Self::wait_for_guest).
-    pub fn new(settings: Settings, kvm: Kvm, console: SerialConsole) -> Self {
+    pub fn new(settings: Settings, kvm: Kvm, console: Arc<Console>) -> Self {
         let (events, _) = broadcast::channel(EVENT_BACKLOG);
         let (exit, _) = watch::channel(None);
         let state = State {
@@ -162,30 +183,15 @@ impl Instance {
     pub fn boot(&self, files: BootFiles) -> Result<(), MachineError> {
         let shared = &*self.0;
         let config = shared.settings.given.configuration();
-        let machine = self.build(config, files)?;
+        let machine = shared.build(config, None)?;
+        machine.set_files(files);
         machine.boot()?;
         let mut state = shared.state();
-        state.guest = Some(machine);
+        shared.install(&mut state, machine);
         if state.autostart {
             state.run_guest(shared)?;
         }
         Ok(())
-    }
-
-    fn build(
-        &self,
-        config: MachineConfig,
-        files: BootFiles,
-    ) -> Result<Arc<Machine>, MachineError> {
-        let shared = &*self.0;
-        let machine = Machine::new(
-            &shared.kvm,
-            config,
-            files,
-            &shared.console,
-            Arc::clone(&shared.guest_events) as _,
-        )?;
-        Ok(Arc::new(machine))
     }
 
     /// Resolves when the process is to end.
@@ -206,28 +212,42 @@ impl Instance {
         }
     }
 
-    /// Stops everything before the process ends: a migration under way is cancelled, the guest
+    /// Stops everything before the process ends: migrations under way are cancelled, the guest is
     /// stopped.
     pub fn shut_down(&self) {
         let shared = &*self.0;
-        let outgoing = {
+        let threads = {
             let mut state = shared.state();
-            state.outgoing.as_mut().and_then(Outgoing::begin_shutdown)
+            let outgoing = state.outgoing.as_mut().and_then(Outgoing::begin_shutdown);
+            let incoming = state.incoming.as_mut().and_then(Incoming::begin_shutdown);
+            [outgoing, incoming]
         };
-        if let Some(thread) = outgoing
-            && thread.join().is_err()
-        {
-            error!("the migration thread panicked");
+        // Not under the lock: they need it to end.
+        for thread in threads.into_iter().flatten() {
+            if thread.join().is_err() {
+                error!("a migration thread panicked");
+            }
         }
-        let mut state = shared.state();
-        if let Some(incoming) = &mut state.incoming {
-            incoming.stop_listening();
-        }
-        if state.run == RunState::Running
-            && let Some(guest) = &state.guest
-        {
+        let state = shared.state();
+        if let Some(guest) = &state.guest {
             guest.pause();
         }
         info!("the process ends");
+    }
+
+    /// Waits for a guest at `address`, or for `migrate-incoming` to say where. `exit_on_error`
+    /// as in QEMU: a migration that fails ends the process.
+    pub fn wait_for_guest(
+        &self,
+        address: Option<&Uri>,
+        exit_on_error: bool,
+    ) -> Result<(), ListenError> {
+        let mut state = self.0.state();
+        state.run = RunState::Inmigrate;
+        if let Some(address) = address {
+            let incoming = Incoming::listen(Arc::clone(&self.0), address, exit_on_error)?;
+            state.incoming = Some(incoming);
+        }
+        Ok(())
     }
 }

@@ -144,7 +144,7 @@ struct Source {
 impl SourceVm for Source {
     fn offer(&mut self) -> Result<Offer, VmError> {
         let guest = &self.guest;
-        let files = guest.files();
+        let files = guest.files().ok_or(NO_FILES)?;
         let mut identities = vec![FileIdentity::of(KERNEL, &files.kernel)?];
         if let Some(initrd) = &files.initrd {
             identities.push(FileIdentity::of(INITRD, initrd)?);
@@ -171,7 +171,7 @@ impl SourceVm for Source {
     }
 
     fn open_blob(&mut self, index: usize) -> Result<Box<dyn Read + Send>, VmError> {
-        let files = self.guest.files();
+        let files = self.guest.files().ok_or(NO_FILES)?;
         let file = match (index, &files.initrd) {
             (0, _) => &files.kernel,
             (1, Some(initrd)) => initrd,
@@ -257,6 +257,7 @@ impl SourceVm for Source {
 }
 
 const LOG_IS_OFF: &str = "the dirty log is off";
+const NO_FILES: &str = "the machine has no kernel";
 
 /// Reads a file from its start without moving its position, which other users may rely on.
 struct FromStart {

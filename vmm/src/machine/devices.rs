@@ -12,6 +12,7 @@ use devices::serial::{self, Serial};
 use devices::state::StateError;
 use migration::section::{Section, SectionError, Sections};
 
+use crate::console::SerialInput;
 use crate::kvm::Vm;
 use crate::vcpu::{IoBus, IoOutcome, PauseRequest};
 
@@ -36,8 +37,8 @@ impl InterruptLine for IrqchipLine {
     fn pulse(&self) -> io::Result<()> {
         // Not an irqfd: KVM injects those from a work queue, and one that is queued there when
         // the state is saved would be lost.
-        self.vm.set_irq_line(self.gsi, true)?;
-        self.vm.set_irq_line(self.gsi, false)?;
+        self.vm.fd().set_irq_line(self.gsi, true)?;
+        self.vm.fd().set_irq_line(self.gsi, false)?;
         Ok(())
     }
 }
@@ -68,11 +69,6 @@ impl Devices {
         ports.add(Arc::new(PowerPorts::new()))?;
         ports.add(Arc::new(ResetPort::new()))?;
         Ok(Self { ports, serial })
-    }
-
-    /// The serial port.
-    pub fn serial(&self) -> &Arc<Serial> {
-        &self.serial
     }
 
     /// The devices by name, each with the version of its saved state; 0 for one without state.
@@ -139,5 +135,19 @@ impl IoBus for Devices {
 
     fn mmio_write(&self, _addr: u64, _data: &[u8], _pause: &PauseRequest) -> IoOutcome {
         IoOutcome::Continue
+    }
+}
+
+impl SerialInput for Devices {
+    fn room(&self) -> usize {
+        self.serial.room()
+    }
+
+    fn push(&self, bytes: &[u8]) {
+        let taken = self.serial.receive(bytes);
+        if taken < bytes.len() {
+            // A guest that has the port in loopback mode hears nothing from outside.
+            tracing::debug!(lost = bytes.len() - taken, "serial port: input not taken");
+        }
     }
 }

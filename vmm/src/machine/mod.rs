@@ -13,6 +13,7 @@ use std::time::Duration;
 use migration::clock::{Clock, MonotonicClock};
 use migration::layout::GuestRam;
 use migration::section::{Section, SectionError, Sections};
+use tracing::warn;
 
 use self::config::MachineConfig;
 pub use self::devices::{DeviceStateError, Devices};
@@ -20,7 +21,7 @@ use crate::boot::{self, BootError, BootSource};
 use crate::clock::{self, ClockError, ClockState};
 use crate::console::{Console, Interrupt};
 use crate::control::command::CpuInfo;
-use crate::cpuid::{GuestCpu, Model, ModelError};
+use crate::cpuid::{Cpuid, GuestCpu, Model, ModelError};
 use crate::kvm::{IoctlError, Kvm, KvmError, Vm};
 use crate::memory::{self, MemoryError};
 use crate::vcpu::{
@@ -136,13 +137,19 @@ impl Machine {
         )?);
         let cpuid = match seen {
             Some(seen) => seen.cpuid.clone(),
-            None => config.cpu.parse::<Model>()?.on_host(kvm)?,
+            None => config.cpu.parse::<Model>()?.cpuid(&Cpuid::supported(kvm)?)?,
         };
         let mut threads = Vec::new();
         let mut seen = None;
         for index in 0..config.vcpus {
-            let vcpu = Vcpu::new(kvm, &vm, index, config.vcpus, &cpuid)?;
-            seen.get_or_insert(vcpu.guest_cpu()?);
+            let vcpu = Vcpu::new(kvm, &vm, index, config.vcpus, &cpuid)
+                .map_err(|source| MachineError::Vcpu { index, source })?;
+            if seen.is_none() {
+                seen = Some(GuestCpu {
+                    cpuid: vcpu.cpuid(),
+                    tsc_khz: vcpu.tsc_khz()?,
+                });
+            }
             let bus = Arc::clone(&devices) as Arc<dyn IoBus>;
             let thread = VcpuThread::spawn(vcpu, bus, Arc::clone(events))
                 .map_err(|source| MachineError::Thread { index, source })?;
@@ -234,10 +241,11 @@ impl Machine {
     /// stopped until the machine is reset.
     pub fn run(&self) -> Result<(), MachineError> {
         let mut vcpus = self.vcpus();
+        let stopped = vcpus.stopped.take();
         if let Some(clocks) = vcpus.arrived.take() {
             // Its user runs it only now: the time until then was not the migration's.
             clocks.set(&self.vm, &vcpus.clocks(), Duration::ZERO)?;
-        } else if let Some(clocks) = vcpus.stopped.take() {
+        } else if let Some(clocks) = stopped {
             clocks.resume_kvmclock(&self.vm)?;
         }
         self.enter(&mut vcpus)
@@ -315,7 +323,7 @@ impl Machine {
             .threads
             .get_mut(index as usize)
             .ok_or(MachineError::NoVcpu(index))?;
-        vcpu.call(|vcpu| vcpu.describe_registers())
+        vcpu.call(|vcpu| vcpu.registers())
             .wait()?
             .map_err(|source| MachineError::Vcpu { index, source })
     }
