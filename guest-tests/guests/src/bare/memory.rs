@@ -74,7 +74,7 @@ fn map_gib(gib: u64) {
             let page = gib * GIB + (index << 21);
             // All from 3.5 GiB to 4 GiB is devices or a hole, but RAM may reach further up on
             // some machines: only the last 32 MiB are never RAM.
-            let devices = page >= 0xfe00_0000 && page < 4 * GIB;
+            let devices = (0xfe00_0000..4 * GIB).contains(&page);
             (*table)[index as usize] = page | LARGE_PAGE | if devices { UNCACHED } else { 0 };
         }
         entry.write(table as u64 | TABLE);

@@ -49,7 +49,7 @@ pub fn start(khz: u64, expected: u64, main: fn(Cpu) -> !) -> u64 {
 /// vCPUs that run, the first included.
 fn running() -> u64 {
     // SAFETY: entry.s changes it with locked instructions only.
-    let seconds = unsafe { (*&raw const seconds_arrived).load(Ordering::SeqCst) };
+    let seconds = unsafe { seconds_arrived.load(Ordering::SeqCst) };
     u64::from(seconds).min(cpu::MAX as u64 - 1) + 1
 }
 

@@ -75,9 +75,9 @@ impl Lapic {
         lapic::enable();
         lapic::write(DESTINATION_FORMAT, 0xffff_ffff);
         lapic::write(LOGICAL_DESTINATION, 1 << (24 + number % 8));
-        lapic::write(LVT_PERFORMANCE, MASKED | 0x41 + number);
-        lapic::write(LVT_LINT1, MASKED | 0x42 + number);
-        lapic::write(LVT_ERROR, MASKED | 0x43 + number);
+        lapic::write(LVT_PERFORMANCE, MASKED | (0x41 + number));
+        lapic::write(LVT_LINT1, MASKED | (0x42 + number));
+        lapic::write(LVT_ERROR, MASKED | (0x43 + number));
         // Blocks vectors below 0x20 only: there are none.
         lapic::write(TASK_PRIORITY, 0x10 + number);
         // Divided by 4. Its frequency is found by letting it run down for 10 ms.
