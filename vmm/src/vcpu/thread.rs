@@ -1,0 +1,337 @@
+//! A vCPU's thread, and the handle by which the machine commands it.
+//!
+//! ```text
+//!            run()                     pause asked for, or the guest stops itself
+//!  Paused ──────────► Running ───────────────────────────────────────────────────► Paused
+//!    │  ▲                │
+//!    │  └─ call(f)       └ a panic in the thread (a bug) ends it
+//!    │
+//!    └─ handle dropped ─► Ended
+//! ```
+//!
+//! All vCPUs are first asked to pause, then awaited, so that the pauses overlap. Neither asking
+//! nor awaiting may be done under a lock that a device takes: a vCPU may be in that device.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use migration::clock::{Clock, MonotonicClock};
+
+use super::io::{EventSink, IoBus, PauseRequest, VcpuEvent};
+use super::kick::{self, Kickable};
+use super::{Left, Vcpu};
+use crate::kvm::ioctl::VcpuClockFd;
+
+/// What a vCPU's thread is doing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VcpuStatus {
+    /// Out of the guest; its state can be read and written.
+    Paused {
+        /// Why, if it wasn't because of a pause asked for.
+        event: Option<VcpuEvent>,
+    },
+    /// In the guest, about to enter it, or in a device on its behalf.
+    Running,
+    /// The thread is gone.
+    Ended,
+}
+
+/// The vCPU's thread is gone, so nothing can be done with the vCPU any more.
+#[derive(Debug, thiserror::Error)]
+#[error("the thread of vCPU {0} has ended")]
+pub struct VcpuEnded(pub u32);
+
+type Call = Box<dyn FnOnce(&mut Vcpu) + Send>;
+
+enum Command {
+    Run,
+    Call(Call),
+}
+
+struct Shared {
+    pause: PauseRequest,
+    status: Mutex<VcpuStatus>,
+    changed: Condvar,
+    /// When the guest was last about to be entered, and last left, in nanoseconds of
+    /// [`MonotonicClock`]; 0 for never.
+    entered_at: AtomicU64,
+    left_at: AtomicU64,
+}
+
+impl Shared {
+    fn status(&self) -> MutexGuard<'_, VcpuStatus> {
+        // Only assignments happen under the lock.
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_status(&self, status: VcpuStatus) {
+        *self.status() = status;
+        self.changed.notify_all();
+    }
+}
+
+/// A vCPU's thread. Dropping it ends the thread, after a pause if it is running.
+pub struct VcpuThread {
+    index: u32,
+    shared: Arc<Shared>,
+    /// `None` only while being dropped.
+    commands: Option<Sender<Command>>,
+    thread: Option<JoinHandle<()>>,
+    clock: VcpuClockFd,
+}
+
+/// The result of a call on a vCPU's thread, to be waited for.
+#[must_use]
+pub struct Pending<T> {
+    index: u32,
+    result: Receiver<T>,
+}
+
+impl<T> Pending<T> {
+    /// Waits for the call to be done.
+    pub fn wait(self) -> Result<T, VcpuEnded> {
+        self.result.recv().map_err(|_| VcpuEnded(self.index))
+    }
+}
+
+impl VcpuThread {
+    /// Starts the thread, paused.
+    pub fn spawn(
+        vcpu: Vcpu,
+        bus: Arc<dyn IoBus>,
+        events: Arc<dyn EventSink>,
+    ) -> Result<Self, io::Error> {
+        kick::install()?;
+        let index = vcpu.index;
+        let clock = VcpuClockFd::of(&vcpu.fd, vcpu.host_tsc_khz)?;
+        let shared = Arc::new(Shared {
+            pause: PauseRequest::default(),
+            status: Mutex::new(VcpuStatus::Paused { event: None }),
+            changed: Condvar::new(),
+            entered_at: AtomicU64::new(0),
+            left_at: AtomicU64::new(0),
+        });
+        let (commands, receiver) = mpsc::channel();
+        let body = Body {
+            vcpu,
+            bus,
+            events,
+            commands: receiver,
+            shared: Arc::clone(&shared),
+        };
+        let (ready, is_ready) = mpsc::channel();
+        let thread = thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .spawn(move || body.run(&ready))?;
+        let this = Self {
+            index,
+            shared,
+            commands: Some(commands),
+            thread: Some(thread),
+            clock,
+        };
+        is_ready
+            .recv()
+            .unwrap_or_else(|_| Err(io::Error::other("the vCPU's thread did not start")))?;
+        Ok(this)
+    }
+
+    /// The vCPU's index.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// What the thread is doing now.
+    pub fn status(&self) -> VcpuStatus {
+        self.shared.status().clone()
+    }
+
+    /// Lets the guest run; nothing if it does already. Returns before the guest is entered: see
+    /// [`Self::wait_entered`].
+    pub fn run(&mut self) -> Result<(), VcpuEnded> {
+        {
+            let mut status = self.shared.status();
+            match *status {
+                VcpuStatus::Running if !self.shared.pause.is_pending() => return Ok(()),
+                // Being paused: the request may be seen any moment.
+                VcpuStatus::Running => {
+                    drop(status);
+                    self.wait_paused();
+                    status = self.shared.status();
+                }
+                VcpuStatus::Paused { .. } => {}
+                VcpuStatus::Ended => return Err(VcpuEnded(self.index)),
+            }
+            // From here on a pause that is awaited waits for this run to end.
+            *status = VcpuStatus::Running;
+            self.shared.pause.set(false);
+            self.shared.entered_at.store(0, Ordering::SeqCst);
+        }
+        self.send(Command::Run)
+    }
+
+    /// Asks the vCPU to leave the guest, and returns at once.
+    pub fn request_pause(&self) {
+        self.shared.pause.set(true);
+        if let Some(thread) = &self.thread {
+            // Out of a wait for room in a device, and out of the guest.
+            thread.thread().unpark();
+            kick::kick(thread);
+        }
+    }
+
+    /// Waits until the vCPU is out of the guest and its state can be read. Returns why it is:
+    /// [`VcpuStatus::Paused`] or [`VcpuStatus::Ended`].
+    pub fn wait_paused(&self) -> VcpuStatus {
+        let mut status = self.shared.status();
+        while *status == VcpuStatus::Running {
+            status = self
+                .shared
+                .changed
+                .wait(status)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        status.clone()
+    }
+
+    /// Waits until the vCPU is about to enter the guest after [`Self::run`], or has already left
+    /// it again. Returns the time of that entry on [`MonotonicClock`]; `None` if a pause came
+    /// first.
+    pub fn wait_entered(&self) -> Option<Duration> {
+        let mut status = self.shared.status();
+        while *status == VcpuStatus::Running && self.shared.entered_at.load(Ordering::SeqCst) == 0 {
+            status = self
+                .shared
+                .changed
+                .wait(status)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(status);
+        nanos(&self.shared.entered_at)
+    }
+
+    /// When the vCPU last left the guest, on [`MonotonicClock`]: the moment that KVM_RUN returned.
+    /// `None` if it never ran. Only meaningful while it is paused.
+    pub fn last_left(&self) -> Option<Duration> {
+        nanos(&self.shared.left_at)
+    }
+
+    /// Runs `f` on the vCPU's thread as soon as it is paused; call it on several vCPUs, then wait
+    /// for each, and they work in parallel. Calls are made in their order, and before a
+    /// [`Self::run`] that comes after them.
+    pub fn call<T: Send + 'static>(
+        &mut self,
+        f: impl FnOnce(&mut Vcpu) -> T + Send + 'static,
+    ) -> Pending<T> {
+        let (sender, result) = mpsc::sync_channel(1);
+        // If the thread has ended, the sender is dropped with the call: `wait` says so.
+        let _ = self.send(Command::Call(Box::new(move |vcpu| {
+            let _ = sender.send(f(vcpu));
+        })));
+        Pending {
+            index: self.index,
+            result,
+        }
+    }
+
+    /// The vCPU's clocks, for use while it is paused.
+    pub fn clock(&self) -> &VcpuClockFd {
+        &self.clock
+    }
+
+    fn send(&self, command: Command) -> Result<(), VcpuEnded> {
+        self.commands
+            .as_ref()
+            .and_then(|commands| commands.send(command).ok())
+            .ok_or(VcpuEnded(self.index))
+    }
+}
+
+impl Drop for VcpuThread {
+    fn drop(&mut self) {
+        self.commands = None;
+        self.request_pause();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!(vcpu = self.index, "the vCPU's thread panicked");
+        }
+    }
+}
+
+fn nanos(time: &AtomicU64) -> Option<Duration> {
+    match time.load(Ordering::SeqCst) {
+        0 => None,
+        nanos => Some(Duration::from_nanos(nanos)),
+    }
+}
+
+fn store(time: &AtomicU64, value: Duration) {
+    time.store((value.as_nanos() as u64).max(1), Ordering::SeqCst);
+}
+
+/// The thread's side.
+struct Body {
+    vcpu: Vcpu,
+    bus: Arc<dyn IoBus>,
+    events: Arc<dyn EventSink>,
+    commands: Receiver<Command>,
+    shared: Arc<Shared>,
+}
+
+/// Says that the thread is gone, however it went: nobody waits for it forever.
+struct EndGuard(Arc<Shared>);
+
+impl Drop for EndGuard {
+    fn drop(&mut self) {
+        self.0.set_status(VcpuStatus::Ended);
+    }
+}
+
+impl Body {
+    fn run(mut self, ready: &Sender<Result<(), io::Error>>) {
+        let _guard = EndGuard(Arc::clone(&self.shared));
+        let kickable = Kickable::new(&mut self.vcpu.fd);
+        let kickable = match kickable {
+            Ok(kickable) => {
+                let _ = ready.send(Ok(()));
+                kickable
+            }
+            Err(error) => {
+                let _ = ready.send(Err(error));
+                return;
+            }
+        };
+        while let Ok(command) = self.commands.recv() {
+            match command {
+                Command::Call(f) => f(&mut self.vcpu),
+                Command::Run => self.run_guest(&kickable),
+            }
+        }
+    }
+
+    fn run_guest(&mut self, kickable: &Kickable) {
+        let shared = &self.shared;
+        if !shared.pause.is_pending() {
+            store(&shared.entered_at, MonotonicClock.now());
+            // The lock, so that a waiter is either not yet waiting or is woken.
+            drop(shared.status());
+            shared.changed.notify_all();
+            let Left { at, event } = self.vcpu.run(kickable, &*self.bus, &shared.pause);
+            store(&shared.left_at, at);
+            shared.set_status(VcpuStatus::Paused {
+                event: event.clone(),
+            });
+            // After the status, so that whoever is told finds the vCPU paused.
+            if let Some(event) = event {
+                self.events.vcpu_stopped(self.vcpu.index, event);
+            }
+        } else {
+            shared.set_status(VcpuStatus::Paused { event: None });
+        }
+    }
+}
