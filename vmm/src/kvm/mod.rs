@@ -8,7 +8,7 @@ mod dirty_log;
 pub(crate) mod ioctl;
 mod slots;
 mod vm;
-mod vm_state;
+pub mod vm_state;
 
 use std::fs::OpenOptions;
 use std::io;
@@ -23,7 +23,6 @@ pub use dirty_log::DirtyLog;
 pub use ioctl::VcpuClockFd;
 pub use slots::Slot;
 pub use vm::Vm;
-pub use vm_state::{IRQCHIP_SECTION, PIT_SECTION, VmState, VmStateError};
 
 /// An ioctl that failed.
 #[derive(Debug, thiserror::Error)]

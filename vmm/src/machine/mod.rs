@@ -22,7 +22,8 @@ use crate::clock::{self, ClockError, ClockState};
 use crate::console::{Console, Interrupt};
 use crate::control::command::CpuInfo;
 use crate::cpuid::{Cpuid, GuestCpu, Model, ModelError};
-use crate::kvm::{IoctlError, Kvm, KvmError, Vm};
+use crate::kvm::vm_state::{self, IRQCHIP_SECTION, PIT_SECTION, VmState, VmStateError};
+use crate::kvm::{IoctlError, Kvm, KvmError, VcpuClockFd, Vm};
 use crate::memory::{self, MemoryError};
 use crate::vcpu::{
     self, EventSink, IoBus, Pending, StateError, Vcpu, VcpuEnded, VcpuState, VcpuStatus, VcpuThread,
@@ -74,6 +75,9 @@ pub enum MachineError {
     /// A machine that arrived has no files yet.
     #[error("the machine has no kernel to boot")]
     NoKernel,
+    /// The state of KVM's devices.
+    #[error(transparent)]
+    Vm(#[from] VmStateError),
     /// The devices' state.
     #[error(transparent)]
     Devices(#[from] DeviceStateError),
@@ -95,6 +99,8 @@ pub struct Machine {
     cpu: GuestCpu,
     files: Mutex<Option<Arc<BootFiles>>>,
     vcpus: Mutex<Vcpus>,
+    /// KVM's devices as after power-on, for a reset.
+    power_on: VmState,
 }
 
 struct Vcpus {
@@ -155,8 +161,10 @@ impl Machine {
                 .map_err(|source| MachineError::Thread { index, source })?;
             threads.push(thread);
         }
+        let power_on = VmState::save(&vm)?;
         Ok(Self {
             config,
+            power_on,
             vm,
             devices,
             interrupt: console.output().interrupt(),
@@ -306,13 +314,14 @@ impl Machine {
 
     /// Resets a stopped machine: it is as after power-on, with the kernel loaded again.
     pub fn reset(&self) -> Result<(), MachineError> {
-        self.vm.reset_irqchip()?;
         self.devices.reset();
         {
             let mut vcpus = self.vcpus();
             vcpus.on_each(Vcpu::reset)?;
             vcpus.fresh = true;
         }
+        // After the vCPUs' local APICs, as when a state is loaded.
+        self.power_on.restore(&self.vm)?;
         self.boot()
     }
 
@@ -339,7 +348,7 @@ impl Machine {
                 .map_err(|source| MachineError::Vcpu { index, source })?;
             sections.push(section);
         }
-        sections.extend(self.vm.save()?);
+        sections.extend(VmState::save(&self.vm)?.to_sections()?);
         // The clocks at the pause: they stand still with the guest.
         let clocks = match (&vcpus.arrived, &vcpus.stopped) {
             (Some(clocks), _) | (None, Some(clocks)) => clocks.to_section()?,
@@ -360,7 +369,6 @@ impl Machine {
         // Devices first: restoring one may pulse its interrupt line, which the interrupt
         // controllers' state, loaded after it, overrides: it has seen that pulse already.
         self.devices.load(&mut sections)?;
-        self.vm.load(&mut sections)?;
         let section = sections.take(clock::SECTION, clock::VERSION, clock::VERSION)?;
         let clocks = ClockState::from_section(&section, vcpus.threads.len())?;
         clocks.set(&self.vm, &vcpus.clocks(), Duration::ZERO)?;
@@ -373,12 +381,16 @@ impl Machine {
                 .map_err(|source| MachineError::Vcpu { index, source })?;
             states.push(state);
         }
+        let irqchip = sections.take(IRQCHIP_SECTION, vm_state::VERSION, vm_state::VERSION)?;
+        let pit = sections.take(PIT_SECTION, vm_state::VERSION, vm_state::VERSION)?;
+        let chips = VmState::from_sections(&irqchip, &pit)?;
         sections.finish()?;
         let mut pending = Vec::new();
         for (vcpu, state) in vcpus.threads.iter_mut().zip(states) {
             pending.push(vcpu.call(move |vcpu| vcpu.restore(&state)));
         }
         wait_for_all(pending)?;
+        chips.restore(&self.vm)?;
         Ok(())
     }
 

@@ -6,6 +6,7 @@
 mod io;
 mod kick;
 mod msrs;
+mod registers;
 mod run;
 mod saved;
 mod state;

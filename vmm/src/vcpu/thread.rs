@@ -20,6 +20,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use migration::clock::{Clock, MonotonicClock};
+use rustix::thread::gettid;
 
 use super::io::{EventSink, IoBus, PauseRequest, VcpuEvent};
 use super::kick::{self, Kickable};
@@ -77,6 +78,7 @@ impl Shared {
 /// A vCPU's thread. Dropping it ends the thread, after a pause if it is running.
 pub struct VcpuThread {
     index: u32,
+    thread_id: i32,
     shared: Arc<Shared>,
     /// `None` only while being dropped.
     commands: Option<Sender<Command>>,
@@ -127,14 +129,15 @@ impl VcpuThread {
         let thread = thread::Builder::new()
             .name(format!("vcpu{index}"))
             .spawn(move || body.run(&ready))?;
-        let this = Self {
+        let mut this = Self {
             index,
+            thread_id: 0,
             shared,
             commands: Some(commands),
             thread: Some(thread),
             clock,
         };
-        is_ready
+        this.thread_id = is_ready
             .recv()
             .unwrap_or_else(|_| Err(io::Error::other("the vCPU's thread did not start")))?;
         Ok(this)
@@ -143,6 +146,11 @@ impl VcpuThread {
     /// The vCPU's index.
     pub fn index(&self) -> u32 {
         self.index
+    }
+
+    /// The host's number of the thread (gettid(2)).
+    pub fn thread_id(&self) -> i32 {
+        self.thread_id
     }
 
     /// What the thread is doing now.
@@ -293,12 +301,12 @@ impl Drop for EndGuard {
 }
 
 impl Body {
-    fn run(mut self, ready: &Sender<Result<(), io::Error>>) {
+    fn run(mut self, ready: &Sender<Result<i32, io::Error>>) {
         let _guard = EndGuard(Arc::clone(&self.shared));
         let kickable = Kickable::new(&mut self.vcpu.fd);
         let kickable = match kickable {
             Ok(kickable) => {
-                let _ = ready.send(Ok(()));
+                let _ = ready.send(Ok(gettid().as_raw_nonzero().get()));
                 kickable
             }
             Err(error) => {
