@@ -129,12 +129,13 @@ impl Timer {
         Self { interval, due: 0 }
     }
 
-    /// Whether it is time. What fell due more than `backlog` ago is left out.
+    /// Whether it is time. The next time stays on the grid of intervals, unless this one is more
+    /// than `backlog` late.
     fn fires(&mut self, now: u64, backlog: u64) -> bool {
         if self.interval == 0 || now < self.due {
             return false;
         }
-        self.due = (self.due + self.interval).max(now.saturating_sub(backlog));
+        self.due = self.due.max(now.saturating_sub(backlog)) + self.interval;
         true
     }
 }
@@ -234,7 +235,7 @@ impl Dirtier {
             self.longest_gap = self.longest_gap.max(now - self.last_turn);
         }
         self.last_turn = now;
-        if self.beat.fires(now, 0) {
+        if self.beat.fires(now, self.beat.interval / 2) {
             self.heartbeats += u64::from(serial::send_now(HEARTBEAT));
             self.beats_to_poll -= 1;
             if self.beats_to_poll == 0 {
