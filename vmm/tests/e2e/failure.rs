@@ -179,8 +179,8 @@ fn a_bit_that_flips_is_found_before_the_guest_moves() {
     require_kvm!();
     let dir = scratch();
     // A guest that is idle: no page is sent twice, which could repair it.
-    let options = guests::dirtier::Options {
-        rate: guests::dirtier::Rate::PerSecond(0),
+    let options = guest_tests::dirtier::Options {
+        rate: guest_tests::dirtier::Rate::PerSecond(0),
         ..busy()
     };
     let mut source = Ferry::run_dirtier(dir.path(), "src", "128M", options);

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use guest_tests::driver::process::Process;
 use guest_tests::driver::qmp::{Client, QmpError};
 use guest_tests::driver::serial::Watcher;
-use guests::dirtier::{Options, Rate, Report, command};
-use guests::{Size, fault};
+use guest_tests::dirtier::{Options, Rate, Report, command};
+use guest_tests::{Size, fault};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 

@@ -1,6 +1,6 @@
 //! A guest's own resets, power-offs and accidents, and what its user can do to it.
 
-use guests::dirtier::{Report, command};
+use guest_tests::dirtier::{Report, command};
 use serde_json::Value;
 
 use crate::harness::{Ferry, Guest, PATIENCE, busy, require_kvm, scratch};

@@ -1,6 +1,6 @@
 //! Migrations that succeed.
 
-use guests::dirtier::Report;
+use guest_tests::dirtier::Report;
 use serde_json::{Value, json};
 
 use crate::harness::{Ferry, busy, require_kvm, scratch};
@@ -142,8 +142,8 @@ fn a_destination_started_paused_waits_for_cont() {
 fn memory_beyond_the_hole_moves_too() {
     require_kvm!();
     let dir = scratch();
-    let options = guests::dirtier::Options {
-        from: guests::Size(4 << 30),
+    let options = guest_tests::dirtier::Options {
+        from: guest_tests::Size(4 << 30),
         ..busy()
     };
     let (mut destination, uri) = Ferry::incoming(dir.path(), "dst");
@@ -190,10 +190,10 @@ fn events_and_figures_tell_of_it() {
     assert!(sum.abs_diff(total) <= 6, "{parts}");
 }
 
-fn busy_small() -> guests::dirtier::Options {
-    guests::dirtier::Options {
-        fill: guests::Size(32 << 20),
-        ws: guests::Size(4 << 20),
+fn busy_small() -> guest_tests::dirtier::Options {
+    guest_tests::dirtier::Options {
+        fill: guest_tests::Size(32 << 20),
+        ws: guest_tests::Size(4 << 20),
         ..busy()
     }
 }
@@ -202,7 +202,7 @@ impl Ferry {
     /// The sum of what the dirtier has written.
     fn wait_status_report(&mut self) -> u64 {
         self.serial
-            .send(&[guests::dirtier::command::STATUS])
+            .send(&[guest_tests::dirtier::command::STATUS])
             .unwrap();
         self.wait_for(|report| match report {
             Report::Status { written, .. } => Some(*written),

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use guest_tests::driver::process::Process;
 use guest_tests::driver::qmp::{Client, QmpError};
 use guest_tests::driver::serial::{WaitError, Watcher};
-use guests::dirtier::{Options, Rate, Report, command};
-use guests::{Malformed, Size};
+use guest_tests::dirtier::{Options, Rate, Report, command};
+use guest_tests::{Malformed, Size};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
@@ -172,7 +172,7 @@ pub fn run(options: &DemoOptions) -> Result<(), DemoError> {
     println!(
         "A guest of {} writes {} pages a second in {}; it checks each page before, and all others.",
         Size(options.memory),
-        options.rate,
+        options.dirty_rate,
         guest.ws,
     );
     let pages = source.wait_for(LONG_PATIENCE, |report| match report {
@@ -188,7 +188,7 @@ pub fn run(options: &DemoOptions) -> Result<(), DemoError> {
     let uri = listening_at(&mut destination)?;
     source.execute(
         "migrate-set-parameters",
-        json!({ "downtime-limit": options.downtime_limit }),
+        json!({ "downtime-limit": options.downtime_limit.as_millis() as u64 }),
     )?;
     source.serial.forget_gaps();
     source.execute("migrate", json!({ "uri": uri }))?;
@@ -197,10 +197,10 @@ pub fn run(options: &DemoOptions) -> Result<(), DemoError> {
 }
 
 fn guest_options(options: &DemoOptions) -> Result<Options, DemoError> {
-    let fill = options.memory / 2;
+    let fill = options.fill;
     if options.working_set > fill {
         return Err(DemoError::Options(format!(
-            "the working set of {} is more than the half of the memory ({}) that the guest fills",
+            "the working set of {} is more than the {} that the guest fills",
             Size(options.working_set),
             Size(fill)
         )));
@@ -208,7 +208,7 @@ fn guest_options(options: &DemoOptions) -> Result<Options, DemoError> {
     let guest = Options {
         fill: Size(fill),
         ws: Size(options.working_set),
-        rate: Rate::PerSecond(options.rate),
+        rate: Rate::PerSecond(options.dirty_rate),
         ..Options::default()
     };
     match Options::parse(&guest.to_string()) {

@@ -1,2 +1,42 @@
-//! `ferry`.
-fn main() {}
+//! `ferry`: runs guests, migrates them, and shows how.
+
+mod cli;
+mod demo;
+mod run;
+
+use std::error::Error;
+use std::io;
+use std::process::ExitCode;
+
+use tracing_subscriber::EnvFilter;
+
+use cli::Command;
+
+fn main() -> ExitCode {
+    let cli = match cli::parse(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    };
+    let result = start_logging(&cli.log).and_then(|()| match &cli.command {
+        Command::Run(options) => run::run(options).map_err(Into::into),
+        Command::Demo(options) => demo::run(options).map_err(Into::into),
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ferry: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start_logging(filter: &str) -> Result<(), Box<dyn Error>> {
+    let filter = EnvFilter::try_new(filter)
+        .map_err(|error| format!("the log filter '{filter}' can't be read: {error}"))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_target(false)
+        .init();
+    Ok(())
+}

@@ -1,0 +1,189 @@
+//! `ferry run`: one guest, from its start or its arrival to the end of the process.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use migration::listener::ListenError;
+use migration::uri::{Uri, UriError};
+use vmm::console::signals::{Terminations, raw_after_stop};
+use vmm::console::{Console, SerialBackend};
+use vmm::control::command::{Machine as Control, ShutdownCause};
+use vmm::control::socket::Server;
+use vmm::control::{monitor, qmp};
+use vmm::instance::{Exit, Instance, Settings};
+use vmm::kvm::{Kvm, KvmError};
+use vmm::machine::config::Given;
+use vmm::machine::{BootFiles, MachineError};
+
+use crate::cli::{Incoming, MonitorSpec, QmpSpec, RunOptions, SerialSpec};
+
+/// How long the end waits for whoever reads the serial port or a socket.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Why `ferry run` failed.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The asynchronous runtime, or signals.
+    #[error("cannot start: {0}")]
+    Start(io::Error),
+    /// The serial port's back end or the terminal.
+    #[error("{0}")]
+    Console(io::Error),
+    /// A socket of a monitor or of QMP.
+    #[error("cannot listen on {path}: {source}")]
+    Socket {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A kernel or an initrd.
+    #[error("cannot open {path}: {source}")]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The address of a migration.
+    #[error(transparent)]
+    Uri(#[from] UriError),
+    /// Listening for a migration.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// What happened later.
+    #[error("{0}")]
+    Ended(String),
+}
+
+/// Runs until the guest, its user or an error ends it.
+pub fn run(options: &RunOptions) -> Result<(), RunError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(RunError::Start)?;
+    let result = runtime.block_on(serve(options));
+    // Not waiting for a thread that reads from a terminal.
+    runtime.shutdown_background();
+    result
+}
+
+async fn serve(options: &RunOptions) -> Result<(), RunError> {
+    // Before anything is changed that a signal must undo.
+    let mut terminations = Terminations::new().map_err(RunError::Start)?;
+    // What can be wrong with the files is said before the terminal changes.
+    let files = open_files(options)?;
+    let kvm = Kvm::open()?;
+    let on_stdio = options.monitor.contains(&MonitorSpec::Stdio);
+    let serial = options.serial.clone().unwrap_or(SerialSpec::Stdio);
+    let serial = SerialBackend::from(serial);
+    let console = Arc::new(Console::open(&serial, on_stdio).map_err(RunError::Console)?);
+    raw_after_stop().map_err(RunError::Start)?;
+    if let Some(path) = console.pty_path() {
+        eprintln!("char device redirected to {} (label serial0)", path.display());
+    }
+
+    let instance = Instance::new(settings(options), kvm, Arc::clone(&console));
+    let servers = listen(options, &instance)?;
+    if on_stdio {
+        let foreground = monitor::terminal::spawn(Arc::new(instance.clone()))
+            .map_err(RunError::Start)?;
+        let quitting = instance.clone();
+        console.connect_monitor(
+            foreground,
+            Box::new(move || quitting.quit(ShutdownCause::HostUi)),
+        );
+    }
+    match (&options.incoming, files) {
+        (Some(Incoming::Defer), _) => instance.wait_for_guest(None, true)?,
+        (Some(Incoming::At(address)), _) => {
+            let uri: Uri = address.to_string().parse()?;
+            instance.wait_for_guest(Some(&uri), true)?;
+        }
+        (None, Some(files)) => instance.boot(files)?,
+        // The command line was checked for this.
+        (None, None) => return Err(RunError::Ended("there is nothing to run".to_owned())),
+    }
+
+    let exit = tokio::select! {
+        exit = instance.ended() => exit,
+        () = instance.serve_guest_events() => Exit::Success,
+        signal = terminations.next() => {
+            tracing::info!(%signal, "ending");
+            instance.quit(ShutdownCause::HostSignal);
+            Exit::Success
+        }
+    };
+    // Off the runtime's thread: ends what a migration thread is waiting for, and waits for it.
+    let ending = instance.clone();
+    let _ = tokio::task::spawn_blocking(move || ending.shut_down()).await;
+    let flushed = console.output();
+    let _ = tokio::task::spawn_blocking(move || flushed.flush_until(Instant::now() + PATIENCE)).await;
+    for server in servers {
+        server.close(PATIENCE).await;
+    }
+    match exit {
+        Exit::Success => Ok(()),
+        Exit::Failure(reason) => Err(RunError::Ended(reason)),
+    }
+}
+
+fn settings(options: &RunOptions) -> Settings {
+    Settings {
+        name: options.name.clone(),
+        given: Given {
+            memory: options.memory,
+            vcpus: options.smp,
+            cpu: options.cpu.as_ref().map(ToString::to_string),
+            command_line: options.append.clone(),
+            kernel: options.kernel.clone(),
+            initrd: options.initrd.clone(),
+        },
+        paused: options.paused,
+        no_reboot: options.no_reboot,
+        no_shutdown: options.no_shutdown,
+    }
+}
+
+/// The kernel and the initrd, if a kernel was given.
+fn open_files(options: &RunOptions) -> Result<Option<BootFiles>, RunError> {
+    let open = |path: &Path| {
+        File::open(path).map_err(|source| RunError::File {
+            path: path.to_owned(),
+            source,
+        })
+    };
+    let Some(kernel) = &options.kernel else {
+        return Ok(None);
+    };
+    Ok(Some(BootFiles {
+        kernel: open(kernel)?,
+        initrd: options.initrd.as_deref().map(open).transpose()?,
+    }))
+}
+
+/// Opens the sockets of monitors and QMP.
+fn listen(options: &RunOptions, instance: &Instance) -> Result<Vec<Server>, RunError> {
+    let control = || Arc::new(instance.clone()) as Arc<dyn Control>;
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| RunError::Socket { path, source }
+    };
+    let mut servers = Vec::new();
+    for path in options.qmp.iter().filter_map(QmpSpec::path) {
+        servers.push(qmp::server::listen(path, control()).map_err(failed(path))?);
+    }
+    for path in options.monitor.iter().filter_map(MonitorSpec::path) {
+        servers.push(monitor::server::listen(path, control()).map_err(failed(path))?);
+    }
+    Ok(servers)
+}
