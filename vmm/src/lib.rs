@@ -1,3 +1,4 @@
 //! The VMM.
 
+pub mod console;
 pub mod control;

@@ -16,4 +16,4 @@ pub mod size;
 pub mod socket;
 
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
