@@ -34,6 +34,9 @@ use std::{fmt, fs, thread};
 use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl, open};
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::stdio::{dup2_stdin, dup2_stdout};
+use rustix::termios::{
+    LocalModes, OptionalActions, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize,
+};
 
 use crate::control::monitor::terminal::Foreground;
 use crate::control::socket::SocketFile;
@@ -74,7 +77,7 @@ pub struct Console {
     inlets: Vec<Arc<Inlet>>,
     _drains: Vec<Drain>,
     _socket: Option<SocketFile>,
-    _standard: Option<RealStandard>,
+    _stdout: Option<RealOutput>,
     _raw: Option<RawTerminal>,
 }
 
@@ -127,7 +130,7 @@ impl Console {
             hooks: Arc::default(),
             _drains: vec![drain],
             _socket: None,
-            _standard: None,
+            _stdout: None,
             _raw: None,
         })
     }
@@ -197,6 +200,7 @@ impl Console {
             escape: (serial && monitor.is_some()).then(Escape::default),
             monitor,
             hooks: Arc::clone(&self.hooks),
+            monitor_seen: !serial,
         };
         spawn(move || keyboard.run())
     }
@@ -204,15 +208,16 @@ impl Console {
     /// Gives the process another standard input and, to edit lines, another terminal: the line
     /// editor knows no other descriptors. Returns the ends that lead there.
     fn replace_standard(&mut self, terminal: bool) -> io::Result<MonitorEnd> {
-        let real = RealStandard {
-            stdin: fcntl_dupfd_cloexec(stdin(), 0)?,
-            stdout: fcntl_dupfd_cloexec(stdout(), 0)?,
-        };
         let end = if terminal && stdout().is_terminal() {
             let (master, peer) = pty::pair()?;
-            if let Ok(size) = rustix::termios::tcgetwinsize(&real.stdin) {
-                rustix::termios::tcsetwinsize(&master, size)?;
+            // What is typed ahead of the editor reaches it; Ctrl-C would throw it away.
+            let mut mode = tcgetattr(&peer)?;
+            mode.local_modes.remove(LocalModes::ISIG);
+            tcsetattr(&peer, OptionalActions::Now, &mode)?;
+            if let Ok(size) = tcgetwinsize(stdin()) {
+                tcsetwinsize(&master, size)?;
             }
+            self._stdout = Some(RealOutput(fcntl_dupfd_cloexec(stdout(), 0)?));
             dup2_stdin(&peer)?;
             dup2_stdout(&peer)?;
             MonitorEnd {
@@ -230,7 +235,6 @@ impl Console {
         if let Some(keys) = &end.keys {
             fcntl_setfl(keys, fcntl_getfl(keys)? | OFlags::NONBLOCK)?;
         }
-        self._standard = Some(real);
         Ok(end)
     }
 
@@ -264,24 +268,23 @@ impl Console {
 
 impl Drop for Console {
     fn drop(&mut self) {
+        if let Some(hooks) = &*self.hooks.lock().unwrap_or_else(PoisonError::into_inner) {
+            hooks.foreground.close();
+        }
         for inlet in &self.inlets {
             inlet.close();
         }
     }
 }
 
-/// The standard input and output that the process was started with; dropping it puts them back.
-struct RealStandard {
-    stdin: OwnedFd,
-    stdout: OwnedFd,
-}
+/// The standard output that the process was started with; dropping it puts it back. Standard
+/// input is not put back: the editor's thread may still be there, and would take the terminal.
+struct RealOutput(OwnedFd);
 
-impl Drop for RealStandard {
+impl Drop for RealOutput {
     fn drop(&mut self) {
-        for result in [dup2_stdin(&self.stdin), dup2_stdout(&self.stdout)] {
-            if let Err(error) = result {
-                tracing::warn!(%error, "cannot put standard input and output back");
-            }
+        if let Err(error) = dup2_stdout(&self.0) {
+            tracing::warn!(%error, "cannot put standard output back");
         }
     }
 }

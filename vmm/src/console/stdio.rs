@@ -45,6 +45,8 @@ pub(super) struct Keyboard {
     pub(super) escape: Option<Escape>,
     pub(super) monitor: Option<MonitorEnd>,
     pub(super) hooks: Arc<Mutex<Option<MonitorHooks>>>,
+    /// Whether the monitor has had the keyboard, and so has shown its prompt.
+    pub(super) monitor_seen: bool,
 }
 
 impl Keyboard {
@@ -152,10 +154,12 @@ impl Keyboard {
             Key::Switch => {
                 self.guest_focus = !self.guest_focus;
                 self.screen.send(b"\r\n");
-                // An editor that waits shows its prompt again if the line is given up.
-                if !self.guest_focus && self.edits() && !self.is_busy() {
+                if !self.guest_focus && self.edits() {
                     self.copy_window_size();
-                    to_monitor.push_back(CANCEL);
+                    // An editor that waits shows its prompt again if the line is given up.
+                    if std::mem::replace(&mut self.monitor_seen, true) && !self.is_busy() {
+                        to_monitor.push_back(CANCEL);
+                    }
                 }
             }
             Key::Quit => self.with_hooks(|hooks| (hooks.quit)()),

@@ -32,6 +32,7 @@ const PROGRESS: Duration = Duration::from_millis(200);
 #[derive(Debug, Default)]
 pub struct Foreground {
     busy: AtomicBool,
+    closed: AtomicBool,
     cancel: Notify,
 }
 
@@ -39,6 +40,15 @@ impl Foreground {
     /// Whether a migration is being waited for.
     pub fn is_busy(&self) -> bool {
         self.busy.load(Ordering::Acquire)
+    }
+
+    /// The terminal is not to be used any more.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
     }
 
     /// Cancels what is being waited for.
@@ -58,11 +68,12 @@ pub fn spawn(machine: Arc<dyn Machine>) -> io::Result<Arc<Foreground>> {
     let (lines, commands) = mpsc::channel(1);
     let (answers, answered) = sync_channel(16);
     let foreground = Arc::new(Foreground::default());
+    let terminal = Arc::clone(&foreground);
     thread::Builder::new()
         .name("monitor".into())
         .spawn(move || {
             let result = if io::stdin().is_terminal() && io::stdout().is_terminal() {
-                converse_editing(&lines, &answered)
+                converse_editing(&terminal, &lines, &answered)
             } else {
                 converse_plainly(&lines, &answered)
             };
@@ -138,7 +149,7 @@ fn run_line(
 }
 
 fn converse_plainly(lines: &mpsc::Sender<String>, answers: &Receiver<Answer>) -> io::Result<()> {
-    println!("{GREETING}");
+    writeln!(io::stdout(), "{GREETING}")?;
     for line in io::stdin().lock().lines() {
         if !run_line(line?, lines, answers, false)? {
             break;
@@ -147,10 +158,14 @@ fn converse_plainly(lines: &mpsc::Sender<String>, answers: &Receiver<Answer>) ->
     Ok(())
 }
 
-fn converse_editing(lines: &mpsc::Sender<String>, answers: &Receiver<Answer>) -> io::Result<()> {
+fn converse_editing(
+    terminal: &Foreground,
+    lines: &mpsc::Sender<String>,
+    answers: &Receiver<Answer>,
+) -> io::Result<()> {
     let mut editor = editor().map_err(io::Error::other)?;
-    println!("{GREETING}");
-    loop {
+    writeln!(io::stdout(), "{GREETING}")?;
+    while !terminal.is_closed() {
         match editor.readline(PROMPT) {
             Ok(line) => {
                 if !run_line(line, lines, answers, true)? {
@@ -158,10 +173,13 @@ fn converse_editing(lines: &mpsc::Sender<String>, answers: &Receiver<Answer>) ->
                 }
             }
             Err(ReadlineError::Interrupted) => {}
-            Err(ReadlineError::Eof) => println!("type quit to end ferry and its guest"),
+            Err(ReadlineError::Eof) => {
+                writeln!(io::stdout(), "type quit to end ferry and its guest")?;
+            }
             Err(error) => return Err(io::Error::other(error)),
         }
     }
+    Ok(())
 }
 
 /// A line editor with the monitor's completion, on standard input and output.

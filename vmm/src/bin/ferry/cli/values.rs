@@ -1,0 +1,291 @@
+//! What stands behind an option, read and checked. QEMU's `key=value` forms are understood where
+//! people are used to them.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use vmm::console::SerialBackend;
+use vmm::control::command::{Address, ParameterChange};
+use vmm::control::size::parse_size;
+
+use super::{MAX_CPUS, MIN_MEMORY};
+
+/// `--serial`.
+pub(crate) fn serial(text: &str) -> Result<SerialBackend, String> {
+    match text.split_once(':') {
+        None if text == "stdio" => Ok(SerialBackend::Stdio),
+        None if text == "pty" => Ok(SerialBackend::Pty),
+        None if text == "none" || text == "null" => Ok(SerialBackend::None),
+        Some(("file", "")) => Err("the path is missing (file:PATH)".into()),
+        Some(("file", path)) => Ok(SerialBackend::File(path.into())),
+        Some(("unix", rest)) => Ok(SerialBackend::Unix(unix_socket(rest)?)),
+        _ => Err("expected stdio, file:PATH, unix:PATH, pty or none".into()),
+    }
+}
+
+/// `--monitor`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum MonitorSpec {
+    /// Standard input and output, shared with the serial port if that is there too.
+    Stdio,
+    /// A Unix socket to listen on.
+    Unix(PathBuf),
+    /// None.
+    None,
+}
+
+impl MonitorSpec {
+    /// The socket's path.
+    pub(crate) fn path(&self) -> Option<&PathBuf> {
+        match self {
+            Self::Unix(path) => Some(path),
+            Self::Stdio | Self::None => None,
+        }
+    }
+}
+
+impl FromStr for MonitorSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "stdio" => Ok(Self::Stdio),
+            None if text == "none" => Ok(Self::None),
+            Some(("unix", rest)) => Ok(Self::Unix(unix_socket(rest)?)),
+            _ => Err("expected stdio, unix:PATH or none".into()),
+        }
+    }
+}
+
+/// `--qmp`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum QmpSpec {
+    /// A Unix socket to listen on.
+    Unix(PathBuf),
+    /// None.
+    None,
+}
+
+impl QmpSpec {
+    /// The socket's path.
+    pub(crate) fn path(&self) -> Option<&PathBuf> {
+        match self {
+            Self::Unix(path) => Some(path),
+            Self::None => None,
+        }
+    }
+}
+
+impl FromStr for QmpSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "none" => Ok(Self::None),
+            Some(("unix", rest)) => Ok(Self::Unix(unix_socket(rest)?)),
+            _ => Err("expected unix:PATH or none".into()),
+        }
+    }
+}
+
+/// Reads `PATH`, or QEMU's `PATH,server=on,wait=off`. In QEMU a comma in the path is doubled.
+fn unix_socket(text: &str) -> Result<PathBuf, String> {
+    let mut fields = split_commas(text).into_iter();
+    let path = fields.next().unwrap_or_default();
+    for field in fields {
+        match field.as_str() {
+            "server" | "server=on" | "nowait" | "wait=off" => {}
+            "wait" | "wait=on" => {
+                return Err(
+                    "'wait=on' is not supported: ferry does not wait for a client \
+                            (--paused keeps the guest from running)"
+                        .into(),
+                );
+            }
+            "server=off" => return Err("'server=off' is not supported: ferry listens".into()),
+            _ => return Err(format!("'{field}' is not known behind unix:PATH")),
+        }
+    }
+    match path.len() {
+        0 => Err("the path is missing (unix:PATH)".into()),
+        // sun_path has 108 bytes with the terminating NUL (unix(7)).
+        108.. => Err("the path of a Unix socket has at most 107 bytes".into()),
+        _ => Ok(path.into()),
+    }
+}
+
+/// Cuts at commas; two in a row are one that belongs to the text, as in QEMU's options.
+fn split_commas(text: &str) -> Vec<String> {
+    let mut fields = vec![String::new()];
+    let mut rest = text.chars().peekable();
+    while let Some(c) = rest.next() {
+        if c == ',' && rest.next_if_eq(&',').is_none() {
+            fields.push(String::new());
+        } else if let Some(field) = fields.last_mut() {
+            field.push(c);
+        }
+    }
+    fields
+}
+
+/// `--incoming`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Incoming {
+    /// Where to listen.
+    At(Address),
+    /// Listen when `migrate_incoming` says where.
+    Defer,
+}
+
+impl FromStr for Incoming {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "defer" => Ok(Self::Defer),
+            _ => text.parse().map(Self::At).map_err(|error| {
+                format!(
+                    "{error}{}",
+                    if text.contains(':') { "" } else { ", or defer" }
+                )
+            }),
+        }
+    }
+}
+
+/// Where a guest's features come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CpuModel {
+    /// All that KVM offers on this host.
+    Host,
+    /// The x86-64-v2 level of the psABI.
+    X86_64V2,
+    /// The x86-64-v3 level of the psABI.
+    X86_64V3,
+}
+
+/// `--cpu`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct CpuSpec {
+    /// The model.
+    pub(crate) model: CpuModel,
+    /// Features taken away from it, by name, in lower case, each once, in order.
+    pub(crate) without: Vec<String>,
+}
+
+impl FromStr for CpuSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut fields = text.split(',');
+        let model = match fields.next().unwrap_or_default() {
+            "host" => CpuModel::Host,
+            "x86-64-v2" => CpuModel::X86_64V2,
+            "x86-64-v3" => CpuModel::X86_64V3,
+            other => {
+                return Err(format!(
+                    "unknown model '{other}': expected host, x86-64-v2 or x86-64-v3"
+                ));
+            }
+        };
+        let mut without = Vec::new();
+        for field in fields {
+            let Some(flag) = field
+                .strip_prefix('-')
+                .or_else(|| field.strip_suffix("=off"))
+            else {
+                return Err(format!(
+                    "'{field}': a feature can only be taken away (-FLAG)"
+                ));
+            };
+            // QEMU writes some names with an underscore as well.
+            let flag = flag.to_ascii_lowercase().replace('_', "-");
+            if flag.is_empty()
+                || !flag
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b"-.".contains(&b))
+            {
+                return Err(format!("'{field}' names no feature"));
+            }
+            without.push(flag);
+        }
+        without.sort();
+        without.dedup();
+        Ok(Self { model, without })
+    }
+}
+
+/// `--name`: text, or QEMU's `guest=NAME,…`.
+pub(crate) fn name(text: &str) -> Result<String, String> {
+    let mut name = None;
+    for (at, field) in split_commas(text).into_iter().enumerate() {
+        match field.split_once('=') {
+            Some(("guest", value)) => name = Some(value.to_owned()),
+            // QEMU's own matters.
+            Some(("process" | "debug-threads", _)) => {}
+            None if at == 0 => name = Some(field),
+            _ => {
+                return Err(format!(
+                    "'{field}' is not known here: expected NAME or guest=NAME"
+                ));
+            }
+        }
+    }
+    match name {
+        Some(name) if name.is_empty() => Err("the name is empty".into()),
+        Some(name) if name.chars().any(char::is_control) || name.len() > 255 => {
+            Err("a name has at most 255 bytes and no control characters".into())
+        }
+        Some(name) => Ok(name),
+        None => Err("the name is missing".into()),
+    }
+}
+
+/// A size in bytes: with a unit, or in MiB.
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    parse_size(text, 1 << 20).map_err(|error| error.to_string())
+}
+
+/// `--memory`: a size, or QEMU's `size=SIZE`.
+pub(crate) fn memory(text: &str) -> Result<u64, String> {
+    let text = text.strip_prefix("size=").unwrap_or(text);
+    if let Some((_, rest)) = text.split_once(',') {
+        return Err(format!(
+            "'{rest}' is not supported: memory cannot be added later"
+        ));
+    }
+    let bytes = size(text)?;
+    if bytes < MIN_MEMORY {
+        return Err("a guest has at least 16 MiB (16M)".into());
+    }
+    if !bytes.is_multiple_of(4096) {
+        return Err("a guest's memory is a multiple of 4 KiB".into());
+    }
+    Ok(bytes)
+}
+
+/// `--smp`: a number, or QEMU's `cpus=N`.
+pub(crate) fn cpus(text: &str) -> Result<u32, String> {
+    let text = text.strip_prefix("cpus=").unwrap_or(text);
+    if let Some((_, rest)) = text.split_once(',') {
+        return Err(format!(
+            "'{rest}' is not supported: all vCPUs are cores of one socket"
+        ));
+    }
+    match text.parse() {
+        Ok(cpus) if (1..=MAX_CPUS).contains(&cpus) => Ok(cpus),
+        _ => Err(format!("expected a number from 1 to {MAX_CPUS}")),
+    }
+}
+
+/// A time in milliseconds, up to QEMU's limit of a downtime.
+pub(crate) fn milliseconds(text: &str) -> Result<Duration, String> {
+    match text.strip_suffix("ms").unwrap_or(text).parse() {
+        Ok(ms) if ms <= ParameterChange::MAX_DOWNTIME_LIMIT => Ok(Duration::from_millis(ms)),
+        _ => Err(format!(
+            "expected milliseconds, 0 to {}",
+            ParameterChange::MAX_DOWNTIME_LIMIT
+        )),
+    }
+}
