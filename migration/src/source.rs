@@ -422,6 +422,8 @@ impl Source<'_> {
         memory: &mut Memory,
         round: u64,
     ) -> Result<Downtime, SourceError> {
+        // The guest is not stopped for a migration that is over.
+        session.channel.check_cancel()?;
         self.enter(Step::Stop);
         self.job.progress.set_status(Status::Device);
         let stop_began = self.clock.now();
@@ -645,6 +647,8 @@ impl Source<'_> {
             session.channel.send_now(Kind::Cancel, &body);
         }
         session.channel.link().finish();
+        // Answers left unread would make the closing of the socket discard the last words.
+        let _ = session.look_at_answers();
     }
 
     fn stop_logging(&mut self) {

@@ -183,6 +183,17 @@ impl Source {
         self.shared.guest.lock().unwrap().written
     }
 
+    /// Writes to a page as the guest would, from anywhere.
+    pub(crate) fn writer(&self) -> impl Fn(u64) + Send + 'static {
+        let shared = Arc::clone(&self.shared);
+        let (ram, layout) = (self.ram.clone(), self.layout.clone());
+        move |number| {
+            let mut guest = shared.guest.lock().unwrap();
+            guest.log.as_mut().expect("no log").set(number);
+            ram.write_obj(!0u64, address(&layout, number)).unwrap();
+        }
+    }
+
     pub(crate) fn calls(&self) -> Vec<String> {
         self.calls.lock().unwrap().clone()
     }

@@ -42,6 +42,20 @@ pub(crate) fn destination_job() -> destination::Job {
     }
 }
 
+/// Deadlines for peers that are known to be dead.
+pub(crate) fn short() -> Deadlines {
+    let soon = Duration::from_millis(300);
+    Deadlines {
+        handshake: soon,
+        progress: soon,
+        stop_margin: soon,
+        go: soon,
+        running: soon,
+        linger: soon,
+        ..Deadlines::default()
+    }
+}
+
 pub(crate) type Arriving = JoinHandle<(Destination, Result<Arrival, DestinationError>)>;
 
 /// Lets a guest arrive on `stream`, on a thread.
@@ -86,9 +100,9 @@ pub(crate) fn assert_moved(
     assert!(arrival.is_ok(), "{arrival:?}");
     assert!(!vm.is_running());
     assert_same(&vm.ram, destination.ram.as_ref().unwrap());
-    assert_eq!(destination.sections, vm.state);
+    assert!(destination.sections == vm.state);
     let offer = destination.offer.as_ref().unwrap();
-    assert_eq!(offer.configuration, vm.configuration);
+    assert!(offer.configuration == vm.configuration);
     for (blob, (_, data)) in destination.blobs.iter().zip(&vm.blobs) {
         assert!(*blob.lock().unwrap() == *data);
     }
