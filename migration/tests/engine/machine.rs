@@ -82,7 +82,6 @@ struct Guest {
     running: bool,
     ended: bool,
     log: Option<PageBitmap>,
-    written: u64,
 }
 
 struct Shared {
@@ -156,7 +155,6 @@ impl Source {
                 for _ in 0..writes.batch {
                     random = random.wrapping_mul(6364136223846793005).wrapping_add(99);
                     let number = (random >> 33) % writes.pages;
-                    guest.written += 1;
                     if let Some(log) = &mut guest.log {
                         log.set(number);
                     }
@@ -177,10 +175,6 @@ impl Source {
 
     pub(crate) fn is_running(&self) -> bool {
         self.shared.guest.lock().unwrap().running
-    }
-
-    pub(crate) fn written(&self) -> u64 {
-        self.shared.guest.lock().unwrap().written
     }
 
     /// Writes to a page as the guest would, from anywhere.
