@@ -11,6 +11,7 @@ use std::time::Duration;
 use migration::bitmap::PageBitmap;
 use migration::cancel::Cancel;
 use migration::clock::{Clock, MonotonicClock};
+use migration::convergence::Costs;
 use migration::destination;
 use migration::layout::{GuestRam, Layout};
 use migration::link::Deadlines;
@@ -173,6 +174,7 @@ fn main() -> Result<(), Any> {
         parameters: Arc::new(Parameters::default()),
         progress: progress(),
         deadlines: Deadlines::default(),
+        costs: Costs::default(),
     };
     let before = cpu();
     let outcome = source::migrate(&mut Idle(ram), Peer::Uri(line.trim().parse()?), &job);

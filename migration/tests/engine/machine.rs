@@ -77,6 +77,9 @@ pub(crate) struct Writes {
     pub(crate) rest: Duration,
 }
 
+/// Told which call the engine makes; its error becomes that of the call.
+pub(crate) type Hook = Box<dyn FnMut(&str) -> Result<(), VmError> + Send>;
+
 #[derive(Default)]
 struct Guest {
     running: bool,
@@ -99,7 +102,7 @@ pub(crate) struct Source {
     /// What the engine asked for, apart from the harvests.
     pub(crate) calls: Arc<Mutex<Vec<String>>>,
     /// Called at the start of each of the engine's calls, by its name.
-    pub(crate) hook: Box<dyn FnMut(&str) -> Result<(), VmError> + Send>,
+    pub(crate) hook: Hook,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
@@ -303,7 +306,7 @@ pub(crate) struct Destination {
     /// Whether the guest was let go, visible from outside.
     pub(crate) ran: Arc<AtomicBool>,
     /// Called at the start of each of the engine's calls, by its name.
-    pub(crate) hook: Box<dyn FnMut(&str) -> Result<(), VmError> + Send>,
+    pub(crate) hook: Hook,
 }
 
 impl Default for Destination {

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use migration::cancel::Cancel;
 use migration::clock::MonotonicClock;
+use migration::convergence::Costs;
 use migration::destination::{self, Arrival, DestinationError};
 use migration::link::{Deadlines, Stream};
 use migration::listener::Incoming;
@@ -31,6 +32,7 @@ pub(crate) fn source_job() -> source::Job {
         parameters: Arc::new(parameters),
         progress: progress(),
         deadlines: Deadlines::default(),
+        costs: Costs::default(),
     }
 }
 
@@ -184,6 +186,25 @@ fn the_numbers_add_up() {
     assert_eq!(snapshot.rounds.len() as u64, snapshot.round);
     assert!(snapshot.total_time >= snapshot.setup_time);
     assert_eq!(ram.dirty_sync_count, snapshot.round);
+}
+
+/// Nothing is sent from which the bandwidth could be told, and yet it must be known.
+#[test]
+fn a_guest_that_never_touched_its_memory() {
+    let mut vm = Source::new(3, 0);
+    vm.ram = crate::machine::ram(200_000, 0);
+    vm.layout = migration::layout::Layout::of(&vm.ram).unwrap();
+    vm.blobs.clear();
+    let (a, b) = tcp_pair();
+    let arriving = arrive(Destination::default(), b, destination_job());
+    let job = source_job();
+    let outcome = source::migrate(&mut vm, Peer::Connected(a), &job);
+    assert!(matches!(outcome, Outcome::Completed(_)), "{outcome:?}");
+    arriving.join().unwrap().1.unwrap();
+    let snapshot = job.progress.snapshot();
+    assert_eq!((snapshot.ram.normal, snapshot.skipped), (0, 200_000));
+    assert!(snapshot.rounds[0].bandwidth > 1e6, "{:?}", snapshot.rounds);
+    assert!(snapshot.ram.transferred < 500_000);
 }
 
 #[test]
