@@ -298,7 +298,8 @@ impl Source<'_> {
                     index: index as u16,
                     offset,
                 };
-                let len = (blob.len - offset).min(MAX_CHUNK as u64);
+                let piece = session.frame_pages() * crate::layout::PAGE_SIZE;
+                let len = (blob.len - offset).min(piece).min(MAX_CHUNK as u64);
                 body.clear();
                 body.extend(chunk.encode());
                 body.resize(BlobChunk::LEN + len as usize, 0);

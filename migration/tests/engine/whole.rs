@@ -188,6 +188,33 @@ fn the_numbers_add_up() {
     assert_eq!(ram.dirty_sync_count, snapshot.round);
 }
 
+/// At the first pace the rest would take minutes.
+#[test]
+fn the_bandwidth_limit_may_change_on_the_way() {
+    let mut vm = Source::new(4000, 0);
+    vm.blobs.clear();
+    let job = source_job();
+    job.parameters.set_max_bandwidth(40_000);
+    let parameters = Arc::clone(&job.parameters);
+    let mut pages = 0;
+    let (a, b) = crate::proxy::proxied(move |frame| {
+        if frame.kind == Some(migration::frame::Kind::Pages) {
+            pages += 1;
+            if pages <= 3 {
+                assert_eq!(frame.bytes.len() - frame.payload, 4096);
+            }
+            if pages == 3 {
+                parameters.set_max_bandwidth(0);
+            }
+        }
+        crate::proxy::Fate::Pass
+    });
+    let arriving = arrive(Destination::default(), b, destination_job());
+    let outcome = source::migrate(&mut vm, Peer::Connected(a), &job);
+    let (destination, arrival) = arriving.join().unwrap();
+    assert_moved(&vm, &outcome, &destination, &arrival);
+}
+
 /// Nothing is sent from which the bandwidth could be told, and yet it must be known.
 #[test]
 fn a_guest_that_never_touched_its_memory() {
