@@ -1,7 +1,8 @@
 //! How fast the engine moves memory: an idle guest full of random data, over loopback TCP or a
 //! Unix socket, to a second process.
 //!
-//! `cargo run --release -p migration --example throughput -- [MIB] [tcp|unix]`
+//! `cargo run --release -p migration --example throughput -- [MIB] [tcp|unix] [small|huge]
+//! [TOUCHED MIB]`
 
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
@@ -11,6 +12,7 @@ use std::time::Duration;
 use migration::bitmap::PageBitmap;
 use migration::cancel::Cancel;
 use migration::clock::{Clock, MonotonicClock};
+use migration::convergence::Costs;
 use migration::destination;
 use migration::layout::{GuestRam, Layout};
 use migration::link::Deadlines;
@@ -150,9 +152,10 @@ fn main() -> Result<(), Any> {
     if huge_pages == "huge" {
         huge(&ram)?;
     }
+    let touched: usize = argument(3).map_or(Ok(mib), str::parse)?;
     let mut state = 1u64;
     let mut chunk = vec![0u8; 1 << 20];
-    for at in 0..mib {
+    for at in (0..mib).step_by(mib / touched.clamp(1, mib)) {
         for word in chunk.as_chunks_mut::<8>().0 {
             state ^= state << 13;
             state ^= state >> 7;
@@ -173,6 +176,7 @@ fn main() -> Result<(), Any> {
         parameters: Arc::new(Parameters::default()),
         progress: progress(),
         deadlines: Deadlines::default(),
+        costs: Costs::default(),
     };
     let before = cpu();
     let outcome = source::migrate(&mut Idle(ram), Peer::Uri(line.trim().parse()?), &job);

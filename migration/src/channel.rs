@@ -24,7 +24,7 @@ const BODY_STEP: usize = 256 << 10;
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
     /// The connection.
-    #[error("{error} (in phase {phase:?})")]
+    #[error("{}", describe(error, *phase))]
     Link {
         /// What happened.
         error: LinkError,
@@ -56,6 +56,13 @@ pub enum ChannelError {
     /// The peer sends answers to nothing.
     #[error("the peer sent more than {MAX_WAITING} unasked frames")]
     Flood,
+}
+
+fn describe(error: &LinkError, phase: Phase) -> String {
+    match error {
+        LinkError::Cancelled(reason) => reason.clone(),
+        error => format!("{error} (in phase {phase:?})"),
+    }
 }
 
 fn peer_verb(kind: Kind) -> &'static str {
@@ -139,6 +146,11 @@ impl Channel {
         }
     }
 
+    /// An error if cancelled.
+    pub(crate) fn check_cancel(&self) -> Result<(), ChannelError> {
+        self.link.check_cancel().map_err(|error| self.broken(error))
+    }
+
     pub(crate) fn link(&mut self) -> &mut Link {
         &mut self.link
     }
@@ -208,9 +220,7 @@ impl Channel {
         memory: Option<&GuestPages>,
         runs: &[PageRun],
     ) -> Result<(), ChannelError> {
-        self.link
-            .check_cancel()
-            .map_err(|error| self.broken(error))?;
+        self.check_cancel()?;
         self.phase = self.phase.after(kind)?;
         let payload_len: u64 =
             runs.iter().map(|run| run.count).sum::<u64>() * crate::layout::PAGE_SIZE;
@@ -410,9 +420,7 @@ impl Channel {
 
     /// Reads once what is there, into the inbox or straight into a long body; false if nothing is.
     fn fill(&mut self) -> Result<bool, ChannelError> {
-        self.link
-            .check_cancel()
-            .map_err(|error| self.broken(error))?;
+        self.check_cancel()?;
         let missing = self
             .header
             .map_or(0, |header| header.body_len as usize - self.partial.len());

@@ -10,7 +10,7 @@ const PAGE_ON_WIRE: u64 = PAGE_SIZE + 17;
 
 /// From this many bytes on, a delivery says how fast the link is; a shorter one says more about
 /// its latency.
-const STRONG: u64 = 256 << 10;
+pub const STRONG: u64 = 256 << 10;
 
 /// How many deliveries the bandwidth is estimated from.
 const WINDOW: usize = 5;
@@ -34,11 +34,11 @@ impl Default for Costs {
     /// What a small guest costs. Nothing is known before the one stop of a migration.
     fn default() -> Self {
         Self {
-            pause: Duration::from_millis(1),
-            save: Duration::from_millis(1),
+            pause: Duration::from_micros(500),
+            save: Duration::from_micros(500),
             state_bytes: 64 << 10,
-            load: Duration::from_millis(3),
-            start: Duration::from_millis(1),
+            load: Duration::from_millis(2),
+            start: Duration::from_micros(500),
         }
     }
 }
@@ -82,6 +82,11 @@ impl Bandwidth {
             self.recent[self.next] = rate;
             self.next = (self.next + 1) % WINDOW;
         }
+    }
+
+    /// Whether there was a delivery of at least [`STRONG`] bytes.
+    pub fn is_measured(&self) -> bool {
+        !self.recent.is_empty()
     }
 
     /// Bytes a second, carefully: the median of the last deliveries, or the mean of the last two

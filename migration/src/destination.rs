@@ -287,9 +287,16 @@ impl Destination<'_> {
                     placement.zero(&runs)?;
                 }
                 Kind::Sync => {
-                    let sync = channel.decode(Kind::Sync, Sync::decode)?;
+                    let sync = channel.decode(Kind::Sync, Sync::decode_padded)?;
                     SyncAck { mark: sync.mark }.encode(&mut self.body);
-                    channel.send(Kind::SyncAck, &self.body)?;
+                    match channel.send(Kind::SyncAck, &self.body) {
+                        // What the source said before it closed is still to be read.
+                        Err(ChannelError::Link {
+                            error: LinkError::Closed,
+                            ..
+                        }) => {}
+                        result => result?,
+                    }
                     self.tell(channel, placement, sync.round);
                 }
                 Kind::State => {

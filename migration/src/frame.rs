@@ -20,6 +20,9 @@ pub const MAX_CHUNK: usize = 1 << 20;
 /// The most bytes in the body of one state section: 16 MiB.
 pub const MAX_SECTION: usize = 16 << 20;
 
+/// The most bytes in the body of a SYNC, whose padding shows how fast the link is.
+pub const MAX_SYNC: usize = 512 << 10;
+
 /// The most bytes of UTF-8 in the reason of a REFUSE, FAILED or CANCEL.
 pub const MAX_REASON: usize = 16 << 10;
 
@@ -113,13 +116,8 @@ impl Kind {
             Self::Zero => 4 + 16 * MAX_ZERO_RUNS,
             Self::State => 128 + MAX_SECTION,
             Self::Refuse | Self::Failed | Self::Cancel => MAX_REASON,
-            Self::Sync
-            | Self::End
-            | Self::Go
-            | Self::Accept
-            | Self::SyncAck
-            | Self::Ready
-            | Self::Running => 64,
+            Self::Sync => MAX_SYNC,
+            Self::End | Self::Go | Self::Accept | Self::SyncAck | Self::Ready | Self::Running => 64,
         }
     }
 

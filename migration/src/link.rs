@@ -58,6 +58,9 @@ pub enum LinkError {
     /// Nothing moved for that long: the peer or the network is dead.
     #[error("nothing was sent or received for {} s: the peer or the network is dead", .0.as_secs_f32())]
     NoProgress(Duration),
+    /// The kernel gave up: data was not acknowledged, or keepalive probes were not answered.
+    #[error("the peer's host no longer answers: it or the network is dead")]
+    Dead,
     /// An answer that is due at a fixed time did not come.
     #[error("the peer's answer did not come in time")]
     Deadline,
@@ -76,6 +79,7 @@ impl From<io::Error> for LinkError {
             | io::ErrorKind::BrokenPipe
             | io::ErrorKind::ConnectionAborted
             | io::ErrorKind::NotConnected => Self::Closed,
+            io::ErrorKind::TimedOut | io::ErrorKind::HostUnreachable => Self::Dead,
             _ => Self::Io(error),
         }
     }
@@ -241,7 +245,6 @@ impl Link {
 pub(crate) fn not_ready<T>(error: io::Error) -> Result<Option<T>, LinkError> {
     match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(None),
-        io::ErrorKind::TimedOut => Err(LinkError::NoProgress(Duration::ZERO)),
         _ => Err(error.into()),
     }
 }

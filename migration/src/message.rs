@@ -429,12 +429,22 @@ fixed! {
 }
 
 fixed! {
-    /// SYNC.
+    /// The beginning of a SYNC; padding follows up to the body's end.
     Sync {
         /// Counts the SYNCs of this migration, from 1.
         mark: u64,
         /// The round that the next page belongs to or, at its end, that it ends; for the log.
         round: u64,
+    }
+}
+
+impl Sync {
+    /// The length of a SYNC without padding.
+    pub const LEN: usize = 16;
+
+    /// Decodes the beginning of a body, whatever the padding.
+    pub fn decode_padded(body: &[u8]) -> Result<Self, DecodeError> {
+        Self::decode(body.get(..Self::LEN).unwrap_or(body))
     }
 }
 

@@ -248,6 +248,17 @@ impl Progress {
         }
     }
 
+    /// Sets the last status of a source, and the throughput of the whole.
+    pub(crate) fn complete(&self) {
+        let seconds = self.snapshot().total_time.as_secs_f64();
+        self.update(|snapshot| {
+            if seconds > 0.0 {
+                snapshot.ram.mbps = snapshot.ram.transferred as f64 * 8.0 / 1e6 / seconds;
+            }
+        });
+        self.set_status(Status::Completed);
+    }
+
     pub(crate) fn begin_round(&self, number: u64) {
         self.update(|snapshot| snapshot.round = number);
         if let Some(observer) = &self.observer {

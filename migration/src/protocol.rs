@@ -51,7 +51,7 @@ impl Phase {
         Ok(match (self, kind) {
             (Start, Kind::Hello) => Offered,
             (Offered, Kind::Accept) => Blobs,
-            (Offered, Kind::Refuse) => Over,
+            (Start | Offered, Kind::Refuse) => Over,
             (Blobs, Kind::Blob) => Blobs,
             (Blobs | Ram, Kind::Pages | Kind::Zero | Kind::Sync) => Ram,
             (Ram | State | Ended, Kind::SyncAck) => self,
@@ -124,7 +124,9 @@ mod tests {
         assert_eq!(Going.after(Kind::Failed), Ok(Over));
         for kind in Kind::ALL {
             assert!(Over.after(kind).is_err());
-            assert_eq!(Start.after(kind).is_ok(), kind == Kind::Hello);
+            // A version may be refused before HELLO is understood.
+            let first = matches!(kind, Kind::Hello | Kind::Refuse);
+            assert_eq!(Start.after(kind).is_ok(), first);
         }
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::bitmap::PageRun;
 use crate::channel::{Channel, ChannelError};
 use crate::clock::Clock;
-use crate::convergence::Convergence;
+use crate::convergence::{Convergence, STRONG};
 use crate::frame::{Kind, MAX_PAGES};
 use crate::guest_io::GuestPages;
 use crate::message::{Sync, SyncAck};
@@ -26,6 +26,9 @@ const PACE_STEP: Duration = Duration::from_millis(50);
 
 /// Frames stay this small until the link's speed is known.
 const FIRST_FRAMES: u64 = 64;
+
+/// How many marks may be without an answer.
+const MAX_MARKS: usize = 256;
 
 struct Mark {
     number: u64,
@@ -164,6 +167,15 @@ impl Session {
 
     /// Sets a mark in the stream: a SYNC, whose number is returned.
     pub(crate) fn mark(&mut self, round: u64) -> Result<u64, ChannelError> {
+        self.padded_mark(round, 0)
+    }
+
+    fn padded_mark(&mut self, round: u64, padding: usize) -> Result<u64, ChannelError> {
+        if self.marks.len() >= MAX_MARKS
+            && let Some(oldest) = self.marks.front()
+        {
+            self.wait_for(oldest.number)?;
+        }
         self.last_mark += 1;
         let number = self.last_mark;
         self.begin();
@@ -172,6 +184,7 @@ impl Session {
             round,
         }
         .encode(&mut self.body);
+        self.body.resize(Sync::LEN + padding, 0);
         self.channel.send(Kind::Sync, &self.body)?;
         let now = self.clock.now();
         self.marks.push_back(Mark {
@@ -211,6 +224,16 @@ impl Session {
         self.wait_for(number)?;
         let time = self.channel.arrived_at().saturating_sub(sent);
         self.convergence.round_trip_took(time);
+        Ok(())
+    }
+
+    /// Measures the bandwidth if too little was sent to tell: with padding, nothing else being on
+    /// its way.
+    pub(crate) fn measure_bandwidth(&mut self, round: u64) -> Result<(), ChannelError> {
+        if !self.convergence.bandwidth.is_measured() {
+            let number = self.padded_mark(round, STRONG as usize)?;
+            self.wait_for(number)?;
+        }
         Ok(())
     }
 

@@ -11,7 +11,7 @@ use crate::channel::{Channel, ChannelError};
 use crate::clock::Clock;
 use crate::codec::DecodeError;
 use crate::connect::{ConnectError, connect};
-use crate::convergence::Decision;
+use crate::convergence::{Costs, Decision};
 use crate::frame::{Kind, MAX_CHUNK};
 use crate::guest_io::{GuestPages, MemoryError};
 use crate::link::{Deadlines, Link, LinkError, Stream};
@@ -50,6 +50,8 @@ pub struct Job {
     pub progress: Arc<Progress>,
     /// How long it waits.
     pub deadlines: Deadlines,
+    /// What a stop is expected to cost beside moving memory, on a machine like this.
+    pub costs: Costs,
 }
 
 /// Why a migration did not complete.
@@ -219,6 +221,7 @@ impl Source<'_> {
             Arc::clone(&self.clock),
             Arc::clone(&self.job.parameters),
         );
+        session.convergence.costs = self.job.costs;
         let result = self.converse(&mut session);
         self.session = Some(session);
         result
@@ -295,7 +298,8 @@ impl Source<'_> {
                     index: index as u16,
                     offset,
                 };
-                let len = (blob.len - offset).min(MAX_CHUNK as u64);
+                let piece = session.frame_pages() * crate::layout::PAGE_SIZE;
+                let len = (blob.len - offset).min(piece).min(MAX_CHUNK as u64);
                 body.clear();
                 body.extend(chunk.encode());
                 body.resize(BlobChunk::LEN + len as usize, 0);
@@ -337,7 +341,7 @@ impl Source<'_> {
             self.harvest(memory)?;
             let now = self.clock.now();
             session.convergence.costs.pause =
-                now.saturating_sub(harvest_began) + crate::convergence::Costs::default().pause;
+                now.saturating_sub(harvest_began) + self.job.costs.pause;
             let dirty = memory.pending.count();
             session
                 .convergence
@@ -349,6 +353,7 @@ impl Source<'_> {
             let mut decision = self.decide(session, dirty);
             if decision != Decision::AnotherRound || number == 1 {
                 session.wait_for(mark)?;
+                session.measure_bandwidth(number)?;
                 self.harvest(memory)?;
                 decision = self.decide(session, memory.pending.count());
             }
@@ -422,6 +427,8 @@ impl Source<'_> {
         memory: &mut Memory,
         round: u64,
     ) -> Result<Downtime, SourceError> {
+        // The guest is not stopped for a migration that is over.
+        session.channel.check_cancel()?;
         self.enter(Step::Stop);
         self.job.progress.set_status(Status::Device);
         let stop_began = self.clock.now();
@@ -509,8 +516,6 @@ impl Source<'_> {
             ram.downtime_bytes = session.channel.sent_bytes() - bytes_before;
             ram.dirty_sync_count = round.number;
             ram.remaining = 0;
-            let total = snapshot.total_time.as_secs_f64();
-            ram.mbps = if total > 0.0 { ram.mbps } else { 0.0 };
         });
         self.job.progress.end_round(round);
         Ok(downtime)
@@ -567,7 +572,7 @@ impl Source<'_> {
             Ok(downtime) => {
                 self.stop_logging();
                 tracing::info!(id = ?self.id, downtime_us = downtime.total.as_micros(), "migration completed");
-                self.job.progress.set_status(Status::Completed);
+                self.job.progress.complete();
                 return Outcome::Completed(downtime);
             }
             Err(error) => error,
@@ -645,6 +650,8 @@ impl Source<'_> {
             session.channel.send_now(Kind::Cancel, &body);
         }
         session.channel.link().finish();
+        // Answers left unread would make the closing of the socket discard the last words.
+        let _ = session.look_at_answers();
     }
 
     fn stop_logging(&mut self) {

@@ -77,12 +77,14 @@ pub(crate) struct Writes {
     pub(crate) rest: Duration,
 }
 
+/// Told which call the engine makes; its error becomes that of the call.
+pub(crate) type Hook = Box<dyn FnMut(&str) -> Result<(), VmError> + Send>;
+
 #[derive(Default)]
 struct Guest {
     running: bool,
     ended: bool,
     log: Option<PageBitmap>,
-    written: u64,
 }
 
 struct Shared {
@@ -100,7 +102,7 @@ pub(crate) struct Source {
     /// What the engine asked for, apart from the harvests.
     pub(crate) calls: Arc<Mutex<Vec<String>>>,
     /// Called at the start of each of the engine's calls, by its name.
-    pub(crate) hook: Box<dyn FnMut(&str) -> Result<(), VmError> + Send>,
+    pub(crate) hook: Hook,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
@@ -156,7 +158,6 @@ impl Source {
                 for _ in 0..writes.batch {
                     random = random.wrapping_mul(6364136223846793005).wrapping_add(99);
                     let number = (random >> 33) % writes.pages;
-                    guest.written += 1;
                     if let Some(log) = &mut guest.log {
                         log.set(number);
                     }
@@ -179,8 +180,15 @@ impl Source {
         self.shared.guest.lock().unwrap().running
     }
 
-    pub(crate) fn written(&self) -> u64 {
-        self.shared.guest.lock().unwrap().written
+    /// Writes to a page as the guest would, from anywhere.
+    pub(crate) fn writer(&self) -> impl Fn(u64) + Send + 'static {
+        let shared = Arc::clone(&self.shared);
+        let (ram, layout) = (self.ram.clone(), self.layout.clone());
+        move |number| {
+            let mut guest = shared.guest.lock().unwrap();
+            guest.log.as_mut().expect("no log").set(number);
+            ram.write_obj(!0u64, address(&layout, number)).unwrap();
+        }
     }
 
     pub(crate) fn calls(&self) -> Vec<String> {
@@ -298,7 +306,7 @@ pub(crate) struct Destination {
     /// Whether the guest was let go, visible from outside.
     pub(crate) ran: Arc<AtomicBool>,
     /// Called at the start of each of the engine's calls, by its name.
-    pub(crate) hook: Box<dyn FnMut(&str) -> Result<(), VmError> + Send>,
+    pub(crate) hook: Hook,
 }
 
 impl Default for Destination {

@@ -1,4 +1,17 @@
 //! Whole migrations between two machines that are nothing but memory, over real sockets.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::field_reassign_with_default,
+    reason = "tests, and what only they use"
+)]
 
+mod cancelling;
+mod cuts;
+mod damage;
+mod handover;
+mod hostile;
 mod machine;
+mod proxy;
 mod whole;

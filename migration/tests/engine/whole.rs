@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use migration::cancel::Cancel;
 use migration::clock::MonotonicClock;
+use migration::convergence::Costs;
 use migration::destination::{self, Arrival, DestinationError};
 use migration::link::{Deadlines, Stream};
 use migration::listener::Incoming;
@@ -31,6 +32,7 @@ pub(crate) fn source_job() -> source::Job {
         parameters: Arc::new(parameters),
         progress: progress(),
         deadlines: Deadlines::default(),
+        costs: Costs::default(),
     }
 }
 
@@ -39,6 +41,20 @@ pub(crate) fn destination_job() -> destination::Job {
         cancel: Cancel::new().unwrap(),
         progress: progress(),
         deadlines: Deadlines::default(),
+    }
+}
+
+/// Deadlines for peers that are known to be dead.
+pub(crate) fn short() -> Deadlines {
+    let soon = Duration::from_millis(300);
+    Deadlines {
+        handshake: soon,
+        progress: soon,
+        stop_margin: soon,
+        go: soon,
+        running: soon,
+        linger: soon,
+        ..Deadlines::default()
     }
 }
 
@@ -86,9 +102,9 @@ pub(crate) fn assert_moved(
     assert!(arrival.is_ok(), "{arrival:?}");
     assert!(!vm.is_running());
     assert_same(&vm.ram, destination.ram.as_ref().unwrap());
-    assert_eq!(destination.sections, vm.state);
+    assert!(destination.sections == vm.state);
     let offer = destination.offer.as_ref().unwrap();
-    assert_eq!(offer.configuration, vm.configuration);
+    assert!(offer.configuration == vm.configuration);
     for (blob, (_, data)) in destination.blobs.iter().zip(&vm.blobs) {
         assert!(*blob.lock().unwrap() == *data);
     }
@@ -170,6 +186,52 @@ fn the_numbers_add_up() {
     assert_eq!(snapshot.rounds.len() as u64, snapshot.round);
     assert!(snapshot.total_time >= snapshot.setup_time);
     assert_eq!(ram.dirty_sync_count, snapshot.round);
+}
+
+/// At the first pace the rest would take minutes.
+#[test]
+fn the_bandwidth_limit_may_change_on_the_way() {
+    let mut vm = Source::new(4000, 0);
+    vm.blobs.clear();
+    let job = source_job();
+    job.parameters.set_max_bandwidth(40_000);
+    let parameters = Arc::clone(&job.parameters);
+    let mut pages = 0;
+    let (a, b) = crate::proxy::proxied(move |frame| {
+        if frame.kind == Some(migration::frame::Kind::Pages) {
+            pages += 1;
+            if pages <= 3 {
+                assert_eq!(frame.bytes.len() - frame.payload, 4096);
+            }
+            if pages == 3 {
+                parameters.set_max_bandwidth(0);
+            }
+        }
+        crate::proxy::Fate::Pass
+    });
+    let arriving = arrive(Destination::default(), b, destination_job());
+    let outcome = source::migrate(&mut vm, Peer::Connected(a), &job);
+    let (destination, arrival) = arriving.join().unwrap();
+    assert_moved(&vm, &outcome, &destination, &arrival);
+}
+
+/// Nothing is sent from which the bandwidth could be told, and yet it must be known.
+#[test]
+fn a_guest_that_never_touched_its_memory() {
+    let mut vm = Source::new(3, 0);
+    vm.ram = crate::machine::ram(200_000, 0);
+    vm.layout = migration::layout::Layout::of(&vm.ram).unwrap();
+    vm.blobs.clear();
+    let (a, b) = tcp_pair();
+    let arriving = arrive(Destination::default(), b, destination_job());
+    let job = source_job();
+    let outcome = source::migrate(&mut vm, Peer::Connected(a), &job);
+    assert!(matches!(outcome, Outcome::Completed(_)), "{outcome:?}");
+    arriving.join().unwrap().1.unwrap();
+    let snapshot = job.progress.snapshot();
+    assert_eq!((snapshot.ram.normal, snapshot.skipped), (0, 200_000));
+    assert!(snapshot.rounds[0].bandwidth > 1e6, "{:?}", snapshot.rounds);
+    assert!(snapshot.ram.transferred < 500_000);
 }
 
 #[test]

@@ -1,0 +1,119 @@
+//! The connection ends, at every frame.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+
+use migration::frame::{HEADER_LEN, Kind};
+use migration::source::{self, Guest, Outcome, Peer};
+
+use crate::machine::{Destination, Source};
+use crate::proxy::{Fate, Frame, proxied};
+use crate::whole::{
+    BUSY_SMALL, arrive, assert_moved, destination_job, migrate, source_job, unix_pair,
+};
+
+/// Where a frame is cut.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum At {
+    Before,
+    InHeader,
+    InBody,
+    After,
+}
+
+/// Cuts at frame `index` of one direction; returns the kind of the frame, `None` if there was no
+/// such frame.
+fn cut(from_source: bool, index: usize, at: At) -> Option<Option<Kind>> {
+    let mut vm = Source::new(400, 100);
+    vm.run(BUSY_SMALL);
+    let hit = Arc::new(Mutex::new(None));
+    let stream = proxied({
+        let hit = Arc::clone(&hit);
+        move |frame: &mut Frame| {
+            if (frame.from_source, frame.index) != (from_source, index) {
+                return Fate::Pass;
+            }
+            *hit.lock().unwrap() = Some(frame.kind);
+            match at {
+                At::Before => Fate::Cut(0),
+                At::InHeader => Fate::Cut(HEADER_LEN / 2),
+                At::InBody => Fate::Cut(frame.bytes.len() - 1),
+                At::After => Fate::PassAndCut,
+            }
+        }
+    });
+    let arriving = arrive(Destination::default(), stream.1, destination_job());
+    let outcome = source::migrate(&mut vm, Peer::Connected(stream.0), &source_job());
+    let hit = *hit.lock().unwrap();
+    if hit == Some(None) {
+        // The preamble: nobody waits for more there.
+        let _ = arriving.join();
+        assert!(matches!(outcome, Outcome::Failed { .. }), "{outcome:?}");
+        return hit;
+    }
+    let (destination, arrival) = arriving.join().unwrap();
+    let what = format!("{hit:?} {at:?}: {outcome:?}, {arrival:?}");
+    let ran = destination.ran.load(Ordering::SeqCst);
+    assert!(!(ran && vm.is_running()), "runs twice: {what}");
+    match (hit, &outcome) {
+        (None, Outcome::Completed(_)) => {
+            assert_moved(&vm, &outcome, &destination, &arrival);
+            return None;
+        }
+        // The last frame has passed: all is well.
+        (Some(Some(Kind::Running)), Outcome::Completed(_)) if at == At::After => return hit,
+        (Some(Some(Kind::Running)), Outcome::HandoverUnknown { .. }) => assert!(ran, "{what}"),
+        (Some(Some(Kind::Go)), Outcome::HandoverUnknown { .. }) => {
+            assert_eq!(ran, at == At::After, "{what}");
+        }
+        (
+            Some(Some(_)),
+            Outcome::Failed {
+                guest: Guest::Untouched | Guest::Resumed,
+                ..
+            },
+        ) => {
+            assert!(vm.is_running() && !ran, "{what}");
+            assert!(arrival.is_err(), "{what}");
+            // As if nothing had happened: the next one is complete.
+            let (outcome, destination, arrival) = migrate(&mut vm, unix_pair());
+            assert_moved(&vm, &outcome, &destination, &arrival);
+        }
+        _ => panic!("{what}"),
+    }
+    hit
+}
+
+fn cut_everywhere(from_source: bool, at: At) -> Vec<Kind> {
+    (0..)
+        .map_while(|index| cut(from_source, index, at))
+        .flatten()
+        .collect()
+}
+
+#[test]
+fn the_sources_frames() {
+    for at in [At::Before, At::InHeader, At::InBody, At::After] {
+        let mut kinds = cut_everywhere(true, at);
+        kinds.dedup();
+        for kind in [Kind::Hello, Kind::Blob, Kind::Pages, Kind::Zero, Kind::Sync] {
+            assert!(kinds.contains(&kind), "{kind:?} never came");
+        }
+        assert!(
+            kinds.ends_with(&[Kind::State, Kind::End, Kind::Go]),
+            "{kinds:?}"
+        );
+    }
+}
+
+#[test]
+fn the_destinations_frames() {
+    for at in [At::Before, At::InHeader, At::InBody, At::After] {
+        let mut kinds = cut_everywhere(false, at);
+        kinds.dedup();
+        assert_eq!(
+            kinds,
+            [Kind::Accept, Kind::SyncAck, Kind::Ready, Kind::Running]
+        );
+    }
+}
