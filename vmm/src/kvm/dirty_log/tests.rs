@@ -38,7 +38,7 @@ struct Subject {
 }
 
 impl Subject {
-    fn new(kvm: &crate::kvm::Kvm) -> Self {
+    fn new(kvm: &crate::kvm::Kvm, how: ManualProtect) -> Self {
         let region = |start, pages| Region {
             start,
             len: pages * PAGE_SIZE,
@@ -50,7 +50,7 @@ impl Subject {
             region(4 << 30, 77),
         ])
         .unwrap();
-        let vm = Vm::with_slots_of(kvm, memory::map(&layout).unwrap(), 256).unwrap();
+        let vm = Vm::with_limits(kvm, memory::map(&layout).unwrap(), 256, Some(how)).unwrap();
         assert_eq!(vm.slots().len(), 8);
         let log = vm.dirty_log().unwrap();
         let mut machine = Machine::with_vm(kvm, vm, 1);
@@ -154,10 +154,26 @@ fn is_set(bitmap: &PageBitmap, page: u64) -> bool {
     bitmap.words(page & !63, 1)[0] >> (page % 64) & 1 == 1
 }
 
+/// The ways in which this KVM's log can work.
+fn ways(kvm: &crate::kvm::Kvm) -> Vec<ManualProtect> {
+    let ram = memory::map(&memory::layout(memory::MIN_RAM).unwrap()).unwrap();
+    let vm = Vm::new(kvm, ram).unwrap();
+    match vm.capabilities().manual_protect {
+        ManualProtect::No => vec![ManualProtect::No],
+        ManualProtect::Yes => vec![ManualProtect::No, ManualProtect::Yes],
+        best => vec![ManualProtect::No, ManualProtect::Yes, best],
+    }
+}
+
 #[test]
 fn no_written_page_is_ever_missed() {
     let Some(kvm) = kvm_or_skip() else { return };
-    let mut subject = Subject::new(&kvm);
+    for how in ways(&kvm) {
+        misses_nothing(Subject::new(&kvm, how), how);
+    }
+}
+
+fn misses_nothing(mut subject: Subject, how: ManualProtect) {
     let pages = subject.layout.pages();
     let vm = subject.machine.vm.clone();
     subject.log.start(&vm).unwrap();
@@ -172,7 +188,7 @@ fn no_written_page_is_ever_missed() {
             let differs = subject.contents(page) != subject.sent[page as usize];
             assert!(
                 is_set(&dirty, page) || !differs,
-                "page {page} at {:#x} is missed in round {round}",
+                "{how:?}: page {page} at {:#x} is missed in round {round}",
                 subject.addr(page)
             );
             reported += u64::from(is_set(&dirty, page));
@@ -210,7 +226,12 @@ fn no_written_page_is_ever_missed() {
 #[test]
 fn a_log_that_is_started_again_sees_writes_again() {
     let Some(kvm) = kvm_or_skip() else { return };
-    let mut subject = Subject::new(&kvm);
+    for how in ways(&kvm) {
+        sees_writes_again(Subject::new(&kvm, how));
+    }
+}
+
+fn sees_writes_again(mut subject: Subject) {
     let (pages, vm) = (subject.layout.pages(), subject.machine.vm.clone());
     let all_protected = |subject: &mut Subject| {
         subject.log.start(&vm).unwrap();
