@@ -14,6 +14,13 @@
 //! The TSC is set through its offset (`KVM_VCPU_TSC_OFFSET`, see the kernel's
 //! Documentation/virt/kvm/devices/vcpu.rst): the guest's TSC is the host's, scaled if the
 //! frequencies differ, plus the offset. Equal offsets are equal TSCs, whenever they are set.
+//!
+//! Not every KVM can do that. One without hardware virtualization runs user code natively, where
+//! RDTSC reads the host's TSC whatever the offset; it takes an offset, ignores it, and keeps the
+//! guest's TSC the host's for the guest's kernel too (measured: KVM_GET_DEVICE_ATTR goes on
+//! to say 0). So the offset is read back. Between processes of one host the guest then
+//! sees the time pass as it should; on a host whose TSC is behind, its TSC would go back, and
+//! that is an error.
 
 use std::time::Duration;
 
@@ -65,6 +72,17 @@ pub enum ClockError {
     /// A frequency of zero.
     #[error("the TSC's frequency is 0")]
     Frequency,
+    /// The TSC can't be set, and is behind.
+    #[error(
+        "this KVM cannot set the guest's TSC: it would go back from {last} to {here}; migrate to a \
+         host that has been up for longer, or to one with hardware virtualization"
+    )]
+    GoesBack {
+        /// The guest's TSC when it was stopped.
+        last: u64,
+        /// What it would be here.
+        here: u64,
+    },
     /// Another TSC frequency, and no scaling.
     #[error(
         "the guest's TSC runs at {guest} kHz, this host's at {host} kHz, and this KVM cannot scale \
@@ -171,7 +189,11 @@ impl ClockState {
         // One instant for all vCPUs: what is equal stays equal.
         let host_tsc = host_tsc();
         for (vcpu, tsc) in vcpus.iter().zip(&self.tscs) {
-            map.set(vcpu, host_tsc, tsc.wrapping_add(ticks))?;
+            let here = map.set(vcpu, host_tsc, tsc.wrapping_add(ticks))?;
+            // Ahead by less than half of the range: TSCs are compared modulo 2^64.
+            if here.wrapping_sub(*tsc) > u64::MAX / 2 {
+                return Err(ClockError::GoesBack { last: *tsc, here });
+            }
             // A timer that is armed counts from the TSC at the time that it was armed: again.
             if let Some(deadline) = vcpu.msr(MSR_IA32_TSC_DEADLINE)?
                 && deadline != 0
@@ -328,12 +350,15 @@ impl TscMap {
         }
     }
 
-    fn set(&self, vcpu: &VcpuClockFd, host_tsc: u64, tsc: u64) -> Result<(), IoctlError> {
-        if self.has_offset {
-            vcpu.set_tsc_offset(tsc.wrapping_sub(self.scaled(host_tsc)))
-        } else {
-            vcpu.set_msr(MSR_IA32_TSC, tsc).map(drop)
+    /// Sets a guest's TSC for the instant when the host's is `host_tsc`. Returns what it really is
+    /// then.
+    fn set(&self, vcpu: &VcpuClockFd, host_tsc: u64, tsc: u64) -> Result<u64, IoctlError> {
+        if !self.has_offset {
+            vcpu.set_msr(MSR_IA32_TSC, tsc)?;
+            return Ok(tsc);
         }
+        vcpu.set_tsc_offset(tsc.wrapping_sub(self.scaled(host_tsc)))?;
+        Ok(self.guest(host_tsc, vcpu.tsc_offset()?))
     }
 }
 

@@ -144,7 +144,8 @@ pub fn load(ram: &GuestRam, source: &BootSource<'_>, vcpus: u32) -> Result<BootS
         COMMAND_LINE_ADDR + source.command_line.len() as u64,
         &[0],
     )?;
-    write(ram, segments::GDT_ADDR, &segments::gdt())?;
+    let long = !matches!(kernel, KernelKind::Pvh(_));
+    write(ram, segments::GDT_ADDR, &segments::gdt(long))?;
     write(ram, mp_table::ADDR, &mp_table::build(vcpus))?;
     let map = memory_map::memory_map(ram);
     match kernel {

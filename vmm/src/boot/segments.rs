@@ -76,13 +76,12 @@ fn descriptor(segment: &kvm_segment) -> u64 {
         | flags << 40
 }
 
-/// The GDT's contents: unused, unused, 64-bit code, data, task. With 32-bit code a kernel brings
-/// its own before it loads a segment register, as PVH asks it to.
-pub(super) fn gdt() -> Vec<u8> {
+/// The GDT's contents: unused, unused, code (64-bit or 32-bit), data, task.
+pub(super) fn gdt(long: bool) -> Vec<u8> {
     let entries = [
         0,
         0,
-        descriptor(&flat(CODE_SELECTOR, CODE, true)),
+        descriptor(&flat(CODE_SELECTOR, CODE, long)),
         descriptor(&flat(DATA_SELECTOR, DATA, false)),
         descriptor(&task()),
     ];
@@ -103,7 +102,7 @@ fn set_segments(sregs: &mut kvm_sregs, long: bool) {
     sregs.tr = task();
     sregs.gdt = kvm_dtable {
         base: GDT_ADDR,
-        limit: gdt().len() as u16 - 1,
+        limit: gdt(long).len() as u16 - 1,
         ..Default::default()
     };
     sregs.idt = kvm_dtable::default();

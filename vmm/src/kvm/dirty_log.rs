@@ -129,3 +129,6 @@ fn bitmap_of(
     // Deref of the region is its mapping.
     std::ops::Deref::deref(region).bitmap()
 }
+
+#[cfg(test)]
+mod tests;

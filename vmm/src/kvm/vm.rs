@@ -36,14 +36,16 @@ pub struct Vm {
 impl Vm {
     /// Makes a VM with this RAM. Memory is registered with no log of writes.
     pub fn new(kvm: &Kvm, ram: GuestRam) -> Result<Self, KvmError> {
-        Self::with_slots_of(kvm, ram, slots::MAX_SLOT_PAGES)
+        Self::with_limits(kvm, ram, slots::MAX_SLOT_PAGES, None)
     }
 
-    /// As [`Self::new`], with slots of at most `max_pages` pages, a multiple of 64.
-    pub(super) fn with_slots_of(
+    /// As [`Self::new`], with slots of at most `max_pages` pages, a multiple of 64, and with a
+    /// dirty log that works in another way than the best that KVM has.
+    pub(super) fn with_limits(
         kvm: &Kvm,
         ram: GuestRam,
         max_pages: u64,
+        manual_protect: Option<ManualProtect>,
     ) -> Result<Self, KvmError> {
         let fd = loop {
             match kvm.fd().create_vm() {
@@ -53,7 +55,10 @@ impl Vm {
                 Err(error) => return Err(IoctlError::named("KVM_CREATE_VM")(error).into()),
             }
         };
-        let capabilities = Capabilities::probe(&fd);
+        let mut capabilities = Capabilities::probe(&fd);
+        if let Some(less) = manual_protect {
+            capabilities.manual_protect = less;
+        }
         let slots = slots::slots_of(&ram, max_pages);
         if slots.len() > capabilities.max_slots {
             return Err(KvmError::Slots {

@@ -77,11 +77,18 @@ impl Vcpu {
             ram: vm.ram().clone(),
             cpuid: Vec::new(),
             host_tsc_khz,
-            msr_indices: msrs::list(kvm)?,
+            msr_indices: Vec::new(),
             power_on: None,
         };
         vcpu.set_cpuid(&cpuid.for_vcpu(index, vcpus).to_kvm())?;
+        // After CPUID, on which it depends what there is.
+        vcpu.msr_indices = msrs::list(kvm, &vcpu.fd)?;
         vcpu.power_on = Some(vcpu.save()?);
+        tracing::debug!(
+            vcpu = index,
+            msrs = vcpu.msr_indices.len(),
+            "vCPU created, power-on state saved"
+        );
         Ok(vcpu)
     }
 
@@ -124,7 +131,7 @@ impl Vcpu {
         self.fd
             .set_regs(&regs)
             .map_err(IoctlError::named("KVM_SET_REGS"))?;
-        Ok(())
+        msrs::set_write_back(&self.fd)
     }
 
     fn set_cpuid(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<(), IoctlError> {

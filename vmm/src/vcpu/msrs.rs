@@ -1,4 +1,5 @@
-//! The MSRs that are part of a vCPU's state: all that KVM lists.
+//! The MSRs that are part of a vCPU's state: all that KVM lists, and those that it keeps for the
+//! guest without listing them: memory types (MTRRs) and machine check banks.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
@@ -19,17 +20,59 @@ const MSR_KVM_WALL_CLOCK_NEW: u32 = 0x4b56_4d00;
 /// What KVM writes there: `struct pvclock_wall_clock`.
 const WALL_CLOCK_LEN: usize = 12;
 
+/// The number of machine check banks is its lowest byte.
+const MSR_IA32_MCG_CAP: u32 = 0x179;
+/// Control, status, address and miscellaneous of bank 0; those of the others follow.
+const MSR_IA32_MC0_CTL: u32 = 0x400;
+/// As many as KVM ever gives a guest.
+const MAX_BANKS: u32 = 32;
+/// The default memory type; with what a firmware leaves: enabled, write-back.
+const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
+/// Variable ranges (base and mask of eight), fixed ranges of 64, 16 and 4 KiB, and the default.
+const MTRRS: [std::ops::RangeInclusive<u32>; 5] = [
+    0x200..=0x20f,
+    0x250..=0x250,
+    0x258..=0x259,
+    0x268..=0x26f,
+    MSR_MTRR_DEF_TYPE..=MSR_MTRR_DEF_TYPE,
+];
+
 /// KVM's own limit for one ioctl.
 const MAX_MSRS: usize = 256;
 
-/// The MSRs to save: what KVM lists, but for the TSC.
-pub(super) fn list(kvm: &Kvm) -> Result<Vec<u32>, IoctlError> {
+/// The MSRs to save, but for the TSC. Those that turn out not to be readable are dropped by the
+/// first [`read`].
+pub(super) fn list(kvm: &Kvm, fd: &VcpuFd) -> Result<Vec<u32>, StateError> {
     let list = kvm
         .fd()
         .get_msr_index_list()
         .map_err(IoctlError::named("KVM_GET_MSR_INDEX_LIST"))?;
-    let indices = list.as_slice().iter().copied();
-    Ok(indices.filter(|&index| index != MSR_IA32_TSC).collect())
+    let capabilities = read(fd, &mut vec![MSR_IA32_MCG_CAP])?;
+    let banks = capabilities.first().map_or(0, |msr| msr.data as u32 & 0xff);
+    let banks = MSR_IA32_MC0_CTL..MSR_IA32_MC0_CTL + 4 * banks.min(MAX_BANKS);
+    let unlisted = MTRRS.into_iter().flatten().chain(banks);
+    let mut indices: Vec<u32> = list.as_slice().to_vec();
+    for index in unlisted {
+        if !indices.contains(&index) {
+            indices.push(index);
+        }
+    }
+    indices.retain(|&index| index != MSR_IA32_TSC);
+    Ok(indices)
+}
+
+/// Makes memory write-back, as a PC's firmware does before it starts a kernel; without that, Linux
+/// warns and uses no other memory type either. A KVM without MTRRs has it so.
+pub(super) fn set_write_back(fd: &VcpuFd) -> Result<(), StateError> {
+    let entry = kvm_msr_entry {
+        index: MSR_MTRR_DEF_TYPE,
+        data: MTRR_WRITE_BACK,
+        ..Default::default()
+    };
+    fd.set_msrs(&msrs_of(&[entry])?)
+        .map_err(IoctlError::named("KVM_SET_MSRS"))?;
+    Ok(())
 }
 
 fn msrs_of(entries: &[kvm_msr_entry]) -> Result<Msrs, StateError> {
