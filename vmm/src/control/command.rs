@@ -4,7 +4,9 @@
 use serde::{Serialize, Serializer};
 use tokio::sync::broadcast;
 
-pub use super::address::Address;
+pub use migration::uri::Uri;
+
+pub use super::address::SocketAddress;
 pub use super::event::{Event, EventKind, ShutdownCause};
 pub use super::migration::{
     BytesByKind, DowntimeParts, FerryMigrationInfo, MigrateRequest, MigrationCapabilityStatus,
@@ -60,7 +62,7 @@ pub trait Machine: Send + Sync {
     /// Starts to listen for a guest. Fails unless the process was started with `--incoming defer`
     /// and has not got an address yet, or if it cannot listen there. `exit_on_error`: whether the
     /// process ends if the migration fails (the default in QEMU), or stays for another try.
-    fn migrate_incoming(&self, address: Address, exit_on_error: bool) -> CommandResult<()>;
+    fn migrate_incoming(&self, address: Uri, exit_on_error: bool) -> CommandResult<()>;
 
     /// How the migration under way, or else the last one, is doing.
     fn migration_info(&self) -> MigrationInfo;

@@ -139,7 +139,7 @@ impl Machine for FakeMachine {
         Ok(())
     }
 
-    fn migrate_incoming(&self, address: Address, exit_on_error: bool) -> CommandResult<()> {
+    fn migrate_incoming(&self, address: Uri, exit_on_error: bool) -> CommandResult<()> {
         self.call(format!("migrate_incoming {address} {exit_on_error}"))
     }
 

@@ -7,7 +7,9 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::address::Address;
+use migration::uri::Uri;
+
+use super::address::SocketAddress;
 use super::command::{CommandError, CommandResult};
 
 /// QAPI's `MigrationStatus`, as far as Ferry has the states.
@@ -94,7 +96,7 @@ pub struct MigrationInfo {
     pub blocked_reasons: Vec<String>,
     /// Where a destination listens.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub socket_address: Vec<Address>,
+    pub socket_address: Vec<SocketAddress>,
     /// What QEMU has no member for.
     #[serde(rename = "x-ferry", skip_serializing_if = "Option::is_none")]
     pub ferry: Option<FerryMigrationInfo>,
@@ -230,7 +232,7 @@ pub struct DowntimeParts {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MigrateRequest {
     /// Where to.
-    pub address: Address,
+    pub address: Uri,
 }
 
 /// QAPI's `MigrationParameters`, as far as Ferry has them.

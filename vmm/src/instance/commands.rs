@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use migration::uri::{Uri, UriError};
 use tokio::sync::broadcast;
 use tracing::warn;
 
@@ -10,9 +9,9 @@ use super::incoming::Incoming;
 use super::outgoing::Outgoing;
 use super::{Exit, Instance, State, info};
 use crate::control::command::{
-    Address, CommandError, CommandResult, CpuInfo, Event, Machine as Control, MigrateRequest,
+    CommandError, CommandResult, CpuInfo, Event, Machine as Control, MigrateRequest,
     MigrationCapabilityStatus, MigrationInfo, MigrationParameters, MigrationStatus,
-    ParameterChange, RunState, ShutdownCause, StatusInfo,
+    ParameterChange, RunState, ShutdownCause, StatusInfo, Uri,
 };
 use crate::machine::Machine;
 
@@ -109,8 +108,7 @@ impl Control for Instance {
                 state.run
             ))),
             _ => {
-                self.0
-                    .reset(&mut state, ShutdownCause::HostQmpSystemReset);
+                self.0.reset(&mut state, ShutdownCause::HostQmpSystemReset);
                 Ok(())
             }
         }
@@ -135,7 +133,9 @@ impl Control for Instance {
             | RunState::IoError
             | RunState::Debug => {}
             RunState::Inmigrate => {
-                return Err(CommandError::generic("Guest is waiting for an incoming migration"));
+                return Err(CommandError::generic(
+                    "Guest is waiting for an incoming migration",
+                ));
             }
             run => {
                 return Err(CommandError::generic(format!(
@@ -143,7 +143,7 @@ impl Control for Instance {
                 )));
             }
         }
-        let outgoing = Outgoing::start(Arc::clone(&self.0), guest, uri(&request.address)?)
+        let outgoing = Outgoing::start(Arc::clone(&self.0), guest, request.address)
             .map_err(|err| CommandError::generic(format!("can't start a migration: {err}")))?;
         state.outgoing = Some(outgoing);
         Ok(())
@@ -156,17 +156,19 @@ impl Control for Instance {
         }
     }
 
-    fn migrate_incoming(&self, address: Address, exit_on_error: bool) -> CommandResult<()> {
+    fn migrate_incoming(&self, address: Uri, exit_on_error: bool) -> CommandResult<()> {
         let mut state = self.0.state();
         if state.run != RunState::Inmigrate {
-            return Err(CommandError::generic("'-incoming' was not specified on the command line"));
+            return Err(CommandError::generic(
+                "'-incoming' was not specified on the command line",
+            ));
         }
         if state.incoming.as_ref().is_some_and(Incoming::is_listening) {
             return Err(CommandError::generic(
                 "The incoming migration has already been started",
             ));
         }
-        let incoming = Incoming::listen(Arc::clone(&self.0), &uri(&address)?, exit_on_error)
+        let incoming = Incoming::listen(Arc::clone(&self.0), &address, exit_on_error)
             .map_err(|err| CommandError::generic(err.to_string()))?;
         state.incoming = Some(incoming);
         Ok(())
@@ -219,13 +221,6 @@ impl Instance {
             .run_guest(&self.0)
             .map_err(|err| CommandError::generic(format!("the guest can't run: {err}")))
     }
-}
-
-fn uri(address: &Address) -> CommandResult<Uri> {
-    address
-        .to_string()
-        .parse()
-        .map_err(|err: UriError| CommandError::generic(err.to_string()))
 }
 
 fn handing_over(command: &str) -> CommandError {

@@ -67,7 +67,9 @@ impl Incoming {
 
     /// Whether a guest can still come, or is coming.
     pub(super) fn is_listening(&self) -> bool {
-        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+        self.thread
+            .as_ref()
+            .is_some_and(|thread| !thread.is_finished())
     }
 
     /// Ends the listening, and an arrival that has not come to GO; returns the thread, to be
@@ -122,8 +124,7 @@ impl Receiver {
             Err(err) => return self.fail(&format!("cannot wait for a guest: {err}")),
         };
         info!(peer = incoming.peer(), "a guest arrives");
-        let progress =
-            Arc::clone(&self.progress.lock().unwrap_or_else(PoisonError::into_inner));
+        let progress = Arc::clone(&self.progress.lock().unwrap_or_else(PoisonError::into_inner));
         let job = Job {
             cancel: self.cancel.clone(),
             progress,
@@ -141,10 +142,8 @@ impl Receiver {
 
     fn fail(&self, reason: &str) {
         if self.exit_on_error {
-            self.shared.exit(
-                ShutdownCause::HostError,
-                Exit::Failure(reason.to_owned()),
-            );
+            self.shared
+                .exit(ShutdownCause::HostError, Exit::Failure(reason.to_owned()));
         } else {
             error!("{reason}");
         }
@@ -249,11 +248,21 @@ impl DestinationVm for Destination {
 
 /// The blobs must be the files that the configuration names.
 fn misplaced_files(moving: &MovingMachine, offer: &Offer) -> Option<String> {
-    let told: Vec<_> = moving.files.iter().map(|file| (&file.name, file.len)).collect();
-    let offered: Vec<_> = offer.blobs.iter().map(|blob| (&blob.name, blob.len)).collect();
+    let told: Vec<_> = moving
+        .files
+        .iter()
+        .map(|file| (&file.name, file.len))
+        .collect();
+    let offered: Vec<_> = offer
+        .blobs
+        .iter()
+        .map(|blob| (&blob.name, blob.len))
+        .collect();
     let names: Vec<_> = moving.files.iter().map(|file| file.name.as_str()).collect();
     if told != offered {
-        Some(format!("the configuration names the files {told:?}, the offer {offered:?}"))
+        Some(format!(
+            "the configuration names the files {told:?}, the offer {offered:?}"
+        ))
     } else if !matches!(*names, [KERNEL] | [KERNEL, INITRD]) {
         Some(format!(
             "the files that come with the guest are {names:?}, expected '{KERNEL}', and then \
@@ -276,7 +285,9 @@ fn misplaced_files(moving: &MovingMachine, offer: &Offer) -> Option<String> {
 
 fn device_differences(there: &[(String, u32)], here: &[(String, u32)]) -> Vec<String> {
     let find = |list: &[(String, u32)], name: &str| {
-        list.iter().find(|(other, _)| other == name).map(|(_, version)| *version)
+        list.iter()
+            .find(|(other, _)| other == name)
+            .map(|(_, version)| *version)
     };
     let mut differences = Vec::new();
     for (name, version) in there {

@@ -7,6 +7,7 @@ use migration::uri::Uri;
 use crate::control::command::{
     CommandError, CommandResult, DowntimeParts, FerryMigrationInfo, MigrationInfo,
     MigrationParameters, MigrationRound, MigrationStats, MigrationStatus, ParameterChange,
+    SocketAddress,
 };
 
 /// QAPI's status. Clients of QEMU know no hand-over without an answer: to them it is a failure,
@@ -28,6 +29,11 @@ pub(super) fn status(status: Status) -> MigrationStatus {
 pub(super) fn outgoing(snapshot: &Snapshot) -> MigrationInfo {
     let ms = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     let begun = !matches!(snapshot.status, Status::None | Status::Setup);
+    let status = match snapshot.status {
+        // Its thread has not begun yet, but the command has succeeded.
+        Status::None => MigrationStatus::Setup,
+        begun => self::status(begun),
+    };
     let error = match (snapshot.status, &snapshot.error) {
         (Status::HandoverUnknown, error) => Some(format!(
             "the guest was handed over, but the destination has not confirmed that it runs there \
@@ -39,7 +45,7 @@ pub(super) fn outgoing(snapshot: &Snapshot) -> MigrationInfo {
         _ => None,
     };
     MigrationInfo {
-        status: status(snapshot.status),
+        status,
         ram: begun.then(|| stats(&snapshot.ram)),
         total_time: Some(ms(snapshot.total_time)),
         downtime: snapshot.downtime.map(|downtime| ms(downtime.total)),
@@ -53,15 +59,8 @@ pub(super) fn outgoing(snapshot: &Snapshot) -> MigrationInfo {
 
 /// A migration as its destination sees it, which listens at `uri`.
 pub(super) fn incoming(snapshot: &Snapshot, uri: &Uri) -> MigrationInfo {
-    let listening = snapshot.status == Status::None;
     MigrationInfo {
-        // QEMU says so of a destination that waits.
-        status: if listening {
-            MigrationStatus::Setup
-        } else {
-            status(snapshot.status)
-        },
-        socket_address: uri.to_string().parse().into_iter().collect(),
+        socket_address: vec![SocketAddress(uri.clone())],
         ..outgoing(snapshot)
     }
 }

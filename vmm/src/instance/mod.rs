@@ -26,9 +26,9 @@ use self::incoming::Incoming;
 use self::outgoing::Outgoing;
 use crate::console::{Console, SerialInput};
 use crate::control::command::{Event, EventKind, RunState, ShutdownCause};
+use crate::cpuid::GuestCpu;
 use crate::kvm::Kvm;
 use crate::machine::config::{Given, MachineConfig};
-use crate::cpuid::GuestCpu;
 use crate::machine::{BootFiles, Machine, MachineError};
 use crate::vcpu::EventSink;
 

@@ -306,7 +306,11 @@ mod tests {
         };
         let objections = moving().objections(&given, &faster).unwrap();
         assert_eq!(objections.len(), 4, "{objections:#?}");
-        for (objection, start) in objections.iter().zip(["--smp", "--kernel", "--initrd", "the guest's TSC"]) {
+        for (objection, start) in
+            objections
+                .iter()
+                .zip(["--smp", "--kernel", "--initrd", "the guest's TSC"])
+        {
             assert!(objection.starts_with(start), "{objection}");
         }
     }

@@ -10,6 +10,7 @@ use std::thread::{self, JoinHandle};
 use migration::bitmap::PageBitmap;
 use migration::cancel::Cancel;
 use migration::clock::MonotonicClock;
+use migration::convergence::Costs;
 use migration::layout::{GuestRam, Layout};
 use migration::link::Deadlines;
 use migration::progress::{Observer, Progress, Status};
@@ -21,11 +22,14 @@ use tracing::{debug, error};
 
 use super::offer::{FileIdentity, INITRD, KERNEL, MovingMachine};
 use super::{Shared, info};
-use crate::control::command::{
-    CommandError, CommandResult, EventKind, MigrationInfo, RunState,
-};
+use crate::control::command::{CommandError, CommandResult, EventKind, MigrationInfo, RunState};
 use crate::kvm::DirtyLog;
 use crate::machine::Machine;
+
+/// About as many bytes of state do the devices have, and each vCPU (with AVX-512).
+const STATE_BYTES: u64 = 4 << 10;
+/// See [`STATE_BYTES`].
+const STATE_BYTES_PER_VCPU: u64 = 16 << 10;
 
 /// A migration away from here, under way or over.
 pub(super) struct Outgoing {
@@ -48,6 +52,10 @@ impl Outgoing {
             parameters: Arc::clone(&shared.parameters),
             progress: Arc::clone(&progress),
             deadlines: Deadlines::default(),
+            costs: Costs {
+                state_bytes: STATE_BYTES + STATE_BYTES_PER_VCPU * u64::from(guest.config().vcpus),
+                ..Costs::default()
+            },
         };
         let thread = thread::Builder::new()
             .name("migration".to_owned())
@@ -83,7 +91,11 @@ impl Outgoing {
     /// Whether it is still under way.
     pub(super) fn is_running(&self) -> bool {
         let status = self.progress.status();
-        !status.is_over() || self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+        !status.is_over()
+            || self
+                .thread
+                .as_ref()
+                .is_some_and(|thread| !thread.is_finished())
     }
 
     /// Whether the guest is known to be at the destination.
@@ -214,7 +226,10 @@ impl SourceVm for Source {
             }
         };
         match state.run {
-            RunState::Running | RunState::Paused | RunState::Prelaunch | RunState::IoError
+            RunState::Running
+            | RunState::Paused
+            | RunState::Prelaunch
+            | RunState::IoError
             | RunState::Debug => {}
             run => return Err(format!("the guest has stopped by itself (state '{run}')").into()),
         }

@@ -22,7 +22,7 @@ pub use capabilities::{Capabilities, ManualProtect};
 pub use dirty_log::DirtyLog;
 pub use ioctl::VcpuClockFd;
 pub use slots::Slot;
-pub use vm::Vm;
+pub use vm::{MAX_VCPUS, Vm};
 
 /// An ioctl that failed.
 #[derive(Debug, thiserror::Error)]

@@ -117,9 +117,7 @@ pub(super) fn extract(
     let start = slot.first_page + range.start;
     let pages = range.end - range.start;
     let shift = start % 64;
-    let source = all
-        .words(start - shift, pages + shift)
-        .unwrap_or_default();
+    let source = all.words(start - shift, pages + shift).unwrap_or_default();
     let end = first.saturating_add(count).min(start + pages);
     words.clear();
     let mut any = 0;

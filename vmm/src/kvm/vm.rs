@@ -21,7 +21,7 @@ const IDENTITY_MAP_ADDR: u64 = 0xfeff_c000;
 const TSS_ADDR: usize = 0xfeff_d000;
 
 /// The most vCPUs: xAPIC IDs go up to 254, and 255 means all.
-const MAX_VCPUS: u32 = 254;
+pub const MAX_VCPUS: u32 = 254;
 
 /// A VM with its memory registered, its interrupt controllers and its PIT, but no vCPU yet.
 #[derive(Debug)]

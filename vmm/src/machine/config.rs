@@ -70,7 +70,11 @@ impl Given {
         };
         let bytes = |bytes: u64| format!("{bytes} bytes");
         compare("--memory", self.memory.map(bytes), bytes(*memory));
-        compare("--smp", self.vcpus.map(|n| n.to_string()), vcpus.to_string());
+        compare(
+            "--smp",
+            self.vcpus.map(|n| n.to_string()),
+            vcpus.to_string(),
+        );
         compare("--cpu", self.cpu.clone(), cpu.clone());
         compare("--append", self.command_line.clone(), command_line.clone());
         differences

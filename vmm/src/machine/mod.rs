@@ -143,7 +143,10 @@ impl Machine {
         )?);
         let cpuid = match seen {
             Some(seen) => seen.cpuid.clone(),
-            None => config.cpu.parse::<Model>()?.cpuid(&Cpuid::supported(kvm)?)?,
+            None => config
+                .cpu
+                .parse::<Model>()?
+                .cpuid(&Cpuid::supported(kvm)?)?,
         };
         let mut threads = Vec::new();
         let mut seen = None;
@@ -206,7 +209,10 @@ impl Machine {
 
     /// What the machine boots from; `None` before it is known.
     pub fn files(&self) -> Option<Arc<BootFiles>> {
-        self.files.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.files
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Says what the machine boots from, now or after a reset.
@@ -306,7 +312,9 @@ impl Machine {
         if ran || vcpus.stopped.is_none() {
             match ClockState::take(&self.vm, &vcpus.clocks(), last) {
                 Ok(clocks) => vcpus.stopped = Some(clocks),
-                Err(err) => warn!(%err, "the guest's clocks can't be read: they go on while it is stopped"),
+                Err(err) => {
+                    warn!(%err, "the guest's clocks can't be read: they go on while it is stopped")
+                }
             }
         }
         last
@@ -414,9 +422,7 @@ impl Vcpus {
     }
 }
 
-fn wait_for_all<T>(
-    pending: Vec<Pending<Result<T, StateError>>>,
-) -> Result<Vec<T>, MachineError> {
+fn wait_for_all<T>(pending: Vec<Pending<Result<T, StateError>>>) -> Result<Vec<T>, MachineError> {
     (0..)
         .zip(pending)
         .map(|(index, result)| {

@@ -46,10 +46,9 @@ impl Proxy {
             let Ok(sink) = TcpStream::connect(destination) else {
                 return;
             };
-            kept.lock().unwrap().extend([
-                source.try_clone().unwrap(),
-                sink.try_clone().unwrap(),
-            ]);
+            kept.lock()
+                .unwrap()
+                .extend([source.try_clone().unwrap(), sink.try_clone().unwrap()]);
             let (back_in, back_out) = (sink.try_clone().unwrap(), source.try_clone().unwrap());
             let back = match tamper {
                 Tamper::CutAnswerAfter(limit) => Tamper::CutAfter(limit),
@@ -230,7 +229,10 @@ fn cancel_works_while_pages_move_and_while_the_network_stands_still() {
     let (mut destination, uri) = Ferry::incoming(dir.path(), "d0");
     source.migrate(&uri);
     let refusal = source.refused("migrate", json!({ "uri": uri }));
-    assert!(refusal.contains("migration process in progress"), "{refusal}");
+    assert!(
+        refusal.contains("migration process in progress"),
+        "{refusal}"
+    );
     source.wait_migration("third round", |info| {
         info["ram"]["dirty-sync-count"].as_u64() >= Some(3)
     });
@@ -243,7 +245,9 @@ fn cancel_works_while_pages_move_and_while_the_network_stands_still() {
     let (_destination, uri) = Ferry::incoming(dir.path(), "d1");
     let proxy = Proxy::to(&uri, Tamper::StallAfter(10 << 20));
     source.migrate(&proxy.uri);
-    source.wait_migration("stall", |_| proxy.forwarded.load(Ordering::SeqCst) >= 10 << 20);
+    source.wait_migration("stall", |_| {
+        proxy.forwarded.load(Ordering::SeqCst) >= 10 << 20
+    });
     source.execute("migrate_cancel", Value::Null);
     source.wait_migrated("cancelled");
     // Once more without a migration: nothing to do, no error.
@@ -267,7 +271,10 @@ fn a_guest_that_never_converges_is_told_and_runs_on() {
     });
     assert_eq!(info["status"], "active");
     assert!(info["expected-downtime"].as_u64() > Some(1), "{info:#}");
-    assert!(info["ram"]["dirty-pages-rate"].as_u64() > Some(0), "{info:#}");
+    assert!(
+        info["ram"]["dirty-pages-rate"].as_u64() > Some(0),
+        "{info:#}"
+    );
     source.wait_heartbeats(50);
     // The user loses patience, and allows more: it finishes.
     let fast = json!({ "downtime-limit": 60_000, "max-bandwidth": 0 });
@@ -303,7 +310,14 @@ fn what_is_given_on_both_sides_and_differs_is_named() {
     require_kvm!();
     let dir = scratch();
     let arguments = [
-        "--incoming", "tcp:127.0.0.1:0", "--memory", "256M", "--smp", "2", "--append", "rate=1",
+        "--incoming",
+        "tcp:127.0.0.1:0",
+        "--memory",
+        "256M",
+        "--smp",
+        "2",
+        "--append",
+        "rate=1",
     ];
     let mut destination = Ferry::start(dir.path(), "dst", &arguments);
     let uri = destination.listening_at();
@@ -322,7 +336,10 @@ fn nobody_there_is_an_error() {
     require_kvm!();
     let dir = scratch();
     let mut source = Ferry::run_dirtier(dir.path(), "src", "128M", busy());
-    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let free = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
     source.migrate(&format!("tcp:{free}"));
     let info = source.wait_migrated("failed");
     let reason = info["error-desc"].as_str().unwrap();

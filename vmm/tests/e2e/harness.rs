@@ -4,10 +4,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use guest_tests::dirtier::{Options, Rate, Report, command};
 use guest_tests::driver::process::Process;
 use guest_tests::driver::qmp::{Client, QmpError};
 use guest_tests::driver::serial::Watcher;
-use guest_tests::dirtier::{Options, Rate, Report, command};
 use guest_tests::{Size, fault};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -117,7 +117,14 @@ impl Ferry {
         let qmp_option = format!("unix:{}", qmp.display());
         let serial_option = format!("unix:{}", serial.display());
         let mut all = vec![
-            "run", "--name", name, "--monitor", "none", "--qmp", &qmp_option, "--serial",
+            "run",
+            "--name",
+            name,
+            "--monitor",
+            "none",
+            "--qmp",
+            &qmp_option,
+            "--serial",
             &serial_option,
         ];
         all.extend_from_slice(arguments);
@@ -133,7 +140,14 @@ impl Ferry {
         let smp = guest.smp.to_string();
         let kernel = kernel.display().to_string();
         let mut arguments = vec![
-            "--kernel", &kernel, "--append", &guest.append, "--memory", guest.memory, "--smp", &smp,
+            "--kernel",
+            &kernel,
+            "--append",
+            &guest.append,
+            "--memory",
+            guest.memory,
+            "--smp",
+            &smp,
         ];
         arguments.extend_from_slice(more);
         Self::start(dir, name, &arguments)
@@ -220,19 +234,27 @@ impl Ferry {
                 Some("completed" | "failed" | "cancelled")
             )
         });
-        assert_eq!(info["status"], expected, "{info:#}\n{}", self.process.output());
+        assert_eq!(
+            info["status"],
+            expected,
+            "{info:#}\n{}",
+            self.process.output()
+        );
         info
     }
 
     /// Waits for the run state.
     pub fn wait_status(&mut self, expected: &str) {
         let deadline = Instant::now() + PATIENCE;
-        while self.status() != expected {
+        loop {
+            let status = self.status();
+            if status == expected {
+                return;
+            }
             assert!(
                 Instant::now() < deadline,
-                "{}: never '{expected}', but '{}'\n{}",
+                "{}: never '{expected}', but '{status}'\n{}",
                 self.name,
-                self.status(),
                 self.process.output()
             );
             std::thread::sleep(LOOK);

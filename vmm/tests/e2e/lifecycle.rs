@@ -123,12 +123,21 @@ fn a_file_that_is_no_kernel_is_named() {
     let script = dir.path().join("script");
     std::fs::write(&script, "#!/bin/sh\necho hello\n").unwrap();
     let log = dir.path().join("log");
-    let arguments = ["run", "--kernel", script.to_str().unwrap(), "--serial", "none"];
+    let arguments = [
+        "run",
+        "--kernel",
+        script.to_str().unwrap(),
+        "--serial",
+        "none",
+    ];
     let mut process =
         guest_tests::driver::process::Process::spawn(crate::harness::ferry(), arguments, &log)
             .unwrap();
     let status = process.wait(PATIENCE).unwrap().expect("it ends");
     assert!(!status.success());
     let output = process.output();
-    assert!(output.contains("script") && output.contains("expected"), "{output}");
+    assert!(
+        output.contains("script") && output.contains("expected"),
+        "{output}"
+    );
 }

@@ -8,7 +8,7 @@
     reason = "tests: a failure is a panic"
 )]
 
-mod harness;
-mod migrate;
 mod failure;
+mod harness;
 mod lifecycle;
+mod migrate;

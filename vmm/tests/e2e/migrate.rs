@@ -69,7 +69,7 @@ fn to_and_fro_twenty_times_without_a_leak() {
     let mut here = Ferry::run_dirtier(dir.path(), "m0", "64M", busy_small());
     let mut first = None;
     for hop in 1..=20 {
-        let (mut there, uri) = Ferry::incoming(dir.path(), &format!("m{hop}"));
+        let (there, uri) = Ferry::incoming(dir.path(), &format!("m{hop}"));
         here.migrate(&uri);
         here.wait_migrated("completed");
         there.wait_heartbeats(20);
@@ -165,7 +165,10 @@ fn events_and_figures_tell_of_it() {
     let mut source = Ferry::run_dirtier(dir.path(), "src", "64M", busy_small());
     source.migrate(&uri);
     let info = source.wait_migrated("completed");
-    source.qmp.wait_event("STOP", crate::harness::PATIENCE).unwrap();
+    source
+        .qmp
+        .wait_event("STOP", crate::harness::PATIENCE)
+        .unwrap();
     destination
         .qmp
         .wait_event("RESUME", crate::harness::PATIENCE)
@@ -221,7 +224,11 @@ struct Resources {
 
 impl Resources {
     fn of(pid: u32) -> Self {
-        let count = |what: &str| std::fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count();
+        let count = |what: &str| {
+            std::fs::read_dir(format!("/proc/{pid}/{what}"))
+                .unwrap()
+                .count()
+        };
         let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
         Self {
             descriptors: count("fd"),

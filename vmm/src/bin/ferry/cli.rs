@@ -15,13 +15,9 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
-pub(crate) use values::{CpuSpec, Incoming, MonitorSpec, QmpSpec};
+pub(crate) use values::{Incoming, MonitorSpec, QmpSpec};
 use vmm::console::SerialBackend;
-
-/// The least memory that a guest can have, in bytes.
-pub(crate) const MIN_MEMORY: u64 = 16 << 20;
-/// The most vCPUs that a guest can have: the local APIC's 8-bit IDs end there.
-pub(crate) const MAX_CPUS: u32 = 254;
+use vmm::cpuid::Model;
 
 /// What the user asked for.
 #[derive(Clone, Debug, PartialEq, Parser)]
@@ -92,7 +88,7 @@ pub(crate) struct RunOptions {
     /// The vCPUs' features: host, x86-64-v2 or x86-64-v3, less those behind a minus
     /// (host,-avx512f) [default: host]
     #[arg(long, value_name = "MODEL[,-FLAG…]", help_heading = "Guest")]
-    pub(crate) cpu: Option<CpuSpec>,
+    pub(crate) cpu: Option<Model>,
 
     /// The guest's serial port: stdio, file:PATH, unix:PATH, pty or none [default: stdio]
     #[arg(

@@ -3,12 +3,13 @@
 
 use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use guest_tests::dirtier::{Options, Rate, Report, command};
 use guest_tests::driver::process::Process;
 use guest_tests::driver::qmp::{Client, QmpError};
 use guest_tests::driver::serial::{WaitError, Watcher};
-use guest_tests::dirtier::{Options, Rate, Report, command};
 use guest_tests::{Malformed, Size};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -26,7 +27,7 @@ const LOOK: Duration = Duration::from_millis(20);
 
 /// Why the demo ended early.
 #[derive(Debug, thiserror::Error)]
-pub enum DemoError {
+pub(crate) enum DemoError {
     /// A file or process of the demo's own.
     #[error("{doing}: {source}")]
     Io {
@@ -138,13 +139,13 @@ impl Side {
         patience: Duration,
         mut pick: impl FnMut(Report) -> Option<T>,
     ) -> Result<T, DemoError> {
-        let answer = self.serial.wait_for(patience, |line| {
-            match Report::parse(line) {
+        let answer = self
+            .serial
+            .wait_for(patience, |line| match Report::parse(line) {
                 Some(Report::Error { .. }) => Some(Err(DemoError::Broken(line.to_owned()))),
                 Some(report) => pick(report).map(Ok),
                 None => Some(Err(DemoError::Broken(line.to_owned()))),
-            }
-        });
+            });
         match answer {
             Ok((found, _)) => found,
             Err(source) => Err(DemoError::Guest {
@@ -157,7 +158,7 @@ impl Side {
 }
 
 /// Runs the demo. Fails if the guest did not survive as it should.
-pub fn run(options: &DemoOptions) -> Result<(), DemoError> {
+pub(crate) fn run(options: &DemoOptions) -> Result<ExitCode, DemoError> {
     let guest = guest_options(options)?;
     let dir = tempfile::tempdir().map_err(io_error("making a directory for the demo"))?;
     let kernel = dir.path().join("dirtier");
@@ -193,7 +194,8 @@ pub fn run(options: &DemoOptions) -> Result<(), DemoError> {
     source.serial.forget_gaps();
     source.execute("migrate", json!({ "uri": uri }))?;
     let info = watch(&mut source)?;
-    summarize(&mut source, &mut destination, &info)
+    summarize(&mut source, &mut destination, &info)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn guest_options(options: &DemoOptions) -> Result<Options, DemoError> {
@@ -288,7 +290,10 @@ fn watch(source: &mut Side) -> Result<Value, DemoError> {
         Some("completed") => Ok(info),
         status => Err(DemoError::Migration {
             status: status.unwrap_or("unknown").to_owned(),
-            reason: info["error-desc"].as_str().unwrap_or("no reason given").to_owned(),
+            reason: info["error-desc"]
+                .as_str()
+                .unwrap_or("no reason given")
+                .to_owned(),
         }),
     }
 }
@@ -298,7 +303,9 @@ fn progress_bar() -> ProgressBar {
         return ProgressBar::hidden();
     }
     let bar = ProgressBar::new(0);
-    if let Ok(style) = ProgressStyle::with_template("{wide_bar} {binary_bytes} of {binary_total_bytes}") {
+    if let Ok(style) =
+        ProgressStyle::with_template("{wide_bar} {binary_bytes} of {binary_total_bytes}")
+    {
         bar.set_style(style);
     }
     bar
@@ -343,7 +350,11 @@ fn summarize(source: &mut Side, destination: &mut Side, info: &Value) -> Result<
     })?;
     let felt = felt_outside(source, destination);
     let ms = |us: u64| us as f64 / 1000.0;
-    let part = |key: &str| ms(info["x-ferry"]["downtime"][key].as_u64().unwrap_or_default());
+    let part = |key: &str| {
+        ms(info["x-ferry"]["downtime"][key]
+            .as_u64()
+            .unwrap_or_default())
+    };
     println!();
     println!("The guest runs at the destination.");
     if let Some(felt) = felt {
@@ -363,7 +374,10 @@ fn summarize(source: &mut Side, destination: &mut Side, info: &Value) -> Result<
         part("load"),
         part("start"),
     );
-    println!("  the guest's own      {:.1} ms, its longest gap by its TSC", ms(longest_gap));
+    println!(
+        "  the guest's own      {:.1} ms, its longest gap by its TSC",
+        ms(longest_gap)
+    );
     let number = |key: &str| info["ram"][key].as_u64().unwrap_or_default();
     println!(
         "  total time           {} ms, {} rounds",

@@ -2,6 +2,7 @@
 
 mod cli;
 mod demo;
+mod monitor;
 mod run;
 
 use std::error::Error;
@@ -17,17 +18,16 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     };
-    let result = start_logging(&cli.log).and_then(|()| match &cli.command {
+    let result = start_logging(&cli.log_filter()).and_then(|()| match &cli.command {
         Command::Run(options) => run::run(options).map_err(Into::into),
         Command::Demo(options) => demo::run(options).map_err(Into::into),
+        // It has said itself what went wrong.
+        Command::Monitor(options) => Ok(monitor::run(options)),
     });
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("ferry: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    result.unwrap_or_else(|error| {
+        eprintln!("ferry: {error}");
+        ExitCode::FAILURE
+    })
 }
 
 fn start_logging(filter: &str) -> Result<(), Box<dyn Error>> {

@@ -3,11 +3,11 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migration::listener::ListenError;
-use migration::uri::{Uri, UriError};
 use vmm::console::signals::{Terminations, raw_after_stop};
 use vmm::console::{Console, SerialBackend};
 use vmm::control::command::{Machine as Control, ShutdownCause};
@@ -18,14 +18,14 @@ use vmm::kvm::{Kvm, KvmError};
 use vmm::machine::config::Given;
 use vmm::machine::{BootFiles, MachineError};
 
-use crate::cli::{Incoming, MonitorSpec, QmpSpec, RunOptions, SerialSpec};
+use crate::cli::{Incoming, MonitorSpec, QmpSpec, RunOptions};
 
 /// How long the end waits for whoever reads the serial port or a socket.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why `ferry run` failed.
 #[derive(Debug, thiserror::Error)]
-pub enum RunError {
+pub(crate) enum RunError {
     /// The asynchronous runtime, or signals.
     #[error("cannot start: {0}")]
     Start(io::Error),
@@ -54,9 +54,6 @@ pub enum RunError {
     /// The machine.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// The address of a migration.
-    #[error(transparent)]
-    Uri(#[from] UriError),
     /// Listening for a migration.
     #[error(transparent)]
     Listen(#[from] ListenError),
@@ -66,7 +63,7 @@ pub enum RunError {
 }
 
 /// Runs until the guest, its user or an error ends it.
-pub fn run(options: &RunOptions) -> Result<(), RunError> {
+pub(crate) fn run(options: &RunOptions) -> Result<ExitCode, RunError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -74,7 +71,7 @@ pub fn run(options: &RunOptions) -> Result<(), RunError> {
     let result = runtime.block_on(serve(options));
     // Not waiting for a thread that reads from a terminal.
     runtime.shutdown_background();
-    result
+    result.map(|()| ExitCode::SUCCESS)
 }
 
 async fn serve(options: &RunOptions) -> Result<(), RunError> {
@@ -84,19 +81,21 @@ async fn serve(options: &RunOptions) -> Result<(), RunError> {
     let files = open_files(options)?;
     let kvm = Kvm::open()?;
     let on_stdio = options.monitor.contains(&MonitorSpec::Stdio);
-    let serial = options.serial.clone().unwrap_or(SerialSpec::Stdio);
-    let serial = SerialBackend::from(serial);
+    let serial = options.serial.clone().unwrap_or(SerialBackend::Stdio);
     let console = Arc::new(Console::open(&serial, on_stdio).map_err(RunError::Console)?);
     raw_after_stop().map_err(RunError::Start)?;
     if let Some(path) = console.pty_path() {
-        eprintln!("char device redirected to {} (label serial0)", path.display());
+        eprintln!(
+            "char device redirected to {} (label serial0)",
+            path.display()
+        );
     }
 
     let instance = Instance::new(settings(options), kvm, Arc::clone(&console));
     let servers = listen(options, &instance)?;
     if on_stdio {
-        let foreground = monitor::terminal::spawn(Arc::new(instance.clone()))
-            .map_err(RunError::Start)?;
+        let foreground =
+            monitor::terminal::spawn(Arc::new(instance.clone())).map_err(RunError::Start)?;
         let quitting = instance.clone();
         console.connect_monitor(
             foreground,
@@ -106,8 +105,7 @@ async fn serve(options: &RunOptions) -> Result<(), RunError> {
     match (&options.incoming, files) {
         (Some(Incoming::Defer), _) => instance.wait_for_guest(None, true)?,
         (Some(Incoming::At(address)), _) => {
-            let uri: Uri = address.to_string().parse()?;
-            instance.wait_for_guest(Some(&uri), true)?;
+            instance.wait_for_guest(Some(address), true)?;
         }
         (None, Some(files)) => instance.boot(files)?,
         // The command line was checked for this.
@@ -127,7 +125,8 @@ async fn serve(options: &RunOptions) -> Result<(), RunError> {
     let ending = instance.clone();
     let _ = tokio::task::spawn_blocking(move || ending.shut_down()).await;
     let flushed = console.output();
-    let _ = tokio::task::spawn_blocking(move || flushed.flush_until(Instant::now() + PATIENCE)).await;
+    let _ =
+        tokio::task::spawn_blocking(move || flushed.flush_until(Instant::now() + PATIENCE)).await;
     for server in servers {
         server.close(PATIENCE).await;
     }

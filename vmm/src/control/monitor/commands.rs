@@ -4,7 +4,7 @@ use super::info;
 use super::line::Words;
 use super::session::Session;
 use crate::control::command::{
-    CommandError, MigrateRequest, MigrationCapabilityStatus, ParameterChange, ShutdownCause,
+    CommandError, MigrateRequest, MigrationCapabilityStatus, ParameterChange, ShutdownCause, Uri,
 };
 use crate::control::size::parse_size;
 
@@ -132,7 +132,7 @@ pub const COMMANDS: &[Command] = &[
             let uri = words.required()?;
             words.finish()?;
             session.machine().migrate(MigrateRequest {
-                address: uri.parse()?,
+                address: uri.parse::<Uri>().map_err(CommandError::from)?,
             })?;
             Ok(if detach {
                 Reply::nothing()
@@ -160,7 +160,9 @@ pub const COMMANDS: &[Command] = &[
         run: |session, mut words| {
             let uri = words.required()?;
             words.finish()?;
-            session.machine().migrate_incoming(uri.parse()?, true)?;
+            session
+                .machine()
+                .migrate_incoming(uri.parse::<Uri>().map_err(CommandError::from)?, true)?;
             Ok(Reply::nothing())
         },
     },

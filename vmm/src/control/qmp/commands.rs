@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use super::arguments::Arguments;
 use crate::control::command::{
-    Address, CommandError, CommandResult, ErrorClass, Machine, MigrateRequest,
-    MigrationCapabilityStatus, ParameterChange, ShutdownCause,
+    CommandError, CommandResult, ErrorClass, Machine, MigrateRequest, MigrationCapabilityStatus,
+    ParameterChange, ShutdownCause, Uri,
 };
 use crate::control::monitor;
 
@@ -179,12 +179,12 @@ fn address(
     arguments: &Arguments,
     uri: Option<String>,
     channels: Option<Vec<Arguments>>,
-) -> CommandResult<Address> {
+) -> CommandResult<Uri> {
     match (uri, channels) {
         (Some(_), Some(_)) => Err(CommandError::generic(
             "'uri' and 'channels' are mutually exclusive: exactly one of the two must be present",
         )),
-        (uri, None) => arguments.required("uri", uri)?.parse(),
+        (uri, None) => Ok(arguments.required("uri", uri)?.parse::<Uri>()?),
         (None, Some(channels)) => match <[Arguments; 1]>::try_from(channels) {
             Ok([channel]) => main_channel(channel),
             Err(channels) => Err(CommandError::generic(format!(
@@ -196,7 +196,7 @@ fn address(
 }
 
 /// QAPI's `MigrationChannel` (since QEMU 8.2), brought into the form of a URI.
-fn main_channel(mut channel: Arguments) -> CommandResult<Address> {
+fn main_channel(mut channel: Arguments) -> CommandResult<Uri> {
     let kind = channel.string("channel-type")?;
     let kind = channel.required("channel-type", kind)?;
     if kind != "main" {
@@ -230,7 +230,7 @@ fn main_channel(mut channel: Arguments) -> CommandResult<Address> {
         _ => return Err(addr.not_accepted("type", &kind)),
     };
     addr.finish()?;
-    uri.parse()
+    Ok(uri.parse::<Uri>()?)
 }
 
 fn migrate_set_parameters(

@@ -6,10 +6,11 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use vmm::console::SerialBackend;
-use vmm::control::command::{Address, ParameterChange};
+use vmm::control::command::{ParameterChange, Uri};
 use vmm::control::size::parse_size;
 
-use super::{MAX_CPUS, MIN_MEMORY};
+use vmm::kvm::MAX_VCPUS;
+use vmm::memory::MIN_RAM;
 
 /// `--serial`.
 pub(crate) fn serial(text: &str) -> Result<SerialBackend, String> {
@@ -133,7 +134,7 @@ fn split_commas(text: &str) -> Vec<String> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Incoming {
     /// Where to listen.
-    At(Address),
+    At(Uri),
     /// Listen when `migrate_incoming` says where.
     Defer,
 }
@@ -151,68 +152,6 @@ impl FromStr for Incoming {
                 )
             }),
         }
-    }
-}
-
-/// Where a guest's features come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum CpuModel {
-    /// All that KVM offers on this host.
-    Host,
-    /// The x86-64-v2 level of the psABI.
-    X86_64V2,
-    /// The x86-64-v3 level of the psABI.
-    X86_64V3,
-}
-
-/// `--cpu`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct CpuSpec {
-    /// The model.
-    pub(crate) model: CpuModel,
-    /// Features taken away from it, by name, in lower case, each once, in order.
-    pub(crate) without: Vec<String>,
-}
-
-impl FromStr for CpuSpec {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let mut fields = text.split(',');
-        let model = match fields.next().unwrap_or_default() {
-            "host" => CpuModel::Host,
-            "x86-64-v2" => CpuModel::X86_64V2,
-            "x86-64-v3" => CpuModel::X86_64V3,
-            other => {
-                return Err(format!(
-                    "unknown model '{other}': expected host, x86-64-v2 or x86-64-v3"
-                ));
-            }
-        };
-        let mut without = Vec::new();
-        for field in fields {
-            let Some(flag) = field
-                .strip_prefix('-')
-                .or_else(|| field.strip_suffix("=off"))
-            else {
-                return Err(format!(
-                    "'{field}': a feature can only be taken away (-FLAG)"
-                ));
-            };
-            // QEMU writes some names with an underscore as well.
-            let flag = flag.to_ascii_lowercase().replace('_', "-");
-            if flag.is_empty()
-                || !flag
-                    .bytes()
-                    .all(|b| b.is_ascii_alphanumeric() || b"-.".contains(&b))
-            {
-                return Err(format!("'{field}' names no feature"));
-            }
-            without.push(flag);
-        }
-        without.sort();
-        without.dedup();
-        Ok(Self { model, without })
     }
 }
 
@@ -256,7 +195,7 @@ pub(crate) fn memory(text: &str) -> Result<u64, String> {
         ));
     }
     let bytes = size(text)?;
-    if bytes < MIN_MEMORY {
+    if bytes < MIN_RAM {
         return Err("a guest has at least 16 MiB (16M)".into());
     }
     if !bytes.is_multiple_of(4096) {
@@ -274,8 +213,8 @@ pub(crate) fn cpus(text: &str) -> Result<u32, String> {
         ));
     }
     match text.parse() {
-        Ok(cpus) if (1..=MAX_CPUS).contains(&cpus) => Ok(cpus),
-        _ => Err(format!("expected a number from 1 to {MAX_CPUS}")),
+        Ok(cpus) if (1..=MAX_VCPUS).contains(&cpus) => Ok(cpus),
+        _ => Err(format!("expected a number from 1 to {MAX_VCPUS}")),
     }
 }
 
