@@ -157,7 +157,7 @@ mod tests {
     }
 
     fn is_set(bitmap: &PageBitmap, page: u64) -> bool {
-        bitmap.words(page & !63, 64)[0] >> (page % 64) & 1 == 1
+        bitmap.test(page)
     }
 
     /// A reproducible sequence that looks random.

@@ -91,7 +91,6 @@ pub struct Ferry {
     pub qmp: Client,
     pub serial: Watcher,
     name: String,
-    dir: PathBuf,
 }
 
 impl Ferry {
@@ -107,7 +106,6 @@ impl Ferry {
             qmp,
             serial,
             name: name.to_owned(),
-            dir: dir.to_owned(),
         }
     }
 
@@ -307,11 +305,6 @@ impl Ferry {
             _ => None,
         });
         assert_eq!(errors, 0, "{}: damaged pages", self.name);
-    }
-
-    /// The path of one of this process's files.
-    pub fn path(&self, suffix: &str) -> PathBuf {
-        self.dir.join(format!("{}.{suffix}", self.name))
     }
 
     /// Waits for the process to end; returns whether it ended well, and what it printed.

@@ -5,6 +5,7 @@
     clippy::expect_used,
     clippy::panic,
     missing_docs,
+    unreachable_pub,
     reason = "tests: a failure is a panic"
 )]
 

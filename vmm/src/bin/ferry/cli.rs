@@ -19,6 +19,9 @@ pub(crate) use values::{Incoming, MonitorSpec, QmpSpec};
 use vmm::console::SerialBackend;
 use vmm::cpuid::Model;
 
+/// What is logged unless the user says otherwise: what went wrong, and what becomes of the guest.
+const DEFAULT_LOG: &str = "warn,vmm::instance=info";
+
 /// What the user asked for.
 #[derive(Clone, Debug, PartialEq, Parser)]
 #[command(
@@ -176,7 +179,7 @@ impl Cli {
     /// The filter of what is logged.
     pub(crate) fn log_filter(&self) -> String {
         let given = || self.log.clone().or_else(|| std::env::var("FERRY_LOG").ok());
-        given().unwrap_or_else(|| "warn".to_owned())
+        given().unwrap_or_else(|| DEFAULT_LOG.to_owned())
     }
 }
 

@@ -329,7 +329,7 @@ async fn migrate_takes_a_uri_or_a_channel() {
         ),
         (
             json!({"uri": "exec:cat"}),
-            "unknown migration protocol: exec:cat (expected tcp:HOST:PORT or unix:PATH)",
+            "'exec:cat' is no migration address: expected tcp:HOST:PORT or unix:PATH",
         ),
         (
             json!({"channels": {}}),

@@ -151,7 +151,7 @@ impl Subject {
 }
 
 fn is_set(bitmap: &PageBitmap, page: u64) -> bool {
-    bitmap.words(page & !63, 1)[0] >> (page % 64) & 1 == 1
+    bitmap.test(page)
 }
 
 /// The ways in which this KVM's log can work.
