@@ -45,12 +45,6 @@ fn cut(from_source: bool, index: usize, at: At) -> Option<Option<Kind>> {
     let arriving = arrive(Destination::default(), stream.1, destination_job());
     let outcome = source::migrate(&mut vm, Peer::Connected(stream.0), &source_job());
     let hit = *hit.lock().unwrap();
-    if hit == Some(None) {
-        // The preamble: nobody waits for more there.
-        let _ = arriving.join();
-        assert!(matches!(outcome, Outcome::Failed { .. }), "{outcome:?}");
-        return hit;
-    }
     let (destination, arrival) = arriving.join().unwrap();
     let what = format!("{hit:?} {at:?}: {outcome:?}, {arrival:?}");
     let ran = destination.ran.load(Ordering::SeqCst);
@@ -62,6 +56,8 @@ fn cut(from_source: bool, index: usize, at: At) -> Option<Option<Kind>> {
         }
         // The last frame has passed: all is well.
         (Some(Some(Kind::Running)), Outcome::Completed(_)) if at == At::After => return hit,
+        // The answer to GO may be faster than the cut.
+        (Some(Some(Kind::Go)), Outcome::Completed(_)) if at == At::After => assert!(ran, "{what}"),
         (Some(Some(Kind::Running)), Outcome::HandoverUnknown { .. }) => assert!(ran, "{what}"),
         (Some(Some(Kind::Go)), Outcome::HandoverUnknown { .. }) => {
             assert_eq!(ran, at == At::After, "{what}");
@@ -85,7 +81,8 @@ fn cut(from_source: bool, index: usize, at: At) -> Option<Option<Kind>> {
 }
 
 fn cut_everywhere(from_source: bool, at: At) -> Vec<Kind> {
-    (0..)
+    // Without its preamble a source is a stranger, which the listener's tests are about.
+    (usize::from(from_source)..)
         .map_while(|index| cut(from_source, index, at))
         .flatten()
         .collect()
