@@ -1,4 +1,4 @@
-//! Whole frames over a [`Link`], in the order that the protocol allows.
+//! Whole frames over a link, in the order that the protocol allows.
 
 mod send;
 
