@@ -1,4 +1,6 @@
-//! Whole frames over a [`Link`], in the order that the protocol allows.
+//! Whole frames over a link, in the order that the protocol allows.
+
+mod send;
 
 use std::collections::VecDeque;
 use std::io;
@@ -191,134 +193,6 @@ impl Channel {
         decode: impl FnOnce(&[u8]) -> Result<T, DecodeError>,
     ) -> Result<T, ChannelError> {
         decode(&self.body).map_err(|error| ChannelError::Body { kind, error })
-    }
-
-    /// Sends bytes that are no frame: the preamble.
-    pub(crate) fn send_raw(&mut self, bytes: &[u8]) -> Result<(), ChannelError> {
-        self.send_all([bytes, &[]], None, &[], bytes.len() as u64)
-    }
-
-    /// Sends a frame.
-    pub(crate) fn send(&mut self, kind: Kind, body: &[u8]) -> Result<(), ChannelError> {
-        self.send_frame(kind, body, None, &[])
-    }
-
-    /// Sends a PAGES frame: the pages of `runs`, each within one region, follow `body`.
-    pub(crate) fn send_pages(
-        &mut self,
-        body: &[u8],
-        memory: &GuestPages,
-        runs: &[PageRun],
-    ) -> Result<(), ChannelError> {
-        self.send_frame(Kind::Pages, body, Some(memory), runs)
-    }
-
-    fn send_frame(
-        &mut self,
-        kind: Kind,
-        body: &[u8],
-        memory: Option<&GuestPages>,
-        runs: &[PageRun],
-    ) -> Result<(), ChannelError> {
-        self.check_cancel()?;
-        self.phase = self.phase.after(kind)?;
-        let payload_len: u64 =
-            runs.iter().map(|run| run.count).sum::<u64>() * crate::layout::PAGE_SIZE;
-        let header = Header {
-            kind,
-            sequence: self.next_sent,
-            body_len: body.len() as u32,
-            payload_len: payload_len as u32,
-            body_crc: crc32fast::hash(body),
-        }
-        .encode();
-        self.next_sent = self.next_sent.wrapping_add(1);
-        let total = (HEADER_LEN + body.len()) as u64 + payload_len;
-        self.send_all([&header, body], memory, runs, total)
-    }
-
-    fn send_all(
-        &mut self,
-        head: [&[u8]; 2],
-        memory: Option<&GuestPages>,
-        runs: &[PageRun],
-        total: u64,
-    ) -> Result<(), ChannelError> {
-        self.torn = true;
-        let mut done = 0;
-        let mut since = Instant::now();
-        while done < total {
-            match self.io.send(self.link.fd(), head, memory, runs, done) {
-                Ok(count) => {
-                    done += count as u64;
-                    self.sent_bytes += count as u64;
-                    since = Instant::now();
-                }
-                Err(error) => match not_ready::<()>(error) {
-                    Ok(_) => self.wait_to_send(since)?,
-                    Err(error) => return Err(self.why_closed(error)),
-                },
-            }
-        }
-        self.torn = false;
-        Ok(())
-    }
-
-    fn wait_to_send(&mut self, since: Instant) -> Result<(), ChannelError> {
-        let wanted = Readiness {
-            read: self.duplex && self.waiting.len() < MAX_WAITING,
-            write: true,
-        };
-        let ready = self
-            .link
-            .wait(wanted, since)
-            .map_err(|error| self.broken(error))?;
-        if ready.read {
-            self.take_in()?;
-        }
-        Ok(())
-    }
-
-    /// Sending failed because the peer is gone: perhaps it has said why before.
-    fn why_closed(&mut self, error: LinkError) -> ChannelError {
-        if self.duplex {
-            // Ends with the frame that says why, or when there is nothing more to read.
-            if let Err(said @ ChannelError::Peer { .. }) = self.take_in() {
-                return said;
-            }
-        }
-        self.broken(error)
-    }
-
-    /// Sends a frame only as far as that is possible without waiting; for last words.
-    pub(crate) fn send_now(&mut self, kind: Kind, body: &[u8]) -> bool {
-        if self.torn {
-            return false;
-        }
-        let Ok(phase) = self.phase.after(kind) else {
-            return false;
-        };
-        let header = Header {
-            kind,
-            sequence: self.next_sent,
-            body_len: body.len() as u32,
-            payload_len: 0,
-            body_crc: crc32fast::hash(body),
-        }
-        .encode();
-        let total = HEADER_LEN + body.len();
-        self.phase = phase;
-        self.torn = true;
-        self.io
-            .send(self.link.fd(), [&header, body], None, &[], 0)
-            .is_ok_and(|count| count == total)
-    }
-
-    /// Sends GO. `Err(false, …)` if not one byte of it can have left.
-    pub(crate) fn send_go(&mut self, body: &[u8]) -> Result<(), (bool, ChannelError)> {
-        let before = self.sent_bytes;
-        self.send(Kind::Go, body)
-            .map_err(|error| (self.sent_bytes != before, error))
     }
 
     /// Takes in frames of the peer that are there, without waiting.
@@ -559,12 +433,6 @@ impl std::fmt::Debug for Channel {
             .field("sent_bytes", &self.sent_bytes)
             .field("received_bytes", &self.received_bytes)
             .finish_non_exhaustive()
-    }
-}
-
-impl From<(LinkError, Phase)> for ChannelError {
-    fn from((error, phase): (LinkError, Phase)) -> Self {
-        Self::Link { error, phase }
     }
 }
 

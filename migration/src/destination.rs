@@ -1,10 +1,12 @@
 //! The destination: from the offer to the first instruction. See docs/design.md for who may run
 //! the guest when.
 
-use std::io::Write;
+mod blobs;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use self::blobs::Blobs;
 use crate::cancel::Cancel;
 use crate::channel::{Channel, ChannelError};
 use crate::clock::Clock;
@@ -418,68 +420,6 @@ impl Destination<'_> {
             self.job.progress.set_status(Status::Failed);
         }
         channel.linger(Instant::now() + self.job.deadlines.linger);
-    }
-}
-
-/// The blobs: each comes whole, in order.
-#[derive(Default)]
-struct Blobs {
-    done: usize,
-    writer: Option<Box<dyn Write + Send>>,
-    offset: u64,
-}
-
-impl Blobs {
-    fn complete(&self, offer: &Offer) -> bool {
-        self.done == offer.blobs.len()
-    }
-
-    fn write(
-        &mut self,
-        machine: &mut dyn DestinationVm,
-        offer: &Offer,
-        chunk: BlobChunk,
-        data: &[u8],
-    ) -> Result<(), DestinationError> {
-        let wrong = |expected: String| DestinationError::Blob {
-            index: chunk.index,
-            offset: chunk.offset,
-            expected,
-        };
-        let index = self.done;
-        let Some(blob) = offer.blobs.get(index) else {
-            return Err(wrong("all blobs were there".to_owned()));
-        };
-        if usize::from(chunk.index) != index || chunk.offset != self.offset {
-            return Err(wrong(format!("blob {index} at {} was due", self.offset)));
-        }
-        let len = data.len() as u64;
-        if len > blob.len - self.offset || len == 0 && blob.len > 0 {
-            return Err(wrong(format!(
-                "{} bytes of it were due",
-                blob.len - self.offset
-            )));
-        }
-        let mut writer = match self.writer.take() {
-            Some(writer) => writer,
-            None => machine.create_blob(index).map_err(vm("creating a blob"))?,
-        };
-        self.offset += len;
-        let done = self.offset == blob.len;
-        writer
-            .write_all(data)
-            .and_then(|()| if done { writer.flush() } else { Ok(()) })
-            .map_err(|error| DestinationError::BlobWrite {
-                name: blob.name.clone(),
-                error,
-            })?;
-        if done {
-            self.done += 1;
-            self.offset = 0;
-        } else {
-            self.writer = Some(writer);
-        }
-        Ok(())
     }
 }
 

@@ -260,7 +260,14 @@ pub(crate) fn wait_for(
     events.set(PollFlags::IN, wanted.read);
     events.set(PollFlags::OUT, wanted.write);
     loop {
-        let mut fds = vec_of(socket, events, cancel);
+        let mut fds = match cancel {
+            Some(cancel) => [
+                PollFd::new(socket, events),
+                PollFd::new(cancel, PollFlags::IN),
+            ],
+            // The same socket twice does no harm.
+            None => [PollFd::new(socket, events), PollFd::new(socket, events)],
+        };
         let left = end.saturating_duration_since(Instant::now());
         match poll(&mut fds, Some(&timespec(left))) {
             Err(rustix::io::Errno::INTR) => continue,
@@ -281,16 +288,6 @@ pub(crate) fn wait_for(
             write: wanted.write && (any || ready.contains(PollFlags::OUT)),
         }));
     }
-}
-
-fn vec_of<'a>(
-    socket: &'a impl AsFd,
-    events: PollFlags,
-    cancel: Option<&'a Cancel>,
-) -> Vec<PollFd<'a>> {
-    let mut fds = vec![PollFd::new(socket, events)];
-    fds.extend(cancel.map(|cancel| PollFd::new(cancel, PollFlags::IN)));
-    fds
 }
 
 pub(crate) fn timespec(duration: Duration) -> Timespec {

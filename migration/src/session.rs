@@ -19,6 +19,7 @@ use crate::protocol::OutOfOrder;
 /// A mark is set at least each so many bytes or so often, to learn how fast data arrives, and so
 /// that both sides know that the other lives.
 const MARK_BYTES: u64 = 32 << 20;
+const FIRST_MARK_BYTES: u64 = 1 << 20;
 const MARK_TIME: Duration = Duration::from_millis(200);
 
 /// How soon a changed bandwidth limit is noticed while waiting for the pace.
@@ -84,10 +85,10 @@ impl Session {
 
     /// How many pages to put in a frame.
     pub(crate) fn frame_pages(&self) -> u64 {
-        let measured = self.convergence.bandwidth.estimate();
-        let limit = match measured {
-            None => FIRST_FRAMES,
-            Some(rate) => pages_per_frame(rate, MAX_PAGES),
+        let bandwidth = &self.convergence.bandwidth;
+        let limit = match bandwidth.estimate() {
+            Some(rate) if bandwidth.is_measured() => pages_per_frame(rate, MAX_PAGES),
+            _ => FIRST_FRAMES,
         };
         match self.parameters.max_bandwidth() {
             rate if rate > 0 && self.paced => pages_per_frame(rate as f64, limit),
@@ -130,8 +131,13 @@ impl Session {
         self.look_at_answers()?;
         let bytes = self.channel.sent_bytes() - self.marked_bytes;
         let since = self.clock.now().saturating_sub(self.marked_at);
+        let enough = if self.convergence.bandwidth.is_measured() {
+            MARK_BYTES
+        } else {
+            FIRST_MARK_BYTES
+        };
         if self.channel.phase() == crate::protocol::Phase::Ram
-            && (bytes >= MARK_BYTES || since >= MARK_TIME)
+            && (bytes >= enough || since >= MARK_TIME)
         {
             self.mark(round)?;
         }

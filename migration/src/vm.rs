@@ -71,6 +71,7 @@ pub trait SourceVm {
 
     /// Stops the guest; a guest that is stopped already stays so. In-flight device work is
     /// finished when this returns: no more writes to RAM until [`resume`](Self::resume).
+    /// After an error it runs on as before.
     fn pause(&mut self) -> Result<Pause, VmError>;
 
     /// The state of everything but RAM. Only while the guest is stopped.

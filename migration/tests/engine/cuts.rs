@@ -21,16 +21,30 @@ enum At {
     After,
 }
 
-/// Cuts at frame `index` of one direction; returns the kind of the frame, `None` if there was no
-/// such frame.
-fn cut(from_source: bool, index: usize, at: At) -> Option<Option<Kind>> {
+/// Which frame is cut.
+#[derive(Clone, Copy, Debug)]
+enum Which {
+    /// That of one direction, counted from 0.
+    Index { from_source: bool, index: usize },
+    /// The first of its kind.
+    First(Kind),
+}
+
+/// Cuts at a frame; returns its kind, `None` if there was no such frame.
+fn cut(which: Which, at: At) -> Option<Option<Kind>> {
     let mut vm = Source::new(400, 100);
     vm.run(BUSY_SMALL);
     let hit = Arc::new(Mutex::new(None));
     let stream = proxied({
         let hit = Arc::clone(&hit);
         move |frame: &mut Frame| {
-            if (frame.from_source, frame.index) != (from_source, index) {
+            let hits = match which {
+                Which::Index { from_source, index } => {
+                    (frame.from_source, frame.index) == (from_source, index)
+                }
+                Which::First(kind) => frame.kind == Some(kind),
+            };
+            if !hits {
                 return Fate::Pass;
             }
             *hit.lock().unwrap() = Some(frame.kind);
@@ -45,12 +59,6 @@ fn cut(from_source: bool, index: usize, at: At) -> Option<Option<Kind>> {
     let arriving = arrive(Destination::default(), stream.1, destination_job());
     let outcome = source::migrate(&mut vm, Peer::Connected(stream.0), &source_job());
     let hit = *hit.lock().unwrap();
-    if hit == Some(None) {
-        // The preamble: nobody waits for more there.
-        let _ = arriving.join();
-        assert!(matches!(outcome, Outcome::Failed { .. }), "{outcome:?}");
-        return hit;
-    }
     let (destination, arrival) = arriving.join().unwrap();
     let what = format!("{hit:?} {at:?}: {outcome:?}, {arrival:?}");
     let ran = destination.ran.load(Ordering::SeqCst);
@@ -60,11 +68,14 @@ fn cut(from_source: bool, index: usize, at: At) -> Option<Option<Kind>> {
             assert_moved(&vm, &outcome, &destination, &arrival);
             return None;
         }
-        // The last frame has passed: all is well.
-        (Some(Some(Kind::Running)), Outcome::Completed(_)) if at == At::After => return hit,
         (Some(Some(Kind::Running)), Outcome::HandoverUnknown { .. }) => assert!(ran, "{what}"),
-        (Some(Some(Kind::Go)), Outcome::HandoverUnknown { .. }) => {
-            assert_eq!(ran, at == At::After, "{what}");
+        (Some(Some(Kind::Go)), Outcome::HandoverUnknown { .. }) if at != At::After => {
+            assert!(!ran, "{what}");
+        }
+        // A frame that has passed is answered, and its answer too, perhaps before the cut.
+        (Some(Some(_)), Outcome::Completed(_)) if at == At::After => assert!(ran, "{what}"),
+        (Some(Some(Kind::Ready | Kind::Go)), Outcome::HandoverUnknown { .. }) => {
+            assert!(at == At::After && !vm.is_running(), "{what}");
         }
         (
             Some(Some(_)),
@@ -84,36 +95,39 @@ fn cut(from_source: bool, index: usize, at: At) -> Option<Option<Kind>> {
     hit
 }
 
-fn cut_everywhere(from_source: bool, at: At) -> Vec<Kind> {
-    (0..)
-        .map_while(|index| cut(from_source, index, at))
-        .flatten()
-        .collect()
-}
+const POSITIONS: [At; 4] = [At::Before, At::InHeader, At::InBody, At::After];
 
-#[test]
-fn the_sources_frames() {
-    for at in [At::Before, At::InHeader, At::InBody, At::After] {
-        let mut kinds = cut_everywhere(true, at);
-        kinds.dedup();
-        for kind in [Kind::Hello, Kind::Blob, Kind::Pages, Kind::Zero, Kind::Sync] {
-            assert!(kinds.contains(&kind), "{kind:?} never came");
-        }
-        assert!(
-            kinds.ends_with(&[Kind::State, Kind::End, Kind::Go]),
-            "{kinds:?}"
-        );
+/// Every frame in turn, as many as there are: that varies, as the guest is busy.
+fn cut_everywhere(from_source: bool) {
+    for at in POSITIONS {
+        // Without its preamble a source is a stranger, which the listener's tests are about.
+        let indexes = usize::from(from_source)..;
+        let cuts = indexes
+            .map_while(|index| cut(Which::Index { from_source, index }, at))
+            .count();
+        assert!(cuts > 3, "only {cuts} frames at {at:?}");
     }
 }
 
 #[test]
+fn the_sources_frames() {
+    cut_everywhere(true);
+}
+
+#[test]
 fn the_destinations_frames() {
-    for at in [At::Before, At::InHeader, At::InBody, At::After] {
-        let mut kinds = cut_everywhere(false, at);
-        kinds.dedup();
-        assert_eq!(
-            kinds,
-            [Kind::Accept, Kind::SyncAck, Kind::Ready, Kind::Running]
-        );
+    cut_everywhere(false);
+}
+
+#[test]
+fn the_first_of_each_kind() {
+    for kind in Kind::ALL {
+        // Those are said only when something is wrong.
+        if matches!(kind, Kind::Cancel | Kind::Refuse | Kind::Failed) {
+            continue;
+        }
+        for at in POSITIONS {
+            assert_eq!(cut(Which::First(kind), at), Some(Some(kind)), "{at:?}");
+        }
     }
 }
