@@ -165,6 +165,7 @@ pub(super) fn write_boot_params(
     }
     let mut params = boot_params {
         hdr,
+        acpi_rsdp_addr: super::acpi::RSDP_ADDR,
         ..Default::default()
     };
     let mut table = params.e820_table;

@@ -15,8 +15,10 @@
 //! | 0x7000 | Linux: boot parameters ("zero page") |
 //! | 0x9000 | Linux: page tables that map the first 4 GiB to themselves |
 //! | 0x2_0000 | the command line |
+//! | 0xe_0000 | the ACPI tables, which stay |
 //! | 0xf_0000 | the MP table, which stays |
 
+mod acpi;
 mod elf;
 mod error;
 mod identify;
@@ -146,6 +148,7 @@ pub fn load(ram: &GuestRam, source: &BootSource<'_>, vcpus: u32) -> Result<BootS
     )?;
     let long = !matches!(kernel, KernelKind::Pvh(_));
     write(ram, segments::GDT_ADDR, &segments::gdt(long))?;
+    write(ram, acpi::RSDP_ADDR, &acpi::build(vcpus))?;
     write(ram, mp_table::ADDR, &mp_table::build(vcpus))?;
     let map = memory_map::memory_map(ram);
     match kernel {

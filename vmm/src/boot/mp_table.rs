@@ -46,13 +46,11 @@ pub(super) fn build(vcpus: u32) -> Vec<u8> {
     io_apic[4..].copy_from_slice(&IO_APIC_ADDR.to_le_bytes());
     entry(&io_apic);
     for irq in 0..ISA_INTERRUPTS {
-        // The PIT is wired to pin 2 of KVM's I/O APIC; the cascade's own line, 2, is nobody's.
-        let pin = match irq {
-            0 => 2,
-            2 => continue,
-            irq => irq,
-        };
-        entry(&[3, 0, 0, 0, 0, irq, io_apic_id, pin]);
+        // KVM's default routing: each line to the pin of its number, the PIT's too (PCs have that at
+        // pin 2). The line of the PICs' cascade is nobody's.
+        if irq != 2 {
+            entry(&[3, 0, 0, 0, 0, irq, io_apic_id, irq]);
+        }
     }
     // The PICs' output, and NMI, at every local APIC's LINT0 and LINT1.
     entry(&[4, 3, 0, 0, 0, 0, 0, 0]);

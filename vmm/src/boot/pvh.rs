@@ -40,6 +40,7 @@ pub(super) fn write_start_info(
         nr_modules: initrd.is_some().into(),
         modlist_paddr: if initrd.is_some() { MODULES_ADDR } else { 0 },
         cmdline_paddr: COMMAND_LINE_ADDR,
+        rsdp_paddr: super::acpi::RSDP_ADDR,
         memmap_paddr: MEMORY_MAP_ADDR,
         memmap_entries: memory_map.len() as u32,
         ..Default::default()

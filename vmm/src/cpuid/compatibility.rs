@@ -33,10 +33,7 @@ impl HostCpu {
     /// than they list as supported.
     pub fn probe(kvm: &Kvm) -> Result<Self, IoctlError> {
         let mut supported = Cpuid::supported(kvm)?;
-        let vm = kvm
-            .fd()
-            .create_vm()
-            .map_err(IoctlError::named("KVM_CREATE_VM"))?;
+        let vm = kvm.create_vm()?;
         let vcpu = vm
             .create_vcpu(0)
             .map_err(IoctlError::named("KVM_CREATE_VCPU"))?;

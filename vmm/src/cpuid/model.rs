@@ -152,8 +152,8 @@ impl Default for Model {
 }
 
 impl Model {
-    /// The table of this model on a host that supports `supported`; per vCPU it still has to be
-    /// [adapted](Cpuid::for_vcpu).
+    /// The table of this model on a host that supports `supported`, which is best taken from
+    /// [`HostCpu`](super::HostCpu). [`Vcpu::new`](crate::vcpu::Vcpu::new) adapts it to each vCPU.
     pub fn cpuid(&self, supported: &Cpuid) -> Result<Cpuid, ModelError> {
         let mut wanted: BTreeMap<Word, u32> = BTreeMap::new();
         let mut required: BTreeMap<Word, u32> = BTreeMap::new();

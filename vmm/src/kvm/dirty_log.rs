@@ -14,7 +14,7 @@ use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
 use migration::bitmap::PageBitmap;
 use vm_memory::{GuestMemoryBackend, GuestRegionMmap};
 
-use super::slots::{extract, join};
+use super::slots::extract;
 use super::{IoctlError, ManualProtect, Vm, ioctl};
 
 /// The dirty log of a VM. Page numbers are dense, as in [`migration::layout`].
@@ -65,11 +65,7 @@ impl DirtyLog {
         for slot in vm.slots() {
             ioctl::get_dirty_log(vm.fd(), slot, &mut self.words)?;
             let len = slot.words() as usize;
-            join(
-                dirty,
-                slot.first_page,
-                self.words.get(..len).unwrap_or(&self.words),
-            );
+            dirty.or_words(slot.first_page, self.words.get(..len).unwrap_or_default());
         }
         // The VMM's own. Each word is taken and reset in one atomic step; a write of the VMM's is
         // recorded after the data are there, so one that is recorded only after this is reported
@@ -77,7 +73,7 @@ impl DirtyLog {
         let mut first = 0;
         for region in vm.ram().iter() {
             let bitmap = bitmap_of(region);
-            join(dirty, first, &bitmap.get_and_reset());
+            dirty.or_words(first, &bitmap.get_and_reset());
             first += bitmap.len() as u64;
         }
         Ok(())

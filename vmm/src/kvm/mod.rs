@@ -8,7 +8,7 @@ mod dirty_log;
 pub(crate) mod ioctl;
 mod slots;
 mod vm;
-pub mod vm_state;
+mod vm_state;
 
 use std::fs::OpenOptions;
 use std::io;
@@ -23,6 +23,7 @@ pub use dirty_log::DirtyLog;
 pub use ioctl::VcpuClockFd;
 pub use slots::Slot;
 pub use vm::{MAX_VCPUS, Vm};
+pub use vm_state::{IRQCHIP_SECTION, PIT_SECTION, VM_STATE_VERSION, VmState, VmStateError};
 
 /// An ioctl that failed.
 #[derive(Debug, thiserror::Error)]
@@ -123,6 +124,17 @@ impl Kvm {
             return Err(KvmError::Capabilities(missing));
         }
         Ok(Self { fd })
+    }
+
+    /// Makes a VM with nothing in it.
+    pub(crate) fn create_vm(&self) -> Result<kvm_ioctls::VmFd, IoctlError> {
+        loop {
+            match self.fd.create_vm() {
+                // Creation waits for other CPUs and gives up when a signal comes.
+                Err(error) if error.errno() == libc::EINTR => {}
+                result => return result.map_err(IoctlError::named("KVM_CREATE_VM")),
+            }
+        }
     }
 
     /// The system-wide file descriptor.

@@ -47,14 +47,7 @@ impl Vm {
         max_pages: u64,
         manual_protect: Option<ManualProtect>,
     ) -> Result<Self, KvmError> {
-        let fd = loop {
-            match kvm.fd().create_vm() {
-                Ok(fd) => break fd,
-                // Creation waits for other CPUs and gives up when a signal comes.
-                Err(error) if error.errno() == libc::EINTR => {}
-                Err(error) => return Err(IoctlError::named("KVM_CREATE_VM")(error).into()),
-            }
-        };
+        let fd = kvm.create_vm()?;
         let mut capabilities = Capabilities::probe(&fd);
         if let Some(less) = manual_protect {
             capabilities.manual_protect = less;

@@ -17,7 +17,7 @@ pub const IRQCHIP_SECTION: &str = "irqchip";
 /// The name of the section with the PIT.
 pub const PIT_SECTION: &str = "pit";
 /// The version of both bodies that this build writes; it reads no other.
-pub const VERSION: u32 = 1;
+pub const VM_STATE_VERSION: u32 = 1;
 const MAX_BODY: usize = 4096;
 
 /// Why the state can't be saved or loaded.
@@ -243,7 +243,7 @@ impl VmState {
         let section = |name: &'static str, body: Result<Vec<u8>, BodyError>| {
             Ok::<_, VmStateError>(Section {
                 name: name.to_owned(),
-                version: VERSION,
+                version: VM_STATE_VERSION,
                 body: body.map_err(|source| VmStateError::Body {
                     section: name,
                     source,

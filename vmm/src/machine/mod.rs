@@ -22,8 +22,10 @@ use crate::clock::{self, ClockError, ClockState};
 use crate::console::{Console, Interrupt};
 use crate::control::command::CpuInfo;
 use crate::cpuid::{Cpuid, GuestCpu, Model, ModelError};
-use crate::kvm::vm_state::{self, IRQCHIP_SECTION, PIT_SECTION, VmState, VmStateError};
-use crate::kvm::{IoctlError, Kvm, KvmError, VcpuClockFd, Vm};
+use crate::kvm::{
+    IRQCHIP_SECTION, IoctlError, Kvm, KvmError, PIT_SECTION, VM_STATE_VERSION, VcpuClockFd, Vm,
+    VmState, VmStateError,
+};
 use crate::memory::{self, MemoryError};
 use crate::vcpu::{
     self, EventSink, IoBus, Pending, StateError, Vcpu, VcpuEnded, VcpuState, VcpuStatus, VcpuThread,
@@ -389,8 +391,8 @@ impl Machine {
                 .map_err(|source| MachineError::Vcpu { index, source })?;
             states.push(state);
         }
-        let irqchip = sections.take(IRQCHIP_SECTION, vm_state::VERSION, vm_state::VERSION)?;
-        let pit = sections.take(PIT_SECTION, vm_state::VERSION, vm_state::VERSION)?;
+        let irqchip = sections.take(IRQCHIP_SECTION, VM_STATE_VERSION, VM_STATE_VERSION)?;
+        let pit = sections.take(PIT_SECTION, VM_STATE_VERSION, VM_STATE_VERSION)?;
         let chips = VmState::from_sections(&irqchip, &pit)?;
         sections.finish()?;
         let mut pending = Vec::new();

@@ -150,10 +150,6 @@ impl Subject {
     }
 }
 
-fn is_set(bitmap: &PageBitmap, page: u64) -> bool {
-    bitmap.test(page)
-}
-
 /// The ways in which this KVM's log can work.
 fn ways(kvm: &crate::kvm::Kvm) -> Vec<ManualProtect> {
     let ram = memory::map(&memory::layout(memory::MIN_RAM).unwrap()).unwrap();
@@ -187,11 +183,11 @@ fn misses_nothing(mut subject: Subject, how: ManualProtect) {
         for page in 0..pages {
             let differs = subject.contents(page) != subject.sent[page as usize];
             assert!(
-                is_set(&dirty, page) || !differs,
+                dirty.test(page) || !differs,
                 "{how:?}: page {page} at {:#x} is missed in round {round}",
                 subject.addr(page)
             );
-            reported += u64::from(is_set(&dirty, page));
+            reported += u64::from(dirty.test(page));
         }
         assert!(
             round == 0 || reported < pages * 3 / 4,
@@ -202,7 +198,7 @@ fn misses_nothing(mut subject: Subject, how: ManualProtect) {
         for first in (0..pages).step_by(192) {
             let count = 192.min(pages - first);
             if subject.random(4) == 0 {
-                for page in (first..first + count).filter(|&page| is_set(&dirty, page)) {
+                for page in (first..first + count).filter(|&page| dirty.test(page)) {
                     left.set_range(page, 1);
                 }
                 continue;
@@ -213,7 +209,7 @@ fn misses_nothing(mut subject: Subject, how: ManualProtect) {
                 subject.guest_writes(10);
             }
             for page in first..first + count {
-                if is_set(&dirty, page) {
+                if dirty.test(page) {
                     subject.send(page);
                 }
             }

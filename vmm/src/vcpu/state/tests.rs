@@ -183,3 +183,86 @@ fn loading_leaves_alone_the_memory_that_an_msr_makes_kvm_write_to() {
     machine.ram().read_slice(&mut bytes, place).unwrap();
     assert_eq!(bytes, [0x5a; 16], "{clocks} wall clock registers");
 }
+
+#[test]
+fn a_guest_runs_on_through_a_series_of_machines() {
+    use crate::clock::ClockState;
+    use crate::kvm::VmState;
+    use migration::clock::{Clock, MonotonicClock};
+    use vm_memory::{Bytes, GuestAddress};
+    let Some(kvm) = kvm_or_skip() else { return };
+    let mut machine = Machine::new(&kvm, 2);
+    machine.enter_user_mode(&[
+        0x48, 0xb8, 1, 2, 3, 4, 5, 6, 7, 8, // mov rax, 0x0807060504030201
+        0x66, 0x48, 0x0f, 0x6e, 0xc0, // movq xmm0, rax
+        0x48, 0xff, 0xc3, // again: inc rbx
+        0x48, 0x89, 0x1c, 0x25, 0x00, 0x00, 0x20, 0x00, // mov [0x200000], rbx
+        0x66, 0x48, 0x0f, 0x7e, 0xc1, // movq rcx, xmm0
+        0x48, 0x39, 0xc1, // cmp rcx, rax
+        0x74, 0xeb, // je again
+        0x48, 0x89, 0x0c, 0x25, 0x08, 0x00, 0x20, 0x00, // mov [0x200008], rcx
+        0xeb, 0xfe, // jmp $
+    ]);
+    let count = |machine: &Machine| {
+        let ram = machine.ram();
+        assert_eq!(ram.read_obj::<u64>(GuestAddress(0x20_0008)).unwrap(), 0);
+        ram.read_obj::<u64>(GuestAddress(0x20_0000)).unwrap()
+    };
+    let mut last = 0;
+    for _ in 0..10 {
+        machine.run();
+        while count(&machine) == last {
+            std::thread::yield_now();
+        }
+        machine.pause();
+        last = count(&machine);
+        let stopped_at = machine
+            .threads
+            .iter()
+            .filter_map(|thread| thread.last_left());
+        let stopped_at = stopped_at.max().unwrap();
+        let clocks: Vec<_> = machine
+            .threads
+            .iter()
+            .map(|thread| thread.clock())
+            .collect();
+        let clock = ClockState::take(&machine.vm, &clocks, stopped_at).unwrap();
+        let calls: Vec<_> = machine
+            .threads
+            .iter_mut()
+            .map(|t| t.call(Vcpu::save))
+            .collect();
+        let states: Vec<_> = calls
+            .into_iter()
+            .map(|call| call.wait().unwrap().unwrap())
+            .collect();
+        let devices = VmState::save(&machine.vm).unwrap();
+
+        let mut next = Machine::new(&kvm, 2);
+        let mut bytes = vec![0; crate::memory::MIN_RAM as usize];
+        machine
+            .ram()
+            .read_slice(&mut bytes, GuestAddress(0))
+            .unwrap();
+        next.ram().write_slice(&bytes, GuestAddress(0)).unwrap();
+        let clocks: Vec<_> = next.threads.iter().map(|thread| thread.clock()).collect();
+        clock
+            .set(&next.vm, &clocks, std::time::Duration::ZERO)
+            .unwrap();
+        let calls: Vec<_> = next
+            .threads
+            .iter_mut()
+            .zip(states)
+            .map(|(thread, state)| thread.call(move |vcpu| vcpu.restore(&state)))
+            .collect();
+        for call in calls {
+            call.wait().unwrap().unwrap();
+        }
+        devices.restore(&next.vm).unwrap();
+        let clocks: Vec<_> = next.threads.iter().map(|thread| thread.clock()).collect();
+        let stopped_for = MonotonicClock.now() - stopped_at;
+        clock.set(&next.vm, &clocks, stopped_for).unwrap();
+        assert_eq!(count(&next), last);
+        machine = next;
+    }
+}
