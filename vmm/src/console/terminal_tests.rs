@@ -206,6 +206,36 @@ fn guest_and_monitor_share_the_keyboard() {
 }
 
 #[test]
+fn input_that_is_no_terminal_is_shared_as_well() {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "console::terminal_tests::child",
+            "--ignored",
+            "--nocapture",
+        ])
+        .env(CHILD, "shared")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let keys = b"a\x01cinfo status\ninfo name\nquit\n";
+    child.stdin.take().unwrap().write_all(keys).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    for part in [
+        "<61>",
+        "VM status: running\n",
+        "fake\n",
+        "ended by HostQmpQuit",
+    ] {
+        assert!(text.contains(part), "{part} is not in {text}");
+    }
+    assert!(output.status.success());
+}
+
+#[test]
 fn ctrl_c_cancels_the_migration_that_is_waited_for() {
     let mut session = Session::start("monitor");
     session.expect(monitor::PROMPT);
