@@ -172,6 +172,14 @@ impl Session {
     }
 }
 
+impl Drop for Session {
+    fn drop(&mut self) {
+        // Nothing is left behind by a test that fails; one that has ended is left alone.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 #[test]
 fn guest_and_monitor_share_the_keyboard() {
     let mut session = Session::start("shared");
