@@ -172,6 +172,14 @@ impl Session {
     }
 }
 
+impl Drop for Session {
+    fn drop(&mut self) {
+        // Nothing is left behind by a test that fails; one that has ended is left alone.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 #[test]
 fn guest_and_monitor_share_the_keyboard() {
     let mut session = Session::start("shared");
@@ -203,6 +211,36 @@ fn guest_and_monitor_share_the_keyboard() {
     session.send(b"\x01x");
     session.expect("ended by HostUi");
     assert!(session.end().success());
+}
+
+#[test]
+fn input_that_is_no_terminal_is_shared_as_well() {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "console::terminal_tests::child",
+            "--ignored",
+            "--nocapture",
+        ])
+        .env(CHILD, "shared")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let keys = b"a\x01cinfo status\ninfo name\nquit\n";
+    child.stdin.take().unwrap().write_all(keys).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    for part in [
+        "<61>",
+        "VM status: running\n",
+        "fake\n",
+        "ended by HostQmpQuit",
+    ] {
+        assert!(text.contains(part), "{part} is not in {text}");
+    }
+    assert!(output.status.success());
 }
 
 #[test]

@@ -53,6 +53,7 @@ pub trait Machine: Send + Sync {
     /// Starts to migrate the guest, in the background. Fails at once if it cannot begin: one is
     /// under way already, the guest is not here, something blocks it. What fails later, such as
     /// connecting, is told by [`migration_info`](Self::migration_info).
+    /// When this returns, `migration_info` is about this migration.
     fn migrate(&self, request: MigrateRequest) -> CommandResult<()>;
 
     /// Cancels the outgoing migration if there is one that can still be cancelled; otherwise does

@@ -173,6 +173,7 @@ impl Remote {
             }
             if self.input == PROMPT.as_bytes() {
                 self.input.clear();
+                self.ended = is_quit(line) && !failed;
                 return Ok(!failed);
             }
             let read = tokio::select! {

@@ -33,6 +33,7 @@ const PROGRESS: Duration = Duration::from_millis(200);
 pub struct Foreground {
     busy: AtomicBool,
     closed: AtomicBool,
+    cancelled: AtomicBool,
     cancel: Notify,
 }
 
@@ -51,10 +52,28 @@ impl Foreground {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Cancels what is being waited for.
+    /// Cancels what is being waited for, if anything is.
     pub fn cancel(&self) {
-        // With nobody waiting there is nothing to cancel, also not later.
-        self.cancel.notify_waiters();
+        self.cancelled.store(true, Ordering::Release);
+        self.cancel.notify_one();
+    }
+
+    /// Begins something that can be cancelled: what was cancelled before does not count.
+    fn begin(&self) {
+        self.cancelled.store(false, Ordering::Release);
+        self.busy.store(true, Ordering::Release);
+    }
+
+    fn end(&self) {
+        self.busy.store(false, Ordering::Release);
+    }
+
+    /// Returns when it is cancelled; can be dropped while waiting.
+    async fn cancelled(&self) {
+        // A permit may be left over from before.
+        while !self.cancelled.swap(false, Ordering::AcqRel) {
+            self.cancel.notified().await;
+        }
     }
 }
 
@@ -96,7 +115,7 @@ async fn execute(
         let end = match session.execute(&line) {
             Outcome::Done(text) => text,
             Outcome::Migrating => {
-                foreground.busy.store(true, Ordering::Release);
+                foreground.begin();
                 let mut follower = Follower::new(Arc::clone(&machine), PROGRESS);
                 let text = loop {
                     tokio::select! {
@@ -105,10 +124,10 @@ async fn execute(
                             Progress::Line(line) => _ = answers.try_send(Answer::Progress(line)),
                             Progress::End(text) => break text,
                         },
-                        () = foreground.cancel.notified() => follower.cancel(),
+                        () = foreground.cancelled() => follower.cancel(),
                     }
                 };
-                foreground.busy.store(false, Ordering::Release);
+                foreground.end();
                 text
             }
         };

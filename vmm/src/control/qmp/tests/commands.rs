@@ -1,0 +1,315 @@
+//! Each command: what it does, what it returns, what it refuses.
+
+use serde_json::{Value, json};
+
+use super::Setup;
+use crate::control::command::*;
+
+#[tokio::test]
+async fn queries_answer_in_the_shape_of_the_schema() {
+    let setup = Setup::new();
+    let mut client = setup.client().await;
+    for (name, expected) in [
+        ("query-name", json!({"name": "fake"})),
+        (
+            "query-status",
+            json!({"running": true, "status": "running"}),
+        ),
+        ("query-migrate", json!({})),
+        (
+            "query-migrate-parameters",
+            json!({"max-bandwidth": 0, "avail-switchover-bandwidth": 0, "downtime-limit": 30}),
+        ),
+        (
+            "query-migrate-capabilities",
+            json!([{"capability": "events", "state": true}]),
+        ),
+    ] {
+        assert_eq!(
+            client.execute(name, json!({})).await.unwrap(),
+            expected,
+            "{name}"
+        );
+    }
+    let version = client.execute("query-version", json!({})).await.unwrap();
+    assert_eq!(
+        version["package"],
+        concat!("ferry-", env!("CARGO_PKG_VERSION"))
+    );
+    let cpus = client.execute("query-cpus-fast", json!({})).await.unwrap();
+    assert_eq!(cpus.as_array().unwrap().len(), 2);
+    assert_eq!(cpus[1]["cpu-index"], 1);
+    assert_eq!(cpus[1]["thread-id"], 101);
+    assert_eq!(cpus[1]["target"], "x86_64");
+    assert_eq!(cpus[1]["props"]["core-id"], 1);
+
+    setup.machine.state().name = None;
+    assert_eq!(
+        client.execute("query-name", json!({})).await.unwrap(),
+        json!({})
+    );
+}
+
+#[tokio::test]
+async fn every_listed_command_exists_and_refuses_unknown_arguments() {
+    let setup = Setup::new();
+    let mut client = setup.client().await;
+    let commands = client.execute("query-commands", json!({})).await.unwrap();
+    let names: Vec<&str> = commands
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|c| c["name"].as_str().unwrap())
+        .collect();
+    for needed in [
+        "qmp_capabilities",
+        "migrate",
+        "migrate-incoming",
+        "human-monitor-command",
+    ] {
+        assert!(names.contains(&needed), "{needed}");
+    }
+    for name in names.into_iter().filter(|name| *name != "qmp_capabilities") {
+        // What a command needs, so that the unknown argument is all that is wrong.
+        let mut arguments = match name {
+            "migrate" | "migrate-incoming" => json!({"uri": "tcp:h:1"}),
+            "migrate-set-capabilities" => json!({"capabilities": []}),
+            "human-monitor-command" => json!({"command-line": "stop"}),
+            _ => json!({}),
+        };
+        arguments["bogus"] = json!(1);
+        let desc = client.refused(name, arguments).await;
+        assert_eq!(desc, "Parameter 'bogus' is unexpected", "{name}");
+    }
+    assert!(setup.machine.calls().is_empty());
+}
+
+#[tokio::test]
+async fn actions_reach_the_machine_and_their_events_come_first() {
+    let setup = Setup::new();
+    let mut client = setup.client().await;
+    for (command, event) in [
+        ("stop", "STOP"),
+        ("cont", "RESUME"),
+        ("system_reset", "RESET"),
+        ("quit", "SHUTDOWN"),
+    ] {
+        let told = client.ask(json!({ "execute": command }).to_string()).await;
+        assert_eq!(told["event"], event);
+        assert!(told["timestamp"]["seconds"].as_i64().unwrap() > 1_000_000_000);
+        assert_eq!(client.receive().await, json!({"return": {}}));
+    }
+    assert_eq!(
+        setup.machine.calls(),
+        ["stop", "cont", "system_reset", "quit HostQmpQuit"]
+    );
+    setup.machine.state().failure = Some(CommandError::generic("no"));
+    assert_eq!(client.refused("cont", json!({})).await, "no");
+}
+
+#[tokio::test]
+async fn migrate_takes_a_uri_or_a_channel() {
+    let setup = Setup::new();
+    let mut client = setup.client().await;
+    let channel = |addr: Value| json!({"channels": [{"channel-type": "main", "addr": addr}]});
+    for (arguments, call) in [
+        (
+            json!({"uri": "tcp:h:1", "detach": true, "blk": false}),
+            "migrate tcp:h:1",
+        ),
+        (
+            json!({"uri": "unix:/a", "resume": false, "inc": false}),
+            "migrate unix:/a",
+        ),
+        (
+            channel(json!({"transport": "socket", "type": "inet", "host": "::1", "port": "2"})),
+            "migrate tcp:[::1]:2",
+        ),
+        (
+            channel(json!({"transport": "socket", "type": "unix", "path": "/b"})),
+            "migrate unix:/b",
+        ),
+    ] {
+        assert_eq!(
+            client.execute("migrate", arguments).await.unwrap(),
+            json!({})
+        );
+        assert_eq!(setup.machine.calls(), [call]);
+    }
+    for (arguments, desc) in [
+        (json!({}), "Parameter 'uri' is missing"),
+        (
+            json!({"uri": 5}),
+            "Invalid parameter type for 'uri', expected: string",
+        ),
+        (
+            json!({"uri": "tcp:h:1", "detach": 3}),
+            "Invalid parameter type for 'detach', expected: boolean",
+        ),
+        (
+            json!({"uri": "tcp:h:1", "resume": true}),
+            "Cannot resume if there is no paused migration",
+        ),
+        (
+            json!({"uri": "tcp:h:1", "blk": true}),
+            "Parameter 'blk' is not supported: Ferry does not copy disks in a migration",
+        ),
+        (
+            json!({"uri": "exec:cat"}),
+            "'exec:cat' is no migration address: expected tcp:HOST:PORT or unix:PATH",
+        ),
+        (
+            json!({"channels": {}}),
+            "Invalid parameter type for 'channels', expected: array",
+        ),
+        (
+            json!({"channels": [3]}),
+            "Invalid parameter type for 'channels[0]', expected: object",
+        ),
+        (
+            json!({"channels": []}),
+            "Parameter 'channels' expects one channel, of type main, got 0",
+        ),
+        (
+            json!({"uri": "tcp:h:1", "channels": []}),
+            "'uri' and 'channels' are mutually exclusive: exactly one of the two must be present",
+        ),
+        (
+            channel(json!({"transport": "rdma"})),
+            "Parameter 'channels[0].addr.transport' does not accept value 'rdma'",
+        ),
+        (
+            channel(json!({"transport": "socket", "type": "inet", "host": "h"})),
+            "Parameter 'channels[0].addr.port' is missing",
+        ),
+        (
+            channel(json!({"transport": "socket", "type": "unix", "path": "/b", "to": 1})),
+            "Parameter 'channels[0].addr.to' is unexpected",
+        ),
+    ] {
+        assert_eq!(client.refused("migrate", arguments).await, desc);
+    }
+    assert!(setup.machine.calls().is_empty());
+
+    client
+        .execute("migrate-incoming", json!({"uri": "tcp:0:5"}))
+        .await
+        .unwrap();
+    let stay = json!({"uri": "tcp:0:5", "exit-on-error": false});
+    client.execute("migrate-incoming", stay).await.unwrap();
+    client.execute("migrate_cancel", json!({})).await.unwrap();
+    assert_eq!(
+        setup.machine.calls(),
+        [
+            "migrate_incoming tcp:0:5 true",
+            "migrate_incoming tcp:0:5 false",
+            "migrate_cancel"
+        ]
+    );
+}
+
+#[tokio::test]
+async fn parameters_and_capabilities_are_checked_and_set() {
+    let setup = Setup::new();
+    let mut client = setup.client().await;
+    let set = json!({"downtime-limit": 50, "max-bandwidth": u64::MAX});
+    client.execute("migrate-set-parameters", set).await.unwrap();
+    assert_eq!(
+        client
+            .execute("query-migrate-parameters", json!({}))
+            .await
+            .unwrap(),
+        json!({"max-bandwidth": u64::MAX, "avail-switchover-bandwidth": 0, "downtime-limit": 50})
+    );
+    for (arguments, desc) in [
+        (
+            json!({"max-bandwidth": "5"}),
+            "Invalid parameter type for 'max-bandwidth', expected: integer",
+        ),
+        (
+            json!({"max-bandwidth": 1.5}),
+            "Parameter 'max-bandwidth' expects uint64",
+        ),
+        (
+            json!({"max-bandwidth": -1}),
+            "Parameter 'max-bandwidth' expects uint64",
+        ),
+        (
+            json!({"downtime-limit": 2_000_001, "max-bandwidth": 1}),
+            "Parameter 'downtime-limit' expects an integer in the range of 0 to 2000000 ms, \
+             got 2000001",
+        ),
+        (
+            json!({"multifd-channels": 2}),
+            "Parameter 'multifd-channels' is unexpected",
+        ),
+    ] {
+        assert_eq!(
+            client.refused("migrate-set-parameters", arguments).await,
+            desc
+        );
+    }
+    assert_eq!(setup.machine.parameters().max_bandwidth, u64::MAX);
+
+    let capability =
+        |name: &str, state: Value| json!({"capabilities": [{"capability": name, "state": state}]});
+    let set = capability("events", json!(false));
+    client
+        .execute("migrate-set-capabilities", set)
+        .await
+        .unwrap();
+    assert!(!setup.machine.capabilities()[0].state);
+    for (arguments, desc) in [
+        (json!({}), "Parameter 'capabilities' is missing"),
+        (
+            capability("rdma-pin-all", json!(true)),
+            "Parameter 'capability' does not accept value 'rdma-pin-all'",
+        ),
+        (
+            capability("events", json!(1)),
+            "Invalid parameter type for 'capabilities[0].state', expected: boolean",
+        ),
+    ] {
+        assert_eq!(
+            client.refused("migrate-set-capabilities", arguments).await,
+            desc
+        );
+    }
+}
+
+#[tokio::test]
+async fn the_monitor_answers_in_a_string() {
+    let setup = Setup::new();
+    let mut client = setup.client().await;
+    let line = |line: &str| json!({ "command-line": line });
+    assert_eq!(
+        client
+            .execute("human-monitor-command", line("info status"))
+            .await
+            .unwrap(),
+        "VM status: running\n"
+    );
+    assert_eq!(
+        client
+            .execute("human-monitor-command", line("nope"))
+            .await
+            .unwrap(),
+        "unknown command: 'nope'\n"
+    );
+    let started = client
+        .execute("human-monitor-command", line("migrate tcp:h:1"))
+        .await
+        .unwrap();
+    assert!(started.as_str().unwrap().contains("continuing detached"));
+    let second = json!({"command-line": "info registers", "cpu-index": 1});
+    let registers = client
+        .execute("human-monitor-command", second)
+        .await
+        .unwrap();
+    assert!(registers.as_str().unwrap().starts_with("CPU#1\n"));
+    let none = json!({"command-line": "info registers", "cpu-index": 9});
+    assert_eq!(
+        client.refused("human-monitor-command", none).await,
+        "Parameter 'cpu-index' expects a CPU number"
+    );
+}
