@@ -15,6 +15,9 @@ use crate::control::command::{
 };
 use crate::machine::Machine;
 
+/// The one capability of migrations.
+const EVENTS: &str = "events";
+
 impl State {
     fn guest(&self) -> CommandResult<&Arc<Machine>> {
         self.guest
@@ -196,17 +199,23 @@ impl Control for Instance {
     }
 
     fn capabilities(&self) -> Vec<MigrationCapabilityStatus> {
-        Vec::new()
+        vec![MigrationCapabilityStatus {
+            capability: EVENTS.to_owned(),
+            state: self.0.state().migration_events,
+        }]
     }
 
     fn set_capabilities(&self, changes: &[MigrationCapabilityStatus]) -> CommandResult<()> {
-        match changes.first() {
-            None => Ok(()),
-            Some(change) => Err(CommandError::generic(format!(
+        if let Some(unknown) = changes.iter().find(|change| change.capability != EVENTS) {
+            return Err(CommandError::generic(format!(
                 "the migration capability '{}' is not supported",
-                change.capability
-            ))),
+                unknown.capability
+            )));
         }
+        if let Some(last) = changes.last() {
+            self.0.state().migration_events = last.state;
+        }
+        Ok(())
     }
 
     fn subscribe(&self) -> broadcast::Receiver<Event> {

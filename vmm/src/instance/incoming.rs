@@ -100,7 +100,7 @@ struct StatusObserver(Arc<Shared>);
 
 impl Observer for StatusObserver {
     fn status_changed(&self, status: Status) {
-        self.0.emit(EventKind::Migration {
+        self.0.emit_of_migration(EventKind::Migration {
             status: show::status(status),
         });
     }
@@ -233,15 +233,12 @@ impl DestinationVm for Destination {
         let mut state = self.shared.state();
         if start.run && state.autostart {
             machine.start(start.stopped_for)?;
-            state.run = RunState::Running;
+            state.set_running(&self.shared);
         } else {
             state.run = RunState::Paused;
         }
         self.shared.install(&mut state, machine);
         state.name = state.name.take().or(moving.name);
-        if state.run == RunState::Running {
-            self.shared.emit(EventKind::Resume);
-        }
         Ok(())
     }
 }

@@ -86,6 +86,8 @@ struct State {
     incoming: Option<Incoming>,
     /// Whether an arriving guest is to run.
     autostart: bool,
+    /// QEMU's capability of that name: whether MIGRATION and MIGRATION_PASS are sent.
+    migration_events: bool,
 }
 
 impl Shared {
@@ -116,6 +118,13 @@ impl Shared {
         state.guest = Some(machine);
     }
 
+    /// Tells of a migration, if the capability `events` is on.
+    fn emit_of_migration(&self, kind: EventKind) {
+        if self.state().migration_events {
+            self.emit(kind);
+        }
+    }
+
     /// Ends the process; the first reason counts.
     fn exit(&self, cause: ShutdownCause, exit: Exit) {
         self.exit.send_if_modified(|current| {
@@ -134,10 +143,14 @@ impl State {
     fn run_guest(&mut self, shared: &Shared) -> Result<(), MachineError> {
         if let Some(guest) = &self.guest {
             guest.run()?;
-            self.run = RunState::Running;
-            shared.emit(EventKind::Resume);
+            self.set_running(shared);
         }
         Ok(())
+    }
+
+    fn set_running(&mut self, shared: &Shared) {
+        self.run = RunState::Running;
+        shared.emit(EventKind::Resume);
     }
 
     /// Stops the guest if it runs; the run state becomes `run`.
@@ -165,6 +178,7 @@ impl Instance {
             outgoing: None,
             incoming: None,
             autostart: !settings.paused,
+            migration_events: true,
         };
         Self(Arc::new(Shared {
             settings,

@@ -134,13 +134,13 @@ impl Observer for StatusObserver {
         if matches!(status, Status::Completed | Status::HandoverUnknown) {
             self.0.state().run = RunState::Postmigrate;
         }
-        self.0.emit(EventKind::Migration {
+        self.0.emit_of_migration(EventKind::Migration {
             status: info::status(status),
         });
     }
 
     fn pass_begun(&self, pass: u64) {
-        self.0.emit(EventKind::MigrationPass { pass });
+        self.0.emit_of_migration(EventKind::MigrationPass { pass });
     }
 }
 
@@ -257,7 +257,8 @@ impl SourceVm for Source {
     fn resume(&mut self, pause: Pause) -> Result<(), VmError> {
         let mut state = self.shared.state();
         if pause.was_running {
-            state.run_guest(&self.shared)?;
+            self.guest.run_on()?;
+            state.set_running(&self.shared);
         } else {
             state.run = self.before;
         }

@@ -281,6 +281,12 @@ impl Machine {
         Ok(())
     }
 
+    /// Lets the guest run on after a stop that was none of its user's: its clocks have gone on.
+    pub fn run_on(&self) -> Result<(), MachineError> {
+        self.vcpus().stopped = None;
+        self.run()
+    }
+
     fn enter(&self, vcpus: &mut Vcpus) -> Result<(), MachineError> {
         clock::tell_stopped(&self.vm, &vcpus.clocks());
         self.interrupt.clear();
