@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migration::listener::ListenError;
+use tokio::sync::Notify;
 use vmm::console::signals::{Terminations, raw_after_stop};
 use vmm::console::{Console, SerialBackend};
 use vmm::control::command::{Machine as Control, ShutdownCause};
@@ -93,14 +94,13 @@ async fn serve(options: &RunOptions) -> Result<(), RunError> {
 
     let instance = Instance::new(settings(options), kvm, Arc::clone(&console));
     let servers = listen(options, &instance)?;
+    let ctrl_a_x = Arc::new(Notify::new());
     if on_stdio {
         let foreground =
             monitor::terminal::spawn(Arc::new(instance.clone())).map_err(RunError::Start)?;
-        let quitting = instance.clone();
-        console.connect_monitor(
-            foreground,
-            Box::new(move || quitting.quit(ShutdownCause::HostUi)),
-        );
+        // Not the instance itself: it holds the console, which would never be dropped then.
+        let quit = Arc::clone(&ctrl_a_x);
+        console.connect_monitor(foreground, Box::new(move || quit.notify_one()));
     }
     match (&options.incoming, files) {
         (Some(Incoming::Defer), _) => instance.wait_for_guest(None, true)?,
@@ -115,6 +115,10 @@ async fn serve(options: &RunOptions) -> Result<(), RunError> {
     let exit = tokio::select! {
         exit = instance.ended() => exit,
         () = instance.serve_guest_events() => Exit::Success,
+        () = ctrl_a_x.notified() => {
+            instance.quit(ShutdownCause::HostUi);
+            Exit::Success
+        }
         signal = terminations.next() => {
             tracing::info!(%signal, "ending");
             instance.quit(ShutdownCause::HostSignal);
