@@ -45,6 +45,12 @@ pub enum MemoryError {
     },
 }
 
+/// The RAM of this host in bytes, swap left out.
+pub fn of_host() -> u64 {
+    let info = rustix::system::sysinfo();
+    info.totalram.saturating_mul(info.mem_unit.into())
+}
+
 /// The layout of a machine with `bytes` of RAM, of [`MIN_RAM`] to [`MAX_RAM`] in whole pages.
 pub fn layout(bytes: u64) -> Result<Layout, MemoryError> {
     if bytes < MIN_RAM {

@@ -176,7 +176,8 @@ impl DestinationVm for Destination {
         let shared = &self.shared;
         let moving = MovingMachine::from_sections(&offer.configuration)?;
         let host = HostCpu::probe(&shared.kvm)?;
-        let mut objections = moving.objections(&shared.settings.given, &host)?;
+        let mut objections =
+            moving.objections(&shared.settings.given, &host, crate::memory::of_host())?;
         let layout = crate::memory::layout(moving.config.memory)?;
         if layout != offer.layout {
             objections.push(format!(
@@ -273,7 +274,7 @@ fn misplaced_files(moving: &MovingMachine, offer: &Offer) -> Option<String> {
             .find(|file| file.len > moving.config.memory)
             .map(|file| {
                 format!(
-                    "the file '{}' of {} bytes is larger than the guest's memory",
+                    "the file {:?} of {} bytes is larger than the guest's memory",
                     file.name, file.len
                 )
             })
@@ -289,16 +290,16 @@ fn device_differences(there: &[(String, u32)], here: &[(String, u32)]) -> Vec<St
     let mut differences = Vec::new();
     for (name, version) in there {
         match find(here, name) {
-            None => differences.push(format!("the destination has no device '{name}'")),
+            None => differences.push(format!("the destination has no device {name:?}")),
             Some(ours) if ours != *version => differences.push(format!(
-                "device '{name}' saves version {version} at the source, but {ours} here"
+                "device {name:?} saves version {version} at the source, but {ours} here"
             )),
             Some(_) => {}
         }
     }
     for (name, _) in here {
         if find(there, name).is_none() {
-            differences.push(format!("the source has no device '{name}'"));
+            differences.push(format!("the source has no device {name:?}"));
         }
     }
     if differences.is_empty() {

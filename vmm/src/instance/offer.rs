@@ -16,6 +16,9 @@ use crate::section_body::{self, BodyError};
 const MACHINE: (&str, u32) = ("machine", 1);
 const CPU: (&str, u32) = ("cpu", 1);
 
+/// The most bytes of a guest's name.
+const MAX_NAME: usize = 255;
+
 /// The most bytes of the body of such a section.
 const MAX_BODY: usize = 256 << 10;
 
@@ -161,14 +164,31 @@ impl MovingMachine {
         })
     }
 
-    /// Every reason why this machine can't come to a host with this processor and to a process
-    /// with these options, a sentence each; none if it can.
+    /// Every reason why this machine can't come to a host with this processor and `host_memory`
+    /// bytes of RAM, and to a process with these options, a sentence each; none if it can.
     pub(super) fn objections(
         &self,
         given: &Given,
         host: &HostCpu,
+        host_memory: u64,
     ) -> Result<Vec<String>, OfferError> {
         let mut objections = given.differences(&self.config);
+        // KVM and the engine allocate in proportion to it, so a stranger must not choose it.
+        if given.memory.is_none() && self.config.memory > host_memory {
+            objections.push(format!(
+                "the guest has {} bytes of memory, more than this host ({host_memory} bytes): if \
+                 that is meant, give the destination --memory too",
+                self.config.memory
+            ));
+        }
+        if let Some(name) = &self.name
+            && (name.len() > MAX_NAME || name.chars().any(char::is_control))
+        {
+            objections.push(format!(
+                "the guest's name is longer than {MAX_NAME} bytes or has control characters: \
+                 {name:?}"
+            ));
+        }
         for (option, name, path) in [
             ("--kernel", KERNEL, &given.kernel),
             ("--initrd", INITRD, &given.initrd),
@@ -296,7 +316,12 @@ mod tests {
             kernel: Some(file.path().to_owned()),
             ..Given::default()
         };
-        assert!(moving().objections(&given, &host()).unwrap().is_empty());
+        assert!(
+            moving()
+                .objections(&given, &host(), 2 << 30)
+                .unwrap()
+                .is_empty()
+        );
         file.write_all(b"!").unwrap();
         given.vcpus = Some(1);
         given.initrd = Some(file.path().to_owned());
@@ -304,13 +329,15 @@ mod tests {
             tsc_khz: 3_000_000,
             ..host()
         };
-        let objections = moving().objections(&given, &faster).unwrap();
-        assert_eq!(objections.len(), 4, "{objections:#?}");
-        for (objection, start) in
-            objections
-                .iter()
-                .zip(["--smp", "--kernel", "--initrd", "the guest's TSC"])
-        {
+        let objections = moving().objections(&given, &faster, 1 << 29).unwrap();
+        assert_eq!(objections.len(), 5, "{objections:#?}");
+        for (objection, start) in objections.iter().zip([
+            "--smp",
+            "the guest has 1073741824 bytes",
+            "--kernel",
+            "--initrd",
+            "the guest's TSC",
+        ]) {
             assert!(objection.starts_with(start), "{objection}");
         }
     }

@@ -59,12 +59,13 @@ impl Given {
             command_line,
         } = arriving;
         let mut differences = Vec::new();
+        // Quoted with escapes: the source's are a peer's words.
         let mut compare = |option: &str, here: Option<String>, there: String| {
             if let Some(here) = here
                 && here != there
             {
                 differences.push(format!(
-                    "{option} is '{here}' at the destination, but '{there}' at the source"
+                    "{option} is {here:?} at the destination, but {there:?} at the source"
                 ));
             }
         };
@@ -103,8 +104,8 @@ mod tests {
         assert_eq!(
             given.differences(&arriving),
             [
-                "--smp is '4' at the destination, but '2' at the source",
-                "--append is '' at the destination, but 'rate=5' at the source",
+                "--smp is \"4\" at the destination, but \"2\" at the source",
+                "--append is \"\" at the destination, but \"rate=5\" at the source",
             ]
         );
     }
