@@ -90,12 +90,8 @@ impl Outgoing {
 
     /// Whether it is still under way.
     pub(super) fn is_running(&self) -> bool {
-        let status = self.progress.status();
-        !status.is_over()
-            || self
-                .thread
-                .as_ref()
-                .is_some_and(|thread| !thread.is_finished())
+        // The engine leaves the guest alone from its last status on.
+        !self.progress.status().is_over()
     }
 
     /// Whether the guest is known to be at the destination.
