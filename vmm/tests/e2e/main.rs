@@ -9,7 +9,13 @@
     reason = "tests: a failure is a panic"
 )]
 
+mod boot;
 mod failure;
+mod frames;
+mod guests;
+mod handover;
 mod harness;
+mod instructions;
 mod lifecycle;
 mod migrate;
+mod proxy;
