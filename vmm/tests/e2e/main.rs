@@ -18,4 +18,5 @@ mod harness;
 mod instructions;
 mod lifecycle;
 mod migrate;
+mod mutation;
 mod proxy;
