@@ -10,6 +10,7 @@
 )]
 
 mod boot;
+mod control;
 mod failure;
 mod frames;
 mod guests;

@@ -79,7 +79,9 @@ fn mutate(random: &mut Random, frames: &[Frame]) -> (Vec<u8>, String) {
             "an end"
         }
         2 => {
-            let bytes: Vec<u8> = (0..=random.below(40)).map(|_| random.next() as u8).collect();
+            let bytes: Vec<u8> = (0..=random.below(40))
+                .map(|_| random.next() as u8)
+                .collect();
             frame.bytes.splice(offset..offset, bytes);
             "an insertion"
         }
@@ -102,7 +104,11 @@ fn mutate(random: &mut Random, frames: &[Frame]) -> (Vec<u8>, String) {
         _ => {
             for _ in 0..=random.below(3) {
                 let header = random.below(4) == 0;
-                let end = if header { 16 } else { HEADER + frame.body_len() };
+                let end = if header {
+                    16
+                } else {
+                    HEADER + frame.body_len()
+                };
                 let start = if header { 2 } else { HEADER.min(end - 1) };
                 let offset = (start + random.below(end - start)).min(frame.bytes.len() - 1);
                 frame.bytes[offset] = match random.below(3) {
@@ -170,7 +176,10 @@ fn a_damaged_stream_is_a_clear_error_and_never_more() {
         assert!(peak <= MEMORY + OVERHEAD, "{what}: {} MiB", peak >> 20);
         if info["status"] == "failed" {
             let reason = info["error-desc"].as_str().unwrap_or_default();
-            assert!(!reason.is_empty() && reason.len() < 4096, "{what}: {reason}");
+            assert!(
+                !reason.is_empty() && reason.len() < 4096,
+                "{what}: {reason}"
+            );
             assert_eq!(destination.status(), "inmigrate", "{what}");
         } else {
             // Forged contents may be contents, and more behind GO is not looked at.
@@ -191,7 +200,10 @@ fn a_destination_that_fails_ends_with_one_clear_line() {
     require_kvm!();
     let dir = scratch();
     let frames = record(dir.path());
-    for (index, cut) in [1, frames.len() / 2, frames.len() - 1].into_iter().enumerate() {
+    for (index, cut) in [1, frames.len() / 2, frames.len() - 1]
+        .into_iter()
+        .enumerate()
+    {
         let mut stream = preamble().to_vec();
         stream.extend(frames[..cut].iter().flat_map(|frame| &frame.bytes));
         let last = stream.len() - 1;
