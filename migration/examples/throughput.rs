@@ -94,6 +94,7 @@ impl DestinationVm for Arriving {
     fn start(&mut self, _: Start) -> Result<(), VmError> {
         Ok(())
     }
+    fn abandon(&mut self) {}
 }
 
 /// Asks for transparent huge pages.

@@ -409,6 +409,7 @@ impl Destination<'_> {
             let _ = channel.send_now(Kind::Refuse, &self.body)
                 || channel.send_now(Kind::Failed, &self.body);
         }
+        self.vm.abandon();
         self.job
             .progress
             .update(|snapshot| snapshot.error = Some(text.clone()));

@@ -118,4 +118,8 @@ pub trait DestinationVm {
     /// Returns when the first vCPU is about to enter the guest. An error means that the guest
     /// has not run and never will run here.
     fn start(&mut self, start: Start) -> Result<(), VmError>;
+
+    /// Drops what was built: the guest will never run here. Called before the failure is shown to
+    /// anyone, so that whoever waits for another guest then finds the memory free.
+    fn abandon(&mut self);
 }

@@ -4,3 +4,6 @@
 pub mod process;
 pub mod qmp;
 pub mod serial;
+mod skip;
+
+pub use skip::skip;

@@ -374,4 +374,9 @@ impl DestinationVm for Destination {
         self.ran.store(true, Ordering::SeqCst);
         Ok(())
     }
+
+    fn abandon(&mut self) {
+        assert!(!self.ran.load(Ordering::SeqCst), "it runs already");
+        self.ram = None;
+    }
 }

@@ -65,11 +65,18 @@ impl Incoming {
         })
     }
 
-    /// Whether a guest can still come, or is coming.
+    /// Whether a guest can still come, or is coming. Once a migration has failed none can, though
+    /// the thread may still be taking leave of its source.
     pub(super) fn is_listening(&self) -> bool {
-        self.thread
-            .as_ref()
-            .is_some_and(|thread| !thread.is_finished())
+        !self.progress().status().is_over()
+            && self
+                .thread
+                .as_ref()
+                .is_some_and(|thread| !thread.is_finished())
+    }
+
+    fn progress(&self) -> Arc<Progress> {
+        Arc::clone(&self.progress.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Ends the listening, and an arrival that has not come to GO; returns the thread, to be
@@ -82,8 +89,7 @@ impl Incoming {
 
     /// What `query-migrate` shows.
     pub(super) fn info(&self) -> MigrationInfo {
-        let progress = Arc::clone(&self.progress.lock().unwrap_or_else(PoisonError::into_inner));
-        show::incoming(&progress.snapshot(), &self.uri)
+        show::incoming(&self.progress().snapshot(), &self.uri)
     }
 }
 
@@ -241,6 +247,10 @@ impl DestinationVm for Destination {
         self.shared.install(&mut state, machine);
         state.name = state.name.take().or(moving.name);
         Ok(())
+    }
+
+    fn abandon(&mut self) {
+        self.arriving = None;
     }
 }
 

@@ -152,7 +152,7 @@ pub(crate) mod tests {
         match Kvm::open() {
             Ok(kvm) => Some(kvm),
             Err(error) => {
-                eprintln!("SKIPPED: needs KVM: {error}");
+                guest_tests::driver::skip(&format!("needs KVM: {error}"));
                 None
             }
         }

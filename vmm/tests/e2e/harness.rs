@@ -1,6 +1,5 @@
 //! Real `ferry` processes with real guests, for the tests of this folder.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -8,6 +7,7 @@ use guest_tests::dirtier::{Options, Rate, Report, command};
 use guest_tests::driver::process::Process;
 use guest_tests::driver::qmp::{Client, QmpError};
 use guest_tests::driver::serial::Watcher;
+pub use guest_tests::driver::skip;
 use guest_tests::{Size, fault};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -29,13 +29,6 @@ macro_rules! require_kvm {
     };
 }
 pub(crate) use require_kvm;
-
-/// Says why a test is skipped, past the test runner's capture.
-pub fn skip(reason: &str) {
-    let test = std::thread::current().name().unwrap_or("a test").to_owned();
-    let line = format!("SKIPPED: {test}: {}\n", reason.replace('\n', "; "));
-    std::io::stderr().write_all(line.as_bytes()).unwrap();
-}
 
 /// A directory for a test's sockets and files.
 pub fn scratch() -> TempDir {
@@ -131,7 +124,8 @@ impl Ferry {
         (process, qmp, serial)
     }
 
-    /// Starts a guest.
+    /// Starts a guest. It waits for us to be at its serial port, which keeps nothing for those
+    /// who come later; with `--paused` it goes on waiting.
     pub fn run(dir: &Path, name: &str, guest: &Guest<'_>, more: &[&str]) -> Self {
         let kernel = dir.join(format!("{name}.elf"));
         std::fs::write(&kernel, guest.image).unwrap();
@@ -148,7 +142,15 @@ impl Ferry {
             &smp,
         ];
         arguments.extend_from_slice(more);
-        Self::start(dir, name, &arguments)
+        if more.contains(&"--paused") {
+            return Self::start(dir, name, &arguments);
+        }
+        arguments.push("--paused");
+        let mut ferry = Self::start(dir, name, &arguments);
+        ferry.execute("cont", Value::Null);
+        // That it runs now is nobody's news.
+        ferry.qmp.take_events();
+        ferry
     }
 
     /// Starts a dirtier and waits until it works.
@@ -156,6 +158,17 @@ impl Ferry {
         let ferry = Self::run(dir, name, &Guest::dirtier(memory, options), &[]);
         ferry.wait_for(|report| matches!(report, Report::Ready { .. }).then_some(()));
         ferry
+    }
+
+    /// Starts a destination, moves the guest there, and ends the process here. The guest is not
+    /// waited for.
+    pub fn move_on(mut self, dir: &Path, name: &str) -> (Self, Value) {
+        let (destination, uri) = Self::incoming(dir, name);
+        self.migrate(&uri);
+        let info = self.wait_migrated("completed");
+        self.execute("quit", Value::Null);
+        self.wait_exit();
+        (destination, info)
     }
 
     /// Starts a destination that listens on a free port of loopback; returns its address too.

@@ -9,7 +9,15 @@
     reason = "tests: a failure is a panic"
 )]
 
+mod boot;
+mod control;
 mod failure;
+mod frames;
+mod guests;
+mod handover;
 mod harness;
+mod instructions;
 mod lifecycle;
 mod migrate;
+mod mutation;
+mod proxy;
