@@ -99,7 +99,7 @@ pub fn run(
     source.execute("migrate", json!({ "uri": uri }))?;
     let end = source.wait_migrated()?;
     let cpu_seconds = cpu()? - cpu_before;
-    let info = source.execute("query-migrate", Value::Null)?;
+    let info = settled(&mut source)?;
 
     let first = first_heartbeat(&destination)?;
     sleep(WATCH);
@@ -128,6 +128,21 @@ pub fn run(
         resident_destination,
         verified_pages,
     })
+}
+
+/// What the source says in the end. QEMU tells that it has completed before it has its times.
+fn settled(source: &mut Running) -> Result<Value, Error> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let info = source.execute("query-migrate", Value::Null)?;
+        if info["total-time"].as_f64().is_some_and(|total| total > 0.0) {
+            return Ok(info);
+        }
+        if Instant::now() >= deadline {
+            return Err(Error::Wrong(format!("no total time in {info}")));
+        }
+        sleep(LOOK);
+    }
 }
 
 fn first_heartbeat(destination: &Running) -> Result<Instant, Error> {

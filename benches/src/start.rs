@@ -64,7 +64,13 @@ fn first_byte(vmm: &dyn Vmm, memory: u64, dir: &Path) -> Result<f64, Error> {
     let mut byte = [0];
     loop {
         match out.read(&mut byte) {
-            Ok(0) => XX,
+            Ok(0) => {
+                let log = std::fs::read_to_string(dir.join("start.log")).unwrap_or_default();
+                let name = vmm.name();
+                return Err(Error::Wrong(format!(
+                    "{name}: the guest said nothing\n{log}"
+                )));
+            }
             Ok(_) if byte == [tiny::BYTE] => return Ok(ms(begin.elapsed())),
             Ok(_) => {}
             Err(err) if err.kind() == ErrorKind::Interrupted => {}
