@@ -1,0 +1,51 @@
+//! What can go wrong with a measurement.
+
+use std::time::Duration;
+
+use guest_tests::driver::qmp::QmpError;
+use guest_tests::driver::serial::WaitError;
+
+/// How long anything may take before a measurement is given up.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Why there is no figure.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file, a socket or a process.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was done.
+        what: String,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// The VMM's control socket.
+    #[error("{name}: {source}\n{output}")]
+    Qmp {
+        /// Which process.
+        name: String,
+        /// What happened.
+        source: QmpError,
+        /// What the process has printed.
+        output: String,
+    },
+    /// The guest does not answer.
+    #[error("{name}: {source}")]
+    Guest {
+        /// Which process.
+        name: String,
+        /// What came instead.
+        source: WaitError,
+    },
+    /// A figure makes no sense, or something failed that must not.
+    #[error("{0}")]
+    Wrong(String),
+}
+
+impl Error {
+    /// To be given to `map_err`.
+    pub fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+}

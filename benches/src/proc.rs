@@ -1,0 +1,107 @@
+//! What the kernel knows about a process: CPU time and resident memory.
+
+use serde::Serialize;
+
+use crate::error::Error;
+
+/// The CPU time that a process has used so far, in seconds, user and system, in the resolution of
+/// the kernel's clock tick (10 ms as a rule).
+pub fn cpu_seconds(pid: u32) -> Result<f64, Error> {
+    let stat = read(pid, "stat")?;
+    let ticks = ticks(&stat)
+        .ok_or_else(|| Error::Wrong(format!("/proc/{pid}/stat has no CPU times: '{stat}'")))?;
+    Ok(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
+}
+
+/// utime and stime, the 14th and the 15th field of proc_pid_stat(5). The second one, the program's
+/// name in parentheses, may contain anything.
+fn ticks(stat: &str) -> Option<u64> {
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(11);
+    let mut next = || fields.next()?.parse::<u64>().ok();
+    Some(next()? + next()?)
+}
+
+/// The resident memory of a VMM, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Resident {
+    /// Of the guest's RAM.
+    pub guest: u64,
+    /// All the rest, shared libraries included.
+    pub own: u64,
+}
+
+/// The resident memory of a VMM whose guest has `memory` bytes of RAM: a mapping without a file
+/// that is at least a quarter as large is the guest's.
+pub fn resident(pid: u32, memory: u64) -> Result<Resident, Error> {
+    Ok(split(&read(pid, "smaps")?, memory / 4))
+}
+
+/// Sums up proc_pid_smaps(5).
+fn split(smaps: &str, least: u64) -> Resident {
+    let mut sum = Resident::default();
+    let mut guest = false;
+    for line in smaps.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let (Some(first), second) = (words.next(), words.next()) else {
+            continue;
+        };
+        if let Some((start, end)) = first.split_once('-').and_then(|(start, end)| {
+            let number = |text| u64::from_str_radix(text, 16).ok();
+            Some((number(start)?, number(end)?))
+        }) {
+            let inode = words.nth(2);
+            guest = inode == Some("0") && words.next().is_none() && end - start >= least;
+        } else if first == "Rss:" {
+            let kib: u64 = second.and_then(|kib| kib.parse().ok()).unwrap_or(0);
+            *(if guest { &mut sum.guest } else { &mut sum.own }) += kib << 10;
+        }
+    }
+    sum
+}
+
+fn read(pid: u32, file: &str) -> Result<String, Error> {
+    let path = format!("/proc/{pid}/{file}");
+    std::fs::read_to_string(&path).map_err(Error::io(path))
+}
+
+/// The load average of the machine over a minute, as text.
+pub fn load() -> String {
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    load.split(' ').next().unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_times_stand_behind_a_name_of_any_kind() {
+        let stat = "7 (a) b) R 1 2 3 4 5 6 7 8 9 10 120 34 0 0 20 0 1";
+        assert_eq!(ticks(stat), Some(154));
+        assert_eq!(ticks("7 (a"), None);
+    }
+
+    #[test]
+    fn large_anonymous_mappings_are_the_guests() {
+        let smaps = "\
+55d0-55d9 r-xp 00000000 08:01 131 /usr/bin/vmm
+Rss:                   8 kB
+7f0000000000-7f0040000000 rw-p 00000000 00:00 0
+Size:            1048576 kB
+Rss:                4096 kB
+Pss:                4096 kB
+7f1000000000-7f1040000000 rw-p 00000000 00:01 99 /memfd:file
+Rss:                   2 kB
+7f2000000000-7f2000100000 rw-p 00000000 00:00 0 [heap]
+Rss:                   1 kB
+";
+        let resident = split(smaps, 1 << 28);
+        assert_eq!(
+            resident,
+            Resident {
+                guest: 4 << 20,
+                own: 11 << 10
+            }
+        );
+    }
+}

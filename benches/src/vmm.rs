@@ -1,0 +1,198 @@
+//! The VMMs that are measured: how each is started, and where it differs in what it reports.
+
+mod ferry;
+mod qemu;
+
+use std::path::{Path, PathBuf};
+
+use guest_tests::driver::process::Process;
+use guest_tests::driver::qmp::Client;
+use guest_tests::driver::serial::Watcher;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::error::{Error, PATIENCE};
+
+pub use ferry::Ferry;
+pub use qemu::Qemu;
+
+/// What a VMM boots.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    /// An ELF file with a PVH note.
+    pub kernel: PathBuf,
+    /// Its command line.
+    pub append: String,
+    /// Its RAM in bytes, whole MiB.
+    pub memory: u64,
+}
+
+/// What a process is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Boot the guest when `cont` says so.
+    Source,
+    /// Wait for `migrate-incoming`.
+    Destination,
+}
+
+/// The sockets of a process.
+#[derive(Clone, Debug)]
+pub struct Sockets {
+    /// Its QMP server.
+    pub qmp: PathBuf,
+    /// Its guest's serial port.
+    pub serial: PathBuf,
+}
+
+/// The downtime as the source reports it, in milliseconds.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Reported {
+    /// The whole.
+    pub total: f64,
+    /// Stopping the vCPUs, where it is told.
+    pub stop: Option<f64>,
+    /// Sending the last pages.
+    pub last_pages: Option<f64>,
+    /// Saving the state.
+    pub save: Option<f64>,
+    /// Sending the state.
+    pub send: Option<f64>,
+    /// Checking and loading it.
+    pub load: Option<f64>,
+    /// From the agreement to the first instruction.
+    pub start: Option<f64>,
+}
+
+/// A VMM.
+pub trait Vmm {
+    /// For tables.
+    fn name(&self) -> &str;
+
+    /// The binary.
+    fn program(&self) -> &Path;
+
+    /// Its arguments for one end of a migration.
+    fn arguments(&self, guest: &Guest, role: Role, sockets: &Sockets) -> Vec<String>;
+
+    /// Its arguments for a guest that runs at once and writes to standard output.
+    fn direct_arguments(&self, guest: &Guest) -> Vec<String>;
+
+    /// The downtime in an answer to `query-migrate`.
+    fn downtime(&self, info: &Value) -> Option<Reported>;
+}
+
+/// A running VMM.
+#[derive(Debug)]
+pub struct Running {
+    name: String,
+    /// The process.
+    pub process: Process,
+    /// The guest's serial port.
+    pub serial: Watcher,
+    qmp: Client,
+}
+
+impl Running {
+    /// Starts a process whose sockets are in `dir`. No guest runs yet.
+    pub fn start(vmm: &dyn Vmm, guest: &Guest, role: Role, dir: &Path) -> Result<Self, Error> {
+        let side = match role {
+            Role::Source => "source",
+            Role::Destination => "destination",
+        };
+        let name = format!("{}, {side}", vmm.name());
+        let path = |what: &str| dir.join(format!("{side}.{what}"));
+        let sockets = Sockets {
+            qmp: path("qmp"),
+            serial: path("serial"),
+        };
+        for socket in [&sockets.qmp, &sockets.serial] {
+            // Of the run before.
+            let _ = std::fs::remove_file(socket);
+        }
+        let arguments = vmm.arguments(guest, role, &sockets);
+        let process = Process::spawn(vmm.program(), arguments, &path("log"))
+            .map_err(Error::io(format!("starting {}", vmm.program().display())))?;
+        let qmp = Client::connect(&sockets.qmp, PATIENCE).map_err(|source| Error::Qmp {
+            name: name.clone(),
+            source,
+            output: process.output(),
+        })?;
+        let serial = Watcher::connect(&sockets.serial, PATIENCE)
+            .map_err(Error::io(format!("{name}: serial port")))?;
+        Ok(Self {
+            name,
+            process,
+            serial,
+            qmp,
+        })
+    }
+
+    /// Runs a QMP command.
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Error> {
+        self.qmp
+            .execute(command, arguments)
+            .map_err(|source| Error::Qmp {
+                name: self.name.clone(),
+                source,
+                output: self.process.output(),
+            })
+    }
+
+    /// Waits for a line of the guest that `parse` takes.
+    pub fn wait_for<T>(&self, parse: impl FnMut(&str) -> Option<T>) -> Result<T, Error> {
+        match self.serial.wait_for(PATIENCE, parse) {
+            Ok((found, _)) => Ok(found),
+            Err(source) => Err(Error::Guest {
+                name: self.name.clone(),
+                source,
+            }),
+        }
+    }
+
+    /// Sends a command to the guest.
+    pub fn send(&mut self, command: u8) -> Result<(), Error> {
+        let what = format!("{}: serial port", self.name);
+        self.serial.send(&[command]).map_err(Error::io(what))
+    }
+
+    /// Lets it listen on a free port of loopback; returns the address.
+    pub fn listen(&mut self) -> Result<String, Error> {
+        self.execute("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" }))?;
+        let info = self.execute("query-migrate", Value::Null)?;
+        let address = &info["socket-address"][0];
+        match (address["host"].as_str(), address["port"].as_str()) {
+            (Some(host), Some(port)) => Ok(format!("tcp:{host}:{port}")),
+            _ => Err(Error::Wrong(format!(
+                "{}: where does it listen? {info}",
+                self.name
+            ))),
+        }
+    }
+
+    /// Waits until the migration has ended, well or not, and returns when that was told.
+    pub fn wait_migrated(&mut self) -> Result<std::time::Instant, Error> {
+        loop {
+            let event = self
+                .qmp
+                .wait_event("MIGRATION", PATIENCE)
+                .map_err(|source| Error::Qmp {
+                    name: self.name.clone(),
+                    source,
+                    output: self.process.output(),
+                })?;
+            match event.data["status"].as_str() {
+                Some("completed") => return Ok(event.at),
+                Some("failed" | "cancelled") => {
+                    let info = self.execute("query-migrate", Value::Null)?;
+                    return Err(Error::Wrong(format!(
+                        "{}: the migration failed: {info}\n{}",
+                        self.name,
+                        self.process.output()
+                    )));
+                }
+                _ => {}
+            }
+        }
+    }
+}
