@@ -21,3 +21,4 @@ mod lifecycle;
 mod migrate;
 mod mutation;
 mod proxy;
+mod terminal;
