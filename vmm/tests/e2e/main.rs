@@ -18,6 +18,7 @@ mod handover;
 mod harness;
 mod instructions;
 mod lifecycle;
+mod linux;
 mod migrate;
 mod mutation;
 mod proxy;

@@ -35,6 +35,7 @@ impl Session {
         grantpt(&master).unwrap();
         unlockpt(&master).unwrap();
         let peer = ioctl_tiocgptpeer(&master, flags).unwrap();
+        let before = tcgetattr(&peer).unwrap();
         let end = || Stdio::from(peer.try_clone().unwrap());
         let child = Command::new(ferry())
             .args(["run", "--memory", "64M", "--append", append, "--kernel"])
@@ -49,8 +50,8 @@ impl Session {
         Self {
             child,
             terminal: File::from(master),
-            before: tcgetattr(&peer).unwrap(),
             peer,
+            before,
             text: String::new(),
         }
     }
