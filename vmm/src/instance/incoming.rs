@@ -48,14 +48,13 @@ impl Incoming {
         let progress = Arc::new(Mutex::new(new_progress(&shared)));
         let receiver = Receiver {
             shared,
-            listener,
             cancel: cancel.clone(),
             progress: Arc::clone(&progress),
             exit_on_error,
         };
         let thread = thread::Builder::new()
             .name("incoming".to_owned())
-            .spawn(move || receiver.run())
+            .spawn(move || receiver.run(listener))
             .map_err(ListenError::Io)?;
         Ok(Self {
             uri,
@@ -115,20 +114,21 @@ impl Observer for StatusObserver {
 /// The thread that listens and receives.
 struct Receiver {
     shared: Arc<Shared>,
-    listener: Listener,
     cancel: Cancel,
     progress: Arc<Mutex<Arc<Progress>>>,
     exit_on_error: bool,
 }
 
 impl Receiver {
-    fn run(mut self) {
+    fn run(self, mut listener: Listener) {
         let deadlines = Deadlines::default();
-        let incoming = match self.listener.accept(&self.cancel, &deadlines) {
+        let incoming = match listener.accept(&self.cancel, &deadlines) {
             Ok(incoming) => incoming,
             Err(ListenError::Cancelled(_)) => return,
             Err(err) => return self.fail(&format!("cannot wait for a guest: {err}")),
         };
+        // One guest arrives; the address is free for whoever comes after it.
+        drop(listener);
         info!(peer = incoming.peer(), "a guest arrives");
         let progress = Arc::clone(&self.progress.lock().unwrap_or_else(PoisonError::into_inner));
         let job = Job {

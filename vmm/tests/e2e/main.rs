@@ -18,6 +18,8 @@ mod handover;
 mod harness;
 mod instructions;
 mod lifecycle;
+mod linux;
 mod migrate;
 mod mutation;
 mod proxy;
+mod terminal;

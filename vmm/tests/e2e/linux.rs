@@ -1,0 +1,101 @@
+//! Real Linux kernels: Debian's cloud kernel, as guest-tests/linux/fetch gets it.
+//!
+//! On hardware KVM they boot in a second. A KVM that interprets CPL 0 takes half a minute to the
+//! kernel's first lines and many minutes to unpack a bzImage, so these tests ask only for what
+//! both can show: the ELF file by its own first lines, the bzImage by where its code runs.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use crate::harness::{Ferry, PATIENCE, require_kvm, scratch, skip};
+
+const COMMAND_LINE: &str = "earlyprintk=serial,ttyS0 console=ttyS0 panic=-1 ferry.test=\"a b\"";
+
+/// The kernel file of that name, or a notice that the test is skipped.
+fn kernel(name: &str) -> Option<PathBuf> {
+    let dir = std::env::var_os("FERRY_TEST_LINUX").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/linux"),
+        PathBuf::from,
+    );
+    let path = dir.join(name);
+    if path.is_file() {
+        return Some(path);
+    }
+    skip(&format!(
+        "{} is not there; guest-tests/linux/fetch gets it, or set FERRY_TEST_LINUX to a directory \
+         with a Linux bzImage and its vmlinux",
+        path.display()
+    ));
+    None
+}
+
+fn run(dir: &Path, kernel: &Path) -> Ferry {
+    let kernel = kernel.display().to_string();
+    let arguments = [
+        "--kernel",
+        &kernel,
+        "--append",
+        COMMAND_LINE,
+        "--memory",
+        "256M",
+        "--smp",
+        "2",
+        "--paused",
+    ];
+    let mut ferry = Ferry::start(dir, "linux", &arguments);
+    ferry.execute("cont", Value::Null);
+    ferry
+}
+
+/// The instruction pointer of the first vCPU.
+fn instruction(ferry: &mut Ferry) -> u64 {
+    let arguments = json!({ "command-line": "info registers" });
+    let registers = ferry.execute("human-monitor-command", arguments);
+    let registers = registers.as_str().unwrap();
+    let (_, rest) = registers.split_once("RIP=").expect(registers);
+    let digits = rest.split_whitespace().next().unwrap();
+    u64::from_str_radix(digits, 16).unwrap()
+}
+
+#[test]
+fn an_elf_kernel_tells_what_it_was_given() {
+    require_kvm!();
+    let Some(kernel) = kernel("vmlinux") else {
+        return;
+    };
+    let dir = scratch();
+    let ferry = run(dir.path(), &kernel);
+    let mut expected = vec![
+        "Linux version ".to_owned(),
+        format!("Command line: {COMMAND_LINE}"),
+        "BIOS-e820: [mem 0x0000000000100000-0x000000000fffffff] usable".to_owned(),
+        "Hypervisor detected: KVM".to_owned(),
+    ];
+    ferry.wait_line(|line| {
+        expected.retain(|part| !line.contains(part));
+        expected.is_empty().then_some(())
+    });
+}
+
+#[test]
+fn a_bzimage_is_loaded_and_entered() {
+    require_kvm!();
+    let Some(kernel) = kernel("bzImage") else {
+        return;
+    };
+    let dir = scratch();
+    let mut ferry = run(dir.path(), &kernel);
+    // It copies itself behind its place and unpacks there: the instruction pointer goes from
+    // page to page, and nothing goes wrong meanwhile.
+    let deadline = Instant::now() + PATIENCE;
+    let mut pages = std::collections::BTreeSet::new();
+    while pages.len() < 3 {
+        assert!(Instant::now() < deadline, "it runs on {pages:x?} only");
+        let at = instruction(&mut ferry);
+        assert!(at >= 0x10_0000, "it is at {at:#x}");
+        pages.insert(at >> 12);
+        assert_eq!(ferry.status(), "running", "{}", ferry.process.output());
+    }
+}
