@@ -14,6 +14,7 @@ use crate::frame::{FrameError, HEADER_LEN, Header, Kind};
 use crate::guest_io::{GuestPages, PageIo};
 use crate::link::{Link, LinkError, Readiness, not_ready};
 use crate::message::decode_reason;
+use crate::progress::Bytes;
 use crate::protocol::{OutOfOrder, Phase};
 
 /// The most frames of the peer that wait to be looked at.
@@ -112,7 +113,9 @@ pub(crate) struct Channel {
     next_sent: u32,
     next_received: u32,
     sent_bytes: u64,
+    sent: Bytes,
     received_bytes: u64,
+    received: Bytes,
     /// Whether a frame was begun and not finished: nothing more can be sent.
     torn: bool,
     inbox: Vec<u8>,
@@ -135,7 +138,9 @@ impl Channel {
             next_sent: 0,
             next_received: 0,
             sent_bytes: 0,
+            sent: Bytes::default(),
             received_bytes: 0,
+            received: Bytes::default(),
             torn: false,
             inbox: Vec::with_capacity(INBOX),
             inbox_start: 0,
@@ -165,8 +170,18 @@ impl Channel {
         self.sent_bytes
     }
 
+    /// What was sent, by kind.
+    pub(crate) fn sent(&self) -> Bytes {
+        self.sent.of(self.sent_bytes)
+    }
+
     pub(crate) fn received_bytes(&self) -> u64 {
         self.received_bytes
+    }
+
+    /// What was received, by kind.
+    pub(crate) fn received(&self) -> Bytes {
+        self.received.of(self.received_bytes)
     }
 
     /// The body of the frame that [`receive`](Self::receive) returned last.
@@ -361,6 +376,8 @@ impl Channel {
         }
         header.check_body(&self.partial)?;
         self.header = None;
+        self.received
+            .count(header.kind, header.body_len, header.payload_len);
         std::mem::swap(&mut self.body, &mut self.partial);
         self.next_received = self.next_received.wrapping_add(1);
         self.phase = self.phase.after(header.kind)?;

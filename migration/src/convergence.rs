@@ -141,7 +141,12 @@ impl Convergence {
         self.round_trip = Some(self.round_trip.map_or(time, |shortest| shortest.min(time)));
     }
 
-    /// The shortest round trip so far.
+    /// The shortest round trip so far; `None` before the first.
+    pub fn measured_round_trip(&self) -> Option<Duration> {
+        self.round_trip
+    }
+
+    /// The shortest round trip so far; zero before the first.
     pub fn round_trip(&self) -> Duration {
         self.round_trip.unwrap_or_default()
     }

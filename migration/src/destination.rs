@@ -382,6 +382,7 @@ impl Destination<'_> {
         let counts = placement.counts();
         self.job.progress.update(|snapshot| {
             snapshot.round = snapshot.round.max(round);
+            snapshot.bytes = channel.received();
             let ram = &mut snapshot.ram;
             ram.transferred = channel.received_bytes();
             ram.normal = counts.pages;

@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::clock::Clock;
+use crate::frame::Kind;
 use crate::layout::PAGE_SIZE;
+use crate::message::BlobChunk;
 
 /// How many rounds are kept for [`Snapshot::rounds`].
 pub const KEPT_ROUNDS: usize = 256;
@@ -93,6 +95,44 @@ impl Ram {
     pub const PAGE_SIZE: u64 = PAGE_SIZE;
 }
 
+/// What went over the connection, in bytes by what they were; together [`Ram::transferred`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bytes {
+    /// The contents of pages.
+    pub pages: u64,
+    /// Runs of zero pages.
+    pub zero: u64,
+    /// The state of everything but RAM.
+    pub state: u64,
+    /// The blobs: what a later reset needs.
+    pub files: u64,
+    /// All else: headers, checksums, agreement, padding.
+    pub control: u64,
+}
+
+impl Bytes {
+    /// Counts a frame; its header, and what is no content, is counted by [`of`](Self::of).
+    pub(crate) fn count(&mut self, kind: Kind, body_len: u32, payload_len: u32) {
+        let body = u64::from(body_len);
+        match kind {
+            Kind::Pages => self.pages += u64::from(payload_len),
+            Kind::Zero => self.zero += body,
+            Kind::State => self.state += body,
+            Kind::Blob => self.files += body.saturating_sub(BlobChunk::LEN as u64),
+            _ => {}
+        }
+    }
+
+    /// The same, with all of `transferred` bytes that is not counted yet as control.
+    pub(crate) fn of(self, transferred: u64) -> Self {
+        let counted = self.pages + self.zero + self.state + self.files;
+        Self {
+            control: transferred.saturating_sub(counted),
+            ..self
+        }
+    }
+}
+
 /// How long the guest stood still, and what for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Downtime {
@@ -143,6 +183,12 @@ pub struct Snapshot {
     pub error: Option<String>,
     /// Memory.
     pub ram: Ram,
+    /// What `ram.transferred` consists of.
+    pub bytes: Bytes,
+    /// The link's bandwidth as measured, in bytes a second; only at the source.
+    pub bandwidth: Option<f64>,
+    /// The shortest round trip measured; only at the source.
+    pub round_trip: Option<Duration>,
     /// Since the beginning, up to the end.
     pub total_time: Duration,
     /// From the beginning to the first page.

@@ -314,12 +314,11 @@ impl Memory {
     fn tell(&mut self, session: &Session, progress: &Progress) {
         let (sent, told) = (self.sent, self.told);
         self.told = sent;
-        let transferred = session.channel.sent_bytes();
         let data = sent.pages - told.pages;
         let zero = sent.zero - told.zero;
         progress.update(|snapshot| {
+            session.tell(snapshot);
             let ram = &mut snapshot.ram;
-            ram.transferred = transferred;
             ram.normal += data;
             ram.normal_bytes = ram.normal * crate::layout::PAGE_SIZE;
             ram.duplicate += zero;

@@ -14,6 +14,7 @@ use crate::guest_io::GuestPages;
 use crate::message::{Sync, SyncAck};
 use crate::pacing::{Pacing, pages_per_frame};
 use crate::parameters::Parameters;
+use crate::progress::Snapshot;
 use crate::protocol::OutOfOrder;
 
 /// A mark is set at least each so many bytes or so often, to learn how fast data arrives, and so
@@ -221,6 +222,14 @@ impl Session {
             }
             self.answer(kind)?;
         }
+    }
+
+    /// What this side of the connection knows, into a snapshot.
+    pub(crate) fn tell(&self, snapshot: &mut Snapshot) {
+        snapshot.ram.transferred = self.channel.sent_bytes();
+        snapshot.bytes = self.channel.sent();
+        snapshot.bandwidth = self.convergence.bandwidth.estimate();
+        snapshot.round_trip = self.convergence.measured_round_trip();
     }
 
     /// Measures the round trip; nothing else is on its way.

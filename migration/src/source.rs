@@ -237,6 +237,7 @@ impl Source<'_> {
             .map_err(vm("switching the dirty log on"))?;
         self.logging = true;
         self.job.progress.update(|snapshot| {
+            session.tell(snapshot);
             snapshot.ram.total = offer.layout.bytes();
             snapshot.ram.remaining = offer.layout.bytes();
         });

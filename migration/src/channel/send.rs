@@ -50,7 +50,9 @@ impl Channel {
         .encode();
         self.next_sent = self.next_sent.wrapping_add(1);
         let total = (HEADER_LEN + body.len()) as u64 + payload_len;
-        self.send_all([&header, body], memory, runs, total)
+        self.send_all([&header, body], memory, runs, total)?;
+        self.sent.count(kind, body.len() as u32, payload_len as u32);
+        Ok(())
     }
 
     fn send_all(

@@ -171,8 +171,8 @@ impl Source<'_> {
         let seconds = round.time.as_secs_f64().max(1e-6);
         self.job.progress.update(|snapshot| {
             snapshot.expected_downtime = expected;
+            session.tell(snapshot);
             let ram = &mut snapshot.ram;
-            ram.transferred = session.channel.sent_bytes();
             ram.remaining = dirty * crate::layout::PAGE_SIZE;
             ram.dirty_sync_count = round.number;
             ram.dirty_pages_rate = round.dirty_rate as u64;

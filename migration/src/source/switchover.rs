@@ -102,8 +102,8 @@ impl Source<'_> {
         };
         self.job.progress.update(|snapshot| {
             snapshot.downtime = Some(downtime);
+            session.tell(snapshot);
             let ram = &mut snapshot.ram;
-            ram.transferred = session.channel.sent_bytes();
             ram.downtime_bytes = session.channel.sent_bytes() - bytes_before;
             ram.dirty_sync_count = round.number;
             ram.remaining = 0;

@@ -139,6 +139,36 @@ fn an_idle_guest() {
 }
 
 #[test]
+fn both_sides_tell_what_moved_and_the_source_how_fast() {
+    let mut vm = Source::new(1000, 700);
+    let (job, peer) = (source_job(), destination_job());
+    let received = Arc::clone(&peer.progress);
+    let pair = unix_pair();
+    let arriving = arrive(Destination::default(), pair.1, peer);
+    let outcome = source::migrate(&mut vm, Peer::Connected(pair.0), &job);
+    let (destination, arrival) = arriving.join().unwrap();
+    assert_moved(&vm, &outcome, &destination, &arrival);
+
+    let (sent, received) = (job.progress.snapshot(), received.snapshot());
+    let bytes = sent.bytes;
+    let files: usize = vm.blobs.iter().map(|(_, data)| data.len()).sum();
+    assert_eq!(bytes.pages, sent.ram.normal_bytes);
+    assert_eq!(bytes.files, files as u64);
+    assert!(bytes.state > 0 && bytes.control > 0, "{bytes:?}");
+    assert_eq!(
+        bytes.pages + bytes.zero + bytes.state + bytes.files + bytes.control,
+        sent.ram.transferred
+    );
+    assert_eq!(received.bytes.pages, bytes.pages);
+    assert_eq!(received.bytes.files, bytes.files);
+    assert!(sent.bandwidth.is_some_and(|rate| rate > 0.0), "{sent:?}");
+    assert!(
+        sent.round_trip.is_some_and(|time| !time.is_zero()),
+        "{sent:?}"
+    );
+}
+
+#[test]
 fn a_busy_guest_with_a_hole_in_its_memory() {
     for pair in [unix_pair(), tcp_pair()] {
         let mut vm = Source::new(1111, 3333);

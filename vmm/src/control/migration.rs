@@ -149,19 +149,19 @@ pub struct MigrationStats {
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct FerryMigrationInfo {
-    /// The last rounds, oldest first, at most [`MAX_ROUNDS`](Self::MAX_ROUNDS); the last one may
-    /// be under way.
+    /// The last rounds that have ended, oldest first, at most [`MAX_ROUNDS`](Self::MAX_ROUNDS).
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rounds: Vec<MigrationRound>,
-    /// What the bytes sent were.
+    /// What the bytes sent (at the destination: received) were; together
+    /// [`MigrationStats::transferred`].
     pub bytes: BytesByKind,
     /// The downtime in its parts, once the guest has moved.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub downtime: Option<DowntimeParts>,
-    /// The link's throughput as measured, in bytes a second.
+    /// The link's throughput as measured, in bytes a second; only at the source.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<u64>,
-    /// The link's round trip as measured, in microseconds.
+    /// The link's shortest round trip as measured, in microseconds; only at the source.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub round_trip: Option<u64>,
 }

@@ -1,11 +1,11 @@
 //! The engine's figures in the form of the commands.
 
 use migration::parameters::Parameters;
-use migration::progress::{Downtime, Ram, Round, Snapshot, Status};
+use migration::progress::{Bytes, Downtime, Ram, Round, Snapshot, Status};
 use migration::uri::Uri;
 
 use crate::control::command::{
-    CommandError, CommandResult, DowntimeParts, FerryMigrationInfo, MigrationInfo,
+    BytesByKind, CommandError, CommandResult, DowntimeParts, FerryMigrationInfo, MigrationInfo,
     MigrationParameters, MigrationRound, MigrationStats, MigrationStatus, ParameterChange,
     SocketAddress,
 };
@@ -107,13 +107,32 @@ fn ferry(snapshot: &Snapshot) -> FerryMigrationInfo {
         .saturating_sub(FerryMigrationInfo::MAX_ROUNDS);
     FerryMigrationInfo {
         rounds: snapshot.rounds.iter().skip(skip).map(round).collect(),
+        bytes: bytes(snapshot.bytes),
         downtime: snapshot.downtime.map(parts),
-        ..FerryMigrationInfo::default()
+        bandwidth: snapshot.bandwidth.map(|rate| rate as u64),
+        round_trip: snapshot.round_trip.map(us),
     }
 }
 
 fn us(time: std::time::Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn bytes(bytes: Bytes) -> BytesByKind {
+    let Bytes {
+        pages,
+        zero,
+        state,
+        files,
+        control,
+    } = bytes;
+    BytesByKind {
+        pages,
+        zero,
+        state,
+        files,
+        control,
+    }
 }
 
 fn round(round: &Round) -> MigrationRound {

@@ -35,7 +35,7 @@ const DEFAULT_LOG: &str = "warn,vmm::instance=info";
 pub(crate) struct Cli {
     /// What to log, to standard error: error, warn, info, debug, trace, or a filter such as
     /// `migration=debug,warn`
-    /// [default: $FERRY_LOG, or warn]
+    /// [default: $FERRY_LOG, or warn,vmm::instance=info]
     #[arg(long, global = true, value_name = "FILTER")]
     pub(crate) log: Option<String>,
     /// What to do.

@@ -6,7 +6,7 @@ mod monitor;
 mod run;
 
 use std::error::Error;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use tracing_subscriber::EnvFilter;
@@ -37,6 +37,7 @@ fn start_logging(filter: &str) -> Result<(), Box<dyn Error>> {
         .with_env_filter(filter)
         .with_writer(io::stderr)
         .with_target(false)
+        .with_ansi(io::stderr().is_terminal())
         .init();
     Ok(())
 }

@@ -34,13 +34,8 @@ pub(crate) enum RunError {
     #[error("{0}")]
     Console(io::Error),
     /// A socket of a monitor or of QMP.
-    #[error("cannot listen on {path}: {source}")]
-    Socket {
-        /// Its path.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    #[error("{0}")]
+    Socket(io::Error),
     /// A kernel or an initrd.
     #[error("cannot open {path}: {source}")]
     File {
@@ -177,16 +172,12 @@ fn open_files(options: &RunOptions) -> Result<Option<BootFiles>, RunError> {
 /// Opens the sockets of monitors and QMP.
 fn listen(options: &RunOptions, instance: &Instance) -> Result<Vec<Server>, RunError> {
     let control = || Arc::new(instance.clone()) as Arc<dyn Control>;
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        move |source| RunError::Socket { path, source }
-    };
     let mut servers = Vec::new();
     for path in options.qmp.iter().filter_map(QmpSpec::path) {
-        servers.push(qmp::server::listen(path, control()).map_err(failed(path))?);
+        servers.push(qmp::server::listen(path, control()).map_err(RunError::Socket)?);
     }
     for path in options.monitor.iter().filter_map(MonitorSpec::path) {
-        servers.push(monitor::server::listen(path, control()).map_err(failed(path))?);
+        servers.push(monitor::server::listen(path, control()).map_err(RunError::Socket)?);
     }
     Ok(servers)
 }
