@@ -38,6 +38,9 @@ struct Common {
     /// Leave QEMU out
     #[arg(long, global = true)]
     without_qemu: bool,
+    /// Forbid huge pages to every VMM: where the machine itself is virtual, they can be slow
+    #[arg(long, global = true)]
+    no_huge_pages: bool,
     /// Write every figure of every run to this file
     #[arg(long, global = true, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -132,6 +135,12 @@ fn main() -> ExitCode {
 
 fn bench(cli: &Cli) -> Result<(), Error> {
     let vmms = contenders(&cli.common)?;
+    if cli.common.no_huge_pages {
+        // Children inherit it.
+        rustix::thread::disable_transparent_huge_pages(true)
+            .map_err(|err| Error::io("PR_SET_THP_DISABLE")(err.into()))?;
+        println!("Huge pages are forbidden to every VMM.");
+    }
     let load = proc::load();
     let mut record = match &cli.what {
         What::Migration(options) => migrations(cli, options, &vmms)?,
@@ -140,6 +149,7 @@ fn bench(cli: &Cli) -> Result<(), Error> {
     };
     println!("Load average: {load} before, {} after.", proc::load());
     record["load"] = json!(load);
+    record["huge_pages"] = json!(!cli.common.no_huge_pages);
     if let Some(path) = &cli.common.json {
         std::fs::write(path, format!("{record:#}\n"))
             .map_err(Error::io(path.display().to_string()))?;
@@ -238,7 +248,7 @@ fn migrations(cli: &Cli, options: &Migration, vmms: &[Box<dyn Vmm>]) -> Result<V
     })?;
     let mut table = table(vmms);
     type Pick = fn(&migration::Outcome) -> Option<f64>;
-    let rows: [(&str, usize, Pick); 18] = [
+    let rows: [(&str, usize, Pick); 19] = [
         ("total, ms", 0, |o| Some(o.total)),
         ("total reported, ms", 0, |o| Some(o.total_reported)),
         ("downtime felt, ms", 2, |o| Some(o.felt)),
@@ -258,6 +268,7 @@ fn migrations(cli: &Cli, options: &Migration, vmms: &[Box<dyn Vmm>]) -> Result<V
         ("sent, MiB", 1, |o| Some(o.bytes as f64 / MIB)),
         ("rounds", 0, |o| Some(o.rounds as f64)),
         ("CPU, s", 2, |o| Some(o.cpu_seconds)),
+        ("stolen from this machine, ms", 0, |o| Some(o.stolen)),
         ("resident at the destination, of the source's", 3, |o| {
             Some(o.resident_destination as f64 / o.resident_source as f64)
         }),

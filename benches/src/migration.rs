@@ -45,6 +45,9 @@ pub struct Outcome {
     pub rounds: u64,
     /// CPU time of both processes from the command to the event, the guest's included.
     pub cpu_seconds: f64,
+    /// CPU time that other virtual machines of the same host have taken from this one meanwhile:
+    /// a run in which it is much says little.
+    pub stolen: f64,
     /// Of the guest's RAM at the source, in bytes, before.
     pub resident_source: u64,
     /// Of the guest's RAM at the destination, right after.
@@ -95,10 +98,12 @@ pub fn run(
             .sum::<Result<f64, Error>>()
     };
     let cpu_before = cpu()?;
+    let stolen_before = proc::stolen_seconds()?;
     let begin = Instant::now();
     source.execute("migrate", json!({ "uri": uri }))?;
     let end = source.wait_migrated()?;
     let cpu_seconds = cpu()? - cpu_before;
+    let stolen = (proc::stolen_seconds()? - stolen_before) * 1e3;
     let info = settled(&mut source)?;
 
     let first = first_heartbeat(&destination)?;
@@ -124,6 +129,7 @@ pub fn run(
         bytes: number(&info["ram"]["transferred"]),
         rounds: number(&info["ram"]["dirty-sync-count"]),
         cpu_seconds,
+        stolen,
         resident_source,
         resident_destination,
         verified_pages,

@@ -1,4 +1,4 @@
-//! What the kernel knows about a process: CPU time and resident memory.
+//! What the kernel knows: CPU time and resident memory of a process, how busy the machine is.
 
 use serde::Serialize;
 
@@ -10,7 +10,23 @@ pub fn cpu_seconds(pid: u32) -> Result<f64, Error> {
     let stat = read(pid, "stat")?;
     let ticks = ticks(&stat)
         .ok_or_else(|| Error::Wrong(format!("/proc/{pid}/stat has no CPU times: '{stat}'")))?;
-    Ok(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
+    Ok(seconds(ticks))
+}
+
+fn seconds(ticks: u64) -> f64 {
+    ticks as f64 / rustix::param::clock_ticks_per_second() as f64
+}
+
+/// The CPU time that a hypervisor below this machine has given to others so far, in seconds, summed
+/// over the CPUs; 0 on hardware.
+pub fn stolen_seconds() -> Result<f64, Error> {
+    let path = "/proc/stat";
+    let stat = std::fs::read_to_string(path).map_err(Error::io(path))?;
+    // "cpu user nice system idle iowait irq softirq steal …", see proc_stat(5).
+    let steal = stat.split_ascii_whitespace().nth(8);
+    Ok(seconds(
+        steal.and_then(|ticks| ticks.parse().ok()).unwrap_or(0),
+    ))
 }
 
 /// utime and stime, the 14th and the 15th field of proc_pid_stat(5). The second one, the program's
