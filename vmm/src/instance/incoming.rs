@@ -141,7 +141,14 @@ impl Receiver {
             arriving: None,
         };
         match destination::receive(&mut destination, incoming, &job) {
-            Ok(arrival) => info!(?arrival, "the guest has arrived"),
+            Ok(arrival) => {
+                let stopped_ms = arrival.start.stopped_for.as_secs_f64() * 1e3;
+                info!(
+                    stopped_ms,
+                    runs = arrival.start.run,
+                    "the guest has arrived"
+                );
+            }
             Err(err) => self.fail(&format!("the migration failed: {err}")),
         }
     }

@@ -133,6 +133,17 @@ impl Side {
             })
     }
 
+    /// The guest's own longest gap in µs since it was last asked.
+    fn status(&mut self) -> Result<u64, DemoError> {
+        self.serial
+            .send(&[command::STATUS])
+            .map_err(io_error("talking to the guest"))?;
+        self.wait_for(PATIENCE, |report| match report {
+            Report::Status { longest_gap_us, .. } => Some(longest_gap_us),
+            _ => None,
+        })
+    }
+
     /// Waits for a report of the guest; an error or a fault that it reports ends the demo.
     fn wait_for<T>(
         &self,
@@ -191,7 +202,8 @@ pub(crate) fn run(options: &DemoOptions) -> Result<ExitCode, DemoError> {
         "migrate-set-parameters",
         json!({ "downtime-limit": options.downtime_limit.as_millis() as u64 }),
     )?;
-    source.serial.forget_gaps();
+    // Its longest gap counts from here.
+    source.status()?;
     source.execute("migrate", json!({ "uri": uri }))?;
     let info = watch(&mut source)?;
     summarize(&mut source, &mut destination, &info)?;
@@ -332,14 +344,7 @@ fn round_line(round: &Value) -> String {
 }
 
 fn summarize(source: &mut Side, destination: &mut Side, info: &Value) -> Result<(), DemoError> {
-    destination
-        .serial
-        .send(&[command::STATUS])
-        .map_err(io_error("talking to the guest"))?;
-    let longest_gap = destination.wait_for(PATIENCE, |report| match report {
-        Report::Status { longest_gap_us, .. } => Some(longest_gap_us),
-        _ => None,
-    })?;
+    let longest_gap = destination.status()?;
     destination
         .serial
         .send(&[command::VERIFY])
@@ -375,7 +380,7 @@ fn summarize(source: &mut Side, destination: &mut Side, info: &Value) -> Result<
         part("start"),
     );
     println!(
-        "  the guest's own      {:.1} ms, its longest gap by its TSC",
+        "  the guest's own      {:.1} ms, its longest wait since the migration began, by its TSC",
         ms(longest_gap)
     );
     let number = |key: &str| info["ram"][key].as_u64().unwrap_or_default();

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use migration::listener::ListenError;
 use tokio::sync::Notify;
+use vmm::boot::BootError;
 use vmm::console::signals::{Terminations, raw_after_stop};
 use vmm::console::{Console, SerialBackend};
 use vmm::control::command::{Machine as Control, ShutdownCause};
@@ -53,6 +54,14 @@ pub(crate) enum RunError {
     /// Listening for a migration.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// The kernel, the initrd or the command line.
+    #[error("cannot boot {kernel}: {source}")]
+    Boot {
+        /// The kernel's path.
+        kernel: PathBuf,
+        /// Why.
+        source: BootError,
+    },
     /// What happened later.
     #[error("{0}")]
     Ended(String),
@@ -102,7 +111,9 @@ async fn serve(options: &RunOptions) -> Result<(), RunError> {
         (Some(Incoming::At(address)), _) => {
             instance.wait_for_guest(Some(address), true)?;
         }
-        (None, Some(files)) => instance.boot(files)?,
+        (None, Some(files)) => instance
+            .boot(files)
+            .map_err(|error| not_booted(options, error))?,
         // The command line was checked for this.
         (None, None) => return Err(RunError::Ended("there is nothing to run".to_owned())),
     }
@@ -167,6 +178,16 @@ fn open_files(options: &RunOptions) -> Result<Option<BootFiles>, RunError> {
         kernel: open(kernel)?,
         initrd: options.initrd.as_deref().map(open).transpose()?,
     }))
+}
+
+fn not_booted(options: &RunOptions, error: MachineError) -> RunError {
+    match (error, &options.kernel) {
+        (MachineError::Boot(source), Some(kernel)) => RunError::Boot {
+            kernel: kernel.clone(),
+            source,
+        },
+        (error, _) => error.into(),
+    }
 }
 
 /// Opens the sockets of monitors and QMP.
