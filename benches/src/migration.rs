@@ -29,7 +29,8 @@ pub struct Outcome {
     pub total: f64,
     /// The same as the source says.
     pub total_reported: f64,
-    /// From the last heartbeat at the source to the first at the destination.
+    /// From the last heartbeat at the source to the first at the destination, as they were read:
+    /// on a busy machine the reading may be late, and this negative.
     pub felt: f64,
     /// The downtime as the source says.
     pub reported: Reported,
@@ -119,7 +120,7 @@ pub fn run(
     Ok(Outcome {
         total: ms(end - begin),
         total_reported: info["total-time"].as_f64().unwrap_or_default(),
-        felt: ms(first.saturating_duration_since(last)),
+        felt: ms(first.saturating_duration_since(last)) - ms(last.saturating_duration_since(first)),
         reported: vmm
             .downtime(&info)
             .ok_or_else(|| Error::Wrong(format!("{} reports no downtime: {info}", vmm.name())))?,
