@@ -1,8 +1,9 @@
 //! What a guest finds at its entry, by each boot protocol.
 
 use guest_tests::boot::{Options, Probe, Protocol, Report, Then, checksum, command_line};
+use guest_tests::driver::process::Process;
 
-use crate::harness::{Ferry, Guest, require_kvm, scratch};
+use crate::harness::{Guest, PATIENCE, ferry, require_kvm, scratch};
 
 const FLAVOURS: [(&[u8], Protocol); 2] = [
     (guest_tests::BOOT, Protocol::Pvh),
@@ -22,34 +23,56 @@ struct Told {
     vcpus: u64,
 }
 
+/// Runs the guest up to its power-off. A file keeps its first words; a socket's client may come
+/// too late for them.
 fn boot(guest: &Guest<'_>, more: &[&str]) -> Told {
     let dir = scratch();
-    // The guest must not end before what it says is read.
-    let arguments = [&["--no-shutdown"], more].concat();
-    let ferry = Ferry::run(dir.path(), "b", guest, &arguments);
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    let (kernel, serial, smp) = (at("kernel"), at("serial"), guest.smp.to_string());
+    std::fs::write(&kernel, guest.image).unwrap();
+    let serial_option = format!("file:{serial}");
+    let mut arguments = vec![
+        "run",
+        "--kernel",
+        &kernel,
+        "--append",
+        &guest.append,
+        "--memory",
+        guest.memory,
+        "--smp",
+        &smp,
+        "--serial",
+        &serial_option,
+    ];
+    arguments.extend_from_slice(more);
+    let mut process = Process::spawn(ferry(), arguments, &dir.path().join("log")).unwrap();
+    let status = process.wait(PATIENCE).unwrap().expect("it powers off");
+    assert!(status.success(), "{}", process.output());
+    let said = std::fs::read_to_string(serial).unwrap();
     let mut told = Told::default();
-    ferry.wait_line(|line| {
+    let mut done = false;
+    for line in said.lines() {
         if let Some(text) = command_line(line) {
             text.clone_into(&mut told.command_line);
         }
-        match Report::parse(line)? {
-            Report::Entered { protocol, rsdp } => {
+        match Report::parse(line) {
+            Some(Report::Entered { protocol, rsdp }) => {
                 told.protocol = Some(protocol);
                 told.rsdp = rsdp.0;
             }
-            Report::Region {
+            Some(Report::Region {
                 base,
                 size,
                 kind,
                 probe,
-            } => told.regions.push((base.0, size.0, kind, probe)),
-            Report::Initrd { size, checksum, .. } => told.initrd = Some((size, checksum.0)),
-            Report::Vcpus { running } => told.vcpus = running,
-            Report::Done { .. } => return Some(()),
+            }) => told.regions.push((base.0, size.0, kind, probe)),
+            Some(Report::Initrd { size, checksum, .. }) => told.initrd = Some((size, checksum.0)),
+            Some(Report::Vcpus { running }) => told.vcpus = running,
+            Some(Report::Done { .. }) => done = true,
             _ => {}
         }
-        None
-    });
+    }
+    assert!(done, "{said}");
     told
 }
 
