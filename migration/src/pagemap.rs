@@ -236,7 +236,7 @@ mod tests {
         map.method = Method::Scan;
         assert_eq!(touched(&mut map, &memory), written);
         if map.method != Method::Scan {
-            eprintln!("SKIPPED: PAGEMAP_SCAN: needs Linux 6.7");
+            guest_tests::driver::skip("in part: PAGEMAP_SCAN; needs Linux 6.7");
         }
         // A page that was only read is the kernel's page of zeroes, which the scan tells.
         assert_eq!(memory.read_obj::<u8>(GuestAddress(0)).unwrap(), 0);

@@ -87,9 +87,8 @@ fn to_and_fro_twenty_times_without_a_leak() {
 }
 
 #[test]
-fn back_to_the_first_process_that_stayed() {
+fn from_one_to_the_next_and_to_a_third() {
     require_kvm!();
-    // The source fails to one destination, then moves to another, and from there on to a third.
     let dir = scratch();
     let mut a = Ferry::run_dirtier(dir.path(), "a", "64M", busy_small());
     let (mut b, to_b) = Ferry::incoming(dir.path(), "b");
