@@ -39,7 +39,7 @@ pub struct Blob {
 pub struct Pause {
     /// Whether the guest ran before: only then may the destination, or a failed migration, run it.
     pub was_running: bool,
-    /// When the last vCPU left the guest, on the engine's [`Clock`](crate::clock::Clock).
+    /// Since when the guest stands still, on the engine's [`Clock`](crate::clock::Clock).
     pub last_instruction: Duration,
 }
 

@@ -300,10 +300,15 @@ impl Machine {
         Ok(())
     }
 
-    /// Stops the guest, and returns when its last vCPU left it, on the clock of the migration
+    /// Stops the guest, and returns since when it stands still, on the clock of the migration
     /// engine. Nothing if it is stopped already.
+    ///
+    /// That is when the vCPUs were asked, and not when they left KVM: one that waits for a host
+    /// CPU just then leaves late, without having executed anything meanwhile. One that runs is out
+    /// some 100 µs later.
     pub fn pause(&self) -> Duration {
         let mut vcpus = self.vcpus();
+        let asked = MonotonicClock.now();
         for vcpu in &vcpus.threads {
             vcpu.request_pause();
         }
@@ -316,7 +321,10 @@ impl Machine {
             vcpu.wait_paused();
             last = last.max(vcpu.last_left());
         }
-        let last = last.unwrap_or_else(|| MonotonicClock.now());
+        let last = match last {
+            Some(left) if !ran => left,
+            _ => asked,
+        };
         if ran || vcpus.stopped.is_none() {
             match ClockState::take(&self.vm, &vcpus.clocks(), last) {
                 Ok(clocks) => vcpus.stopped = Some(clocks),
