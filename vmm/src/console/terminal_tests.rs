@@ -11,7 +11,7 @@ use rustix::termios::{LocalModes, Termios, tcgetattr};
 
 use super::signals::{Termination, Terminations};
 use super::*;
-use crate::control::command::{EventKind, Machine, ShutdownCause};
+use crate::control::command::{Control, EventKind, ShutdownCause};
 use crate::control::fake::FakeMachine;
 use crate::control::monitor;
 

@@ -18,12 +18,12 @@ pub use super::run_state::{CpuInfo, RunState, StatusInfo};
 /// The result of a command.
 pub type CommandResult<T> = Result<T, CommandError>;
 
-/// The machine, as the control plane sees it.
+/// A running ferry, as those who control it see it.
 ///
 /// All methods are called on the main thread, which serves every client: each must return after
 /// short, bounded work, never after waiting for a peer. What takes long goes on in the
 /// background and is told by events and [`migration_info`](Self::migration_info).
-pub trait Machine: Send + Sync {
+pub trait Control: Send + Sync {
     /// The guest's name, as given with `--name`.
     fn name(&self) -> Option<String>;
 
@@ -87,7 +87,7 @@ pub trait Machine: Send + Sync {
     fn subscribe(&self) -> broadcast::Receiver<Event>;
 }
 
-impl dyn Machine {
+impl dyn Control {
     /// [Checks](ParameterChange::check) and makes a change of parameters.
     pub fn change_parameters(&self, change: ParameterChange) -> CommandResult<()> {
         change.check()?;

@@ -67,7 +67,7 @@ impl FakeMachine {
     }
 }
 
-impl Machine for FakeMachine {
+impl Control for FakeMachine {
     fn name(&self) -> Option<String> {
         self.state().name.clone()
     }

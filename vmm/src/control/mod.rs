@@ -1,6 +1,6 @@
 //! The control plane: what a user or a program may ask of a running machine, and who asks.
 //!
-//! [`command`] is the one typed layer: the [`Machine`](command::Machine) trait, which the machine
+//! [`command`] is the one typed layer: the [`Control`](command::Control) trait, which the machine
 //! implements, with the types that it speaks in (named, shaped and valued as in QEMU's QAPI
 //! schema), and their checks. Start reading there. [`qmp`] is its face for programs, [`monitor`] the
 //! one for people.

@@ -9,7 +9,7 @@ use super::incoming::Incoming;
 use super::outgoing::Outgoing;
 use super::{Exit, Instance, State, info};
 use crate::control::command::{
-    CommandError, CommandResult, CpuInfo, Event, Machine as Control, MigrateRequest,
+    CommandError, CommandResult, Control, CpuInfo, Event, MigrateRequest,
     MigrationCapabilityStatus, MigrationInfo, MigrationParameters, MigrationStatus,
     ParameterChange, RunState, ShutdownCause, StatusInfo, Uri,
 };

@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use vmm::boot::BootError;
 use vmm::console::signals::{Terminations, raw_after_stop};
 use vmm::console::{Console, SerialBackend};
-use vmm::control::command::{Machine as Control, ShutdownCause};
+use vmm::control::command::{Control, ShutdownCause};
 use vmm::control::socket::Server;
 use vmm::control::{monitor, qmp};
 use vmm::instance::{Exit, Instance, Settings};

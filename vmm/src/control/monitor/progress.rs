@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
-use crate::control::command::{Event, Machine, MigrationInfo, MigrationStatus};
+use crate::control::command::{Control, Event, MigrationInfo, MigrationStatus};
 use crate::control::size::format_size;
 
 /// What a follower tells.
@@ -20,14 +20,14 @@ pub enum Progress {
 
 /// Follows the machine's migration.
 pub struct Follower {
-    machine: Arc<dyn Machine>,
+    machine: Arc<dyn Control>,
     events: Option<broadcast::Receiver<Event>>,
     ticks: Interval,
 }
 
 impl Follower {
     /// Follows the migration that has been started just before, with a line every `period`.
-    pub fn new(machine: Arc<dyn Machine>, period: Duration) -> Self {
+    pub fn new(machine: Arc<dyn Control>, period: Duration) -> Self {
         let mut ticks = interval(period);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self {

@@ -11,7 +11,7 @@ use tokio::net::UnixStream;
 
 use super::progress::{Follower, Progress};
 use super::{CANCEL, GREETING, Outcome, PROMPT, Session};
-use crate::control::command::Machine;
+use crate::control::command::Control;
 use crate::control::socket::{Closing, Server, closed};
 
 /// The longest line in bytes.
@@ -21,7 +21,7 @@ const MAX_LINE: usize = 4096;
 const PROGRESS: Duration = Duration::from_secs(1);
 
 /// Listens for monitor clients. Must be called in a tokio runtime.
-pub fn listen(path: &Path, machine: Arc<dyn Machine>) -> io::Result<Server> {
+pub fn listen(path: &Path, machine: Arc<dyn Control>) -> io::Result<Server> {
     Server::listen(path, move |stream, closing| {
         let client = Client {
             session: Session::new(Arc::clone(&machine)),

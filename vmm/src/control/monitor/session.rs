@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::commands::{self, Failure, Reply};
 use super::line;
-use crate::control::command::{CommandError, CommandResult, Machine};
+use crate::control::command::{CommandError, CommandResult, Control};
 
 /// What a line led to.
 #[derive(Debug, PartialEq, Eq)]
@@ -19,18 +19,18 @@ pub enum Outcome {
 
 /// A conversation: the machine, and what was said before that matters.
 pub struct Session {
-    machine: Arc<dyn Machine>,
+    machine: Arc<dyn Control>,
     cpu: u32,
 }
 
 impl Session {
     /// A new conversation.
-    pub fn new(machine: Arc<dyn Machine>) -> Self {
+    pub fn new(machine: Arc<dyn Control>) -> Self {
         Self { machine, cpu: 0 }
     }
 
     /// The machine that it is about.
-    pub fn machine(&self) -> &Arc<dyn Machine> {
+    pub fn machine(&self) -> &Arc<dyn Control> {
         &self.machine
     }
 

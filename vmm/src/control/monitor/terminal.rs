@@ -23,7 +23,7 @@ use tokio::sync::{Notify, mpsc};
 use super::complete::complete;
 use super::progress::{Follower, Progress};
 use super::{GREETING, Outcome, PROMPT, Session};
-use crate::control::command::Machine;
+use crate::control::command::Control;
 
 /// How often progress is told, where it is rewritten in place.
 const PROGRESS: Duration = Duration::from_millis(200);
@@ -83,7 +83,7 @@ enum Answer {
 }
 
 /// Starts the monitor. Must be called in a tokio runtime. The thread lives as long as its input.
-pub fn spawn(machine: Arc<dyn Machine>) -> io::Result<Arc<Foreground>> {
+pub fn spawn(machine: Arc<dyn Control>) -> io::Result<Arc<Foreground>> {
     let (lines, commands) = mpsc::channel(1);
     let (answers, answered) = sync_channel(16);
     let foreground = Arc::new(Foreground::default());
@@ -105,7 +105,7 @@ pub fn spawn(machine: Arc<dyn Machine>) -> io::Result<Arc<Foreground>> {
 }
 
 async fn execute(
-    machine: Arc<dyn Machine>,
+    machine: Arc<dyn Control>,
     mut commands: mpsc::Receiver<String>,
     answers: SyncSender<Answer>,
     foreground: Arc<Foreground>,

@@ -7,12 +7,12 @@ use serde_json::{Value, json};
 
 use super::arguments::Arguments;
 use crate::control::command::{
-    CommandError, CommandResult, ErrorClass, Machine, MigrateRequest, MigrationCapabilityStatus,
+    CommandError, CommandResult, Control, ErrorClass, MigrateRequest, MigrationCapabilityStatus,
     ParameterChange, ShutdownCause, Uri,
 };
 use crate::control::monitor;
 
-type Handler = fn(&Arc<dyn Machine>, Arguments) -> CommandResult<Value>;
+type Handler = fn(&Arc<dyn Control>, Arguments) -> CommandResult<Value>;
 
 /// Every command but `qmp_capabilities`, which only opens a session.
 const COMMANDS: &[(&str, Handler)] = &[
@@ -61,7 +61,7 @@ const COMMANDS: &[(&str, Handler)] = &[
 
 /// Carries a command out.
 pub fn execute(
-    machine: &Arc<dyn Machine>,
+    machine: &Arc<dyn Control>,
     name: &str,
     arguments: Arguments,
 ) -> CommandResult<Value> {
@@ -90,7 +90,7 @@ fn query<T: Serialize>(arguments: Arguments, get: impl FnOnce() -> T) -> Command
     serde_json::to_value(get()).map_err(|error| CommandError::generic(error.to_string()))
 }
 
-fn query_commands(_: &Arc<dyn Machine>, arguments: Arguments) -> CommandResult<Value> {
+fn query_commands(_: &Arc<dyn Control>, arguments: Arguments) -> CommandResult<Value> {
     let names = COMMANDS
         .iter()
         .map(|(name, _)| *name)
@@ -102,14 +102,14 @@ fn query_commands(_: &Arc<dyn Machine>, arguments: Arguments) -> CommandResult<V
     })
 }
 
-fn query_name(machine: &Arc<dyn Machine>, arguments: Arguments) -> CommandResult<Value> {
+fn query_name(machine: &Arc<dyn Control>, arguments: Arguments) -> CommandResult<Value> {
     query(arguments, || match machine.name() {
         Some(name) => json!({ "name": name }),
         None => json!({}),
     })
 }
 
-fn query_cpus_fast(machine: &Arc<dyn Machine>, arguments: Arguments) -> CommandResult<Value> {
+fn query_cpus_fast(machine: &Arc<dyn Control>, arguments: Arguments) -> CommandResult<Value> {
     let cpus = || {
         let cpu = |cpu: crate::control::command::CpuInfo| {
             json!({
@@ -126,7 +126,7 @@ fn query_cpus_fast(machine: &Arc<dyn Machine>, arguments: Arguments) -> CommandR
 }
 
 fn human_monitor_command(
-    machine: &Arc<dyn Machine>,
+    machine: &Arc<dyn Control>,
     mut arguments: Arguments,
 ) -> CommandResult<Value> {
     let line = arguments.string("command-line")?;
@@ -142,7 +142,7 @@ fn human_monitor_command(
     Ok(Value::String(session.execute_at_once(&line)))
 }
 
-fn migrate(machine: &Arc<dyn Machine>, mut arguments: Arguments) -> CommandResult<Value> {
+fn migrate(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResult<Value> {
     let uri = arguments.string("uri")?;
     let channels = arguments.objects("channels")?;
     // How QEMU's older clients ask for disks to be copied as well.
@@ -164,7 +164,7 @@ fn migrate(machine: &Arc<dyn Machine>, mut arguments: Arguments) -> CommandResul
     nothing(arguments, || machine.migrate(MigrateRequest { address }))
 }
 
-fn migrate_incoming(machine: &Arc<dyn Machine>, mut arguments: Arguments) -> CommandResult<Value> {
+fn migrate_incoming(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResult<Value> {
     let uri = arguments.string("uri")?;
     let channels = arguments.objects("channels")?;
     let exit_on_error = arguments.boolean("exit-on-error")?.unwrap_or(true);
@@ -234,7 +234,7 @@ fn main_channel(mut channel: Arguments) -> CommandResult<Uri> {
 }
 
 fn migrate_set_parameters(
-    machine: &Arc<dyn Machine>,
+    machine: &Arc<dyn Control>,
     mut arguments: Arguments,
 ) -> CommandResult<Value> {
     let change = ParameterChange {
@@ -246,7 +246,7 @@ fn migrate_set_parameters(
 }
 
 fn migrate_set_capabilities(
-    machine: &Arc<dyn Machine>,
+    machine: &Arc<dyn Control>,
     mut arguments: Arguments,
 ) -> CommandResult<Value> {
     let entries = arguments.objects("capabilities")?;

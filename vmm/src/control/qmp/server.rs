@@ -14,7 +14,7 @@ use tokio::time::{Instant, timeout_at};
 use super::commands;
 use super::framing::JsonStream;
 use super::request::{Request, answer};
-use crate::control::command::{CommandError, CommandResult, ErrorClass, Event, Machine};
+use crate::control::command::{CommandError, CommandResult, Control, ErrorClass, Event};
 use crate::control::socket::{Closing, Server, closed};
 
 /// Above this many bytes that a client has not read, its commands wait.
@@ -27,14 +27,14 @@ const MAX_BROKEN: u32 = 64;
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Listens for QMP clients. Must be called in a tokio runtime.
-pub fn listen(path: &Path, machine: Arc<dyn Machine>) -> io::Result<Server> {
+pub fn listen(path: &Path, machine: Arc<dyn Control>) -> io::Result<Server> {
     Server::listen(path, move |stream, closing| {
         Client::new(Arc::clone(&machine)).serve(stream, closing)
     })
 }
 
 pub(crate) struct Client {
-    machine: Arc<dyn Machine>,
+    machine: Arc<dyn Control>,
     /// There once the capabilities are negotiated.
     events: Option<broadcast::Receiver<Event>>,
     input: JsonStream,
@@ -59,7 +59,7 @@ enum End {
 }
 
 impl Client {
-    pub(crate) fn new(machine: Arc<dyn Machine>) -> Self {
+    pub(crate) fn new(machine: Arc<dyn Control>) -> Self {
         let mut client = Self {
             machine,
             events: None,
