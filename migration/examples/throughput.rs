@@ -66,6 +66,7 @@ impl SourceVm for Idle {
     fn resume(&mut self, _: Pause) -> Result<(), VmError> {
         Ok(())
     }
+    fn handed_over(&mut self) {}
     fn stop_dirty_log(&mut self) {}
 }
 

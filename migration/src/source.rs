@@ -258,6 +258,7 @@ impl Source<'_> {
             Ok(downtime) => {
                 self.stop_logging();
                 tracing::info!(id = ?self.id, downtime_us = downtime.total.as_micros(), "migration completed");
+                self.vm.handed_over();
                 self.job.progress.complete();
                 return Outcome::Completed(downtime);
             }
@@ -312,6 +313,7 @@ impl Source<'_> {
             id = ?self.id,
             "the guest was handed over, but the destination has not confirmed that it runs ({error}): it stays stopped here, and may be running there"
         );
+        self.vm.handed_over();
         self.job.progress.set_status(Status::HandoverUnknown);
         Outcome::HandoverUnknown { error }
     }

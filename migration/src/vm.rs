@@ -84,6 +84,10 @@ pub trait SourceVm {
     /// hand-over: the guest runs on if `pause.was_running`.
     fn resume(&mut self, pause: Pause) -> Result<(), VmError>;
 
+    /// The guest is at the destination, or may be: it stays stopped here. Called before that is
+    /// shown to anyone.
+    fn handed_over(&mut self);
+
     /// Ends logging; called once for every successful start, however the migration ended.
     fn stop_dirty_log(&mut self);
 }

@@ -289,6 +289,7 @@ impl SourceVm for Source {
         Ok(())
     }
 
+    fn handed_over(&mut self) {}
     fn stop_dirty_log(&mut self) {
         self.called("stop_dirty_log").unwrap();
         let log = self.shared.guest.lock().unwrap().log.take();

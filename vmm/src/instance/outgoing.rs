@@ -127,9 +127,6 @@ struct StatusObserver(Arc<Shared>);
 
 impl Observer for StatusObserver {
     fn status_changed(&self, status: Status) {
-        if matches!(status, Status::Completed | Status::HandoverUnknown) {
-            self.0.state().run = RunState::Postmigrate;
-        }
         self.0.emit_of_migration(EventKind::Migration {
             status: info::status(status),
         });
@@ -259,6 +256,10 @@ impl SourceVm for Source {
             state.run = self.before;
         }
         Ok(())
+    }
+
+    fn handed_over(&mut self) {
+        self.shared.state().run = RunState::Postmigrate;
     }
 
     fn stop_dirty_log(&mut self) {

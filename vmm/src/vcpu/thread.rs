@@ -331,13 +331,13 @@ impl Body {
             shared.changed.notify_all();
             let Left { at, event } = self.vcpu.run(kickable, &*self.bus, &shared.pause);
             store(&shared.left_at, at);
-            shared.set_status(VcpuStatus::Paused {
-                event: event.clone(),
-            });
-            // After the status, so that whoever is told finds the vCPU paused.
-            if let Some(event) = event {
-                self.events.vcpu_stopped(self.vcpu.index, event);
+            // Before the status: whoever has waited for the pause must find the event, or a
+            // migration could take the guest away and forget the reset that it asked for. Whoever
+            // is told of it may have to wait a moment for the pause.
+            if let Some(event) = &event {
+                self.events.vcpu_stopped(self.vcpu.index, event.clone());
             }
+            shared.set_status(VcpuStatus::Paused { event });
         } else {
             shared.set_status(VcpuStatus::Paused { event: None });
         }
