@@ -252,12 +252,7 @@ impl SaveRestore for Cmos {
             offset_seconds,
             ram,
         } = decode(NAME, body)?;
-        let field = |field, value, expected| StateError::Field {
-            device: NAME,
-            field,
-            value,
-            expected,
-        };
+        let field = |field, value, expected| StateError::field(NAME, field, value, expected);
         if usize::from(index) >= RAM {
             return Err(field("index", index.into(), "less than 128"));
         }

@@ -12,6 +12,7 @@ pub mod i8042;
 pub mod power;
 pub mod serial;
 pub mod state;
+pub mod virtio;
 
 /// An edge-triggered interrupt request line.
 pub trait InterruptLine: Send + Sync {

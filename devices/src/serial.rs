@@ -212,12 +212,7 @@ impl TryFrom<SavedSerial> for SerialState {
             if valid {
                 Ok(())
             } else {
-                Err(StateError::Field {
-                    device: NAME,
-                    field,
-                    value,
-                    expected,
-                })
+                Err(StateError::field(NAME, field, value, expected))
             }
         };
         field(
@@ -278,7 +273,7 @@ impl SaveRestore for Serial {
         let saved: SavedSerial = decode(NAME, body)?;
         self.replace(&saved.try_into()?)
             .map_err(|err| StateError::Restore {
-                device: NAME,
+                device: NAME.to_owned(),
                 source: std::io::Error::other(err.to_string()),
             })
     }

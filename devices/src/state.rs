@@ -28,7 +28,7 @@ pub enum StateError {
     #[error("{device}: the state can't be encoded")]
     Encode {
         /// The device.
-        device: &'static str,
+        device: String,
         /// What the encoder says.
         #[source]
         source: bincode::error::EncodeError,
@@ -37,7 +37,7 @@ pub enum StateError {
     #[error("{device}: the saved state can't be decoded")]
     Decode {
         /// The device.
-        device: &'static str,
+        device: String,
         /// What the decoder says.
         #[source]
         source: bincode::error::DecodeError,
@@ -46,7 +46,7 @@ pub enum StateError {
     #[error("{device}: {extra} bytes behind the end of the saved state")]
     LeftOver {
         /// The device.
-        device: &'static str,
+        device: String,
         /// How many.
         extra: usize,
     },
@@ -54,19 +54,19 @@ pub enum StateError {
     #[error("{device}: saved field '{field}' is {value}, expected {expected}")]
     Field {
         /// The device.
-        device: &'static str,
+        device: String,
         /// The field of the saved structure.
-        field: &'static str,
+        field: String,
         /// Its value.
         value: u64,
         /// What the device can have.
-        expected: &'static str,
+        expected: String,
     },
     /// The device took the state but could not act on it.
     #[error("{device}: restoring failed")]
     Restore {
         /// The device.
-        device: &'static str,
+        device: String,
         /// The cause.
         #[source]
         source: std::io::Error,
@@ -82,20 +82,37 @@ const CONFIG: bincode::config::Configuration<
     .with_limit::<MAX_STATE>();
 
 /// Encodes a device's saved structure.
-pub(crate) fn encode<T: Serialize>(device: &'static str, saved: &T) -> Result<Vec<u8>, StateError> {
-    bincode::serde::encode_to_vec(saved, CONFIG)
-        .map_err(|source| StateError::Encode { device, source })
+pub(crate) fn encode<T: Serialize>(device: &str, saved: &T) -> Result<Vec<u8>, StateError> {
+    bincode::serde::encode_to_vec(saved, CONFIG).map_err(|source| StateError::Encode {
+        device: device.to_owned(),
+        source,
+    })
 }
 
 /// Decodes a device's saved structure; all bytes must belong to it.
-pub(crate) fn decode<T: DeserializeOwned>(
-    device: &'static str,
-    body: &[u8],
-) -> Result<T, StateError> {
-    let (saved, read) = bincode::serde::decode_from_slice(body, CONFIG)
-        .map_err(|source| StateError::Decode { device, source })?;
+pub(crate) fn decode<T: DeserializeOwned>(device: &str, body: &[u8]) -> Result<T, StateError> {
+    let (saved, read) =
+        bincode::serde::decode_from_slice(body, CONFIG).map_err(|source| StateError::Decode {
+            device: device.to_owned(),
+            source,
+        })?;
     match body.len() - read {
         0 => Ok(saved),
-        extra => Err(StateError::LeftOver { device, extra }),
+        extra => Err(StateError::LeftOver {
+            device: device.to_owned(),
+            extra,
+        }),
+    }
+}
+
+impl StateError {
+    /// A field with a value that the device can never have.
+    pub(crate) fn field(device: &str, field: &str, value: u64, expected: &str) -> Self {
+        Self::Field {
+            device: device.to_owned(),
+            field: field.to_owned(),
+            value,
+            expected: expected.to_owned(),
+        }
     }
 }

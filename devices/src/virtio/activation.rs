@@ -1,0 +1,181 @@
+//! What a device has while a driver uses it: queues, memory, interrupt.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tracing::warn;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+
+use super::chain::{Chain, ChainError};
+use super::interrupt::Interrupt;
+use super::notifier::Notifier;
+use super::{F_EVENT_IDX, GuestRam};
+
+/// One queue: its rings, and the eventfd by which the driver says that it has put something in.
+#[derive(Debug)]
+pub(super) struct VirtQueue {
+    ring: Mutex<Queue>,
+    notifier: Notifier,
+}
+
+impl VirtQueue {
+    pub(super) fn new(max_size: u16) -> std::io::Result<Self> {
+        let ring = Queue::new(max_size)
+            .map_err(|err| std::io::Error::new(std::io::ErrorKind::InvalidInput, err))?;
+        Ok(Self {
+            ring: Mutex::new(ring),
+            notifier: Notifier::new()?,
+        })
+    }
+
+    pub(super) fn ring(&self) -> MutexGuard<'_, Queue> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn notifier(&self) -> &Notifier {
+        &self.notifier
+    }
+}
+
+/// What a device works with from the moment that its driver is ready until it is reset.
+#[derive(Debug)]
+pub struct Activation {
+    pub(super) device: String,
+    pub(super) features: u64,
+    pub(super) queues: Arc<[VirtQueue]>,
+    pub(super) interrupt: Arc<Interrupt>,
+    pub(super) memory: GuestRam,
+    pub(super) broken: Arc<AtomicBool>,
+}
+
+impl Activation {
+    /// Whether the driver has taken all features of `bits`.
+    pub fn has(&self, bits: u64) -> bool {
+        self.features & bits == bits
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestRam {
+        &self.memory
+    }
+
+    /// The device's interrupt.
+    pub fn interrupt(&self) -> &Interrupt {
+        &self.interrupt
+    }
+
+    /// The next request in a queue. `None` if there is none, or if the driver has broken the
+    /// queue: then the device needs a reset, and is given no more requests.
+    pub fn pop(&self, queue: usize) -> Option<Chain> {
+        let queue = self.ready(queue)?;
+        let popped = {
+            let mut ring = queue.ring();
+            match ring.iter(&self.memory) {
+                Ok(mut available) => available.next().map(Chain::collect),
+                Err(err) => Some(Err(ChainError::Ring(err))),
+            }
+        };
+        self.checked(popped?)
+    }
+
+    /// Gives a request back that nothing was done about, the last one that was popped.
+    pub fn put_back(&self, queue: usize) {
+        if let Some(queue) = self.ready(queue) {
+            let mut ring = queue.ring();
+            let previous = ring.next_avail().wrapping_sub(1);
+            ring.set_next_avail(previous);
+        }
+    }
+
+    /// Gives a request back to the driver, with `written` bytes at the beginning of what it let
+    /// the device write. It learns of it by [`notify`](Self::notify).
+    pub fn complete(&self, queue: usize, head: u16, written: u32) {
+        if let Some(queue) = self.ready(queue) {
+            let used = queue.ring().add_used(&self.memory, head, written);
+            self.checked(used.map_err(ChainError::Ring));
+        }
+    }
+
+    /// Interrupts the driver about what was completed, if it wants that.
+    pub fn notify(&self, queue: usize) {
+        if let Some(queue) = self.ready(queue) {
+            let wanted = queue.ring().needs_notification(&self.memory);
+            if self.checked(wanted.map_err(ChainError::Ring)) == Some(true) {
+                self.interrupt.used_buffer();
+            }
+        }
+    }
+
+    /// Asks the driver to notify, or not to. When it is asked to, the result says whether there
+    /// are requests already, about which it won't.
+    pub fn want_notifications(&self, queue: usize, want: bool) -> bool {
+        let Some(queue) = self.ready(queue) else {
+            return false;
+        };
+        let more = if want {
+            queue.ring().enable_notification(&self.memory)
+        } else {
+            let mut ring = queue.ring();
+            ring.disable_notification(&self.memory).map(|()| false)
+        };
+        self.checked(more.map_err(ChainError::Ring)) == Some(true)
+    }
+
+    /// Does `work` on every request in a queue until there is none. It returns how many bytes it
+    /// wrote, from the beginning of what the driver let it write.
+    pub fn serve(&self, queue: usize, mut work: impl FnMut(&Chain) -> u32) {
+        loop {
+            self.want_notifications(queue, false);
+            let mut any = false;
+            while let Some(chain) = self.pop(queue) {
+                let written = work(&chain);
+                self.complete(queue, chain.head, written);
+                any = true;
+            }
+            if any {
+                self.notify(queue);
+            }
+            if !self.want_notifications(queue, true) {
+                return;
+            }
+        }
+    }
+
+    /// The driver did something that it must not: the device stops until it is reset, and says so
+    /// (DEVICE_NEEDS_RESET, section 2.1.1).
+    pub fn break_device(&self, reason: &dyn std::fmt::Display) {
+        if !self.broken.swap(true, Ordering::SeqCst) {
+            warn!(device = self.device, "the guest's driver broke it: {reason}");
+            self.interrupt.config_changed();
+        }
+    }
+
+    /// The descriptor that becomes readable when the driver notifies a queue; `None` for a queue
+    /// that the driver has not set up.
+    pub(super) fn notifier(&self, queue: usize) -> Option<&Notifier> {
+        self.ready(queue).map(VirtQueue::notifier)
+    }
+
+    pub(super) fn event_idx(&self) -> bool {
+        self.has(F_EVENT_IDX)
+    }
+
+    fn ready(&self, queue: usize) -> Option<&VirtQueue> {
+        if self.broken.load(Ordering::SeqCst) {
+            return None;
+        }
+        self.queues
+            .get(queue)
+            .filter(|queue| queue.ring().ready())
+    }
+
+    fn checked<T>(&self, result: Result<T, ChainError>) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            Err(err) => {
+                self.break_device(&err);
+                None
+            }
+        }
+    }
+}
