@@ -145,7 +145,10 @@ impl Activation {
     /// (DEVICE_NEEDS_RESET, section 2.1.1).
     pub fn break_device(&self, reason: &dyn std::fmt::Display) {
         if !self.broken.swap(true, Ordering::SeqCst) {
-            warn!(device = self.device, "the guest's driver broke it: {reason}");
+            warn!(
+                device = self.device,
+                "the guest's driver broke it: {reason}"
+            );
             self.interrupt.config_changed();
         }
     }
@@ -164,9 +167,7 @@ impl Activation {
         if self.broken.load(Ordering::SeqCst) {
             return None;
         }
-        self.queues
-            .get(queue)
-            .filter(|queue| queue.ring().ready())
+        self.queues.get(queue).filter(|queue| queue.ring().ready())
     }
 
     fn checked<T>(&self, result: Result<T, ChainError>) -> Option<T> {

@@ -40,7 +40,9 @@ pub enum ChainError {
         descriptors: usize,
     },
     /// A buffer outside the guest's memory.
-    #[error("the descriptor chain {head} has a buffer of {len} bytes at {address:#x}, which is not RAM")]
+    #[error(
+        "the descriptor chain {head} has a buffer of {len} bytes at {address:#x}, which is not RAM"
+    )]
     NotRam {
         /// The first descriptor of the chain.
         head: u16,
@@ -149,11 +151,7 @@ fn len(buffers: &[Buffer]) -> u64 {
 }
 
 /// The parts of `buffers` that hold the bytes from `offset` for `len`, or up to their end.
-pub fn pieces(
-    buffers: &[Buffer],
-    offset: u64,
-    len: u64,
-) -> impl Iterator<Item = Buffer> + '_ {
+pub fn pieces(buffers: &[Buffer], offset: u64, len: u64) -> impl Iterator<Item = Buffer> + '_ {
     let (mut skip, mut left) = (offset, len);
     buffers.iter().filter_map(move |buffer| {
         let all = u64::from(buffer.len);

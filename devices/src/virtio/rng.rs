@@ -141,6 +141,10 @@ mod tests {
             seen.push(used.data);
         }
         let all: std::collections::HashSet<u8> = seen.concat().into_iter().collect();
-        assert!(all.len() > 200, "4161 random bytes have few values: {}", all.len());
+        assert!(
+            all.len() > 200,
+            "4161 random bytes have few values: {}",
+            all.len()
+        );
     }
 }

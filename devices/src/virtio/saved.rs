@@ -248,8 +248,7 @@ impl SavedQueue {
             avail_ring: available_ring,
             used_ring,
         };
-        Queue::try_from(state).map_err(|_| {
-            StateError::field(device, "queues", index as u64, "a queue that can be")
-        })
+        Queue::try_from(state)
+            .map_err(|_| StateError::field(device, "queues", index as u64, "a queue that can be"))
     }
 }

@@ -182,7 +182,9 @@ impl TestDriver {
         let mut buffers = Vec::new();
         for data in readable {
             let address = state.allocate(data.len() as u32);
-            self.memory.write_slice(data, GuestAddress(address)).unwrap();
+            self.memory
+                .write_slice(data, GuestAddress(address))
+                .unwrap();
             buffers.push((address, data.len() as u32, 0));
         }
         let mut given = Vec::new();
@@ -249,10 +251,7 @@ impl TestDriver {
         let ring = RINGS + index as u64 * RING_LEN + USED;
         let end: u16 = self
             .memory
-            .load(
-                GuestAddress(ring + 2),
-                std::sync::atomic::Ordering::Acquire,
-            )
+            .load(GuestAddress(ring + 2), std::sync::atomic::Ordering::Acquire)
             .unwrap();
         let mut used = Vec::new();
         while queue.used != end {

@@ -122,7 +122,10 @@ impl VirtioMmio {
         if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
             *data = self.register(offset).to_le_bytes();
         } else {
-            debug!(device = self.device.name(), offset, "register not read whole");
+            debug!(
+                device = self.device.name(),
+                offset, "register not read whole"
+            );
         }
     }
 
@@ -133,7 +136,10 @@ impl VirtioMmio {
         }
         match <[u8; 4]>::try_from(data) {
             Ok(value) => self.set_register(offset, u32::from_le_bytes(value)),
-            Err(_) => debug!(device = self.device.name(), offset, "register not written whole"),
+            Err(_) => debug!(
+                device = self.device.name(),
+                offset, "register not written whole"
+            ),
         }
     }
 
@@ -197,7 +203,10 @@ impl VirtioMmio {
     /// ready, and before it says so of itself.
     fn set_queue_register(&self, registers: &Registers, offset: u64, value: u32) {
         if registers.status & status::DRIVER_OK != 0 {
-            debug!(device = self.device.name(), offset, "queue register written too late");
+            debug!(
+                device = self.device.name(),
+                offset, "queue register written too late"
+            );
             return;
         }
         let Some(queue) = self.queue(registers) else {
@@ -208,7 +217,10 @@ impl VirtioMmio {
         match offset {
             0x44 => ring.set_ready(value & 1 != 0),
             _ if ring.ready() => {
-                debug!(device = self.device.name(), offset, "queue register written too late");
+                debug!(
+                    device = self.device.name(),
+                    offset, "queue register written too late"
+                );
             }
             0x38 => match u16::try_from(value) {
                 // An unfit size leaves the one before, which the queue's check knows.

@@ -190,8 +190,12 @@ fn every_field_is_checked() {
         ("queues", |s| s.queues.clear()),
         ("queues[0].size", |s| s.queues[0].size = 128),
         ("queues[0].size", |s| s.queues[0].size = 3),
-        ("queues[0].descriptor_table", |s| s.queues[0].descriptor_table += 1),
-        ("queues[0].available_ring", |s| s.queues[0].available_ring += 1),
+        ("queues[0].descriptor_table", |s| {
+            s.queues[0].descriptor_table += 1
+        }),
+        ("queues[0].available_ring", |s| {
+            s.queues[0].available_ring += 1
+        }),
         ("queues[0].used_ring", |s| s.queues[0].used_ring = 1 << 40),
         ("queues[0].next_used", |s| s.queues[0].next_used += 1),
     ];

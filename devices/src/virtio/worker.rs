@@ -171,7 +171,9 @@ impl<H: Handler> Work<H> {
             let wanted = self.shared.wanted().clone();
             if wanted.changes != seen {
                 seen = wanted.changes;
-                let next = wanted.activation.filter(|_| wanted.running && !wanted.ended);
+                let next = wanted
+                    .activation
+                    .filter(|_| wanted.running && !wanted.ended);
                 if let Some(activation) = serving.take() {
                     self.handler.drain(&activation);
                 }

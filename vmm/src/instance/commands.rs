@@ -146,6 +146,10 @@ impl Control for Instance {
                 )));
             }
         }
+        let blockers = guest.devices().migration_blockers();
+        if !blockers.is_empty() {
+            return Err(CommandError::generic(blockers.join("\n")));
+        }
         let outgoing = Outgoing::start(Arc::clone(&self.0), guest, request.address)
             .map_err(|err| CommandError::generic(format!("can't start a migration: {err}")))?;
         state.outgoing = Some(outgoing);
@@ -179,13 +183,19 @@ impl Control for Instance {
 
     fn migration_info(&self) -> MigrationInfo {
         let state = self.0.state();
-        match (&state.outgoing, &state.incoming) {
+        let info = match (&state.outgoing, &state.incoming) {
             (Some(outgoing), _) => outgoing.info(),
             (None, Some(incoming)) => incoming.info(),
             (None, None) => MigrationInfo {
                 status: MigrationStatus::None,
                 ..MigrationInfo::default()
             },
+        };
+        let guest = state.guest.as_ref();
+        MigrationInfo {
+            blocked_reasons: guest
+                .map_or_else(Vec::new, |guest| guest.devices().migration_blockers()),
+            ..info
         }
     }
 

@@ -23,6 +23,7 @@ use super::offer::{INITRD, KERNEL, MovingMachine};
 use super::{Exit, Shared, info as show};
 use crate::control::command::{EventKind, MigrationInfo, RunState, ShutdownCause};
 use crate::cpuid::HostCpu;
+use crate::machine::backends::Backends;
 use crate::machine::{BootFiles, Machine};
 
 /// A process that waits for a guest, receives one, or has received it.
@@ -204,7 +205,8 @@ impl DestinationVm for Destination {
         if !objections.is_empty() {
             return Err(objections.join("\n").into());
         }
-        let machine = shared.build(moving.config.clone(), Some(&moving.cpu))?;
+        let backends = Backends::open(&shared.settings.given)?;
+        let machine = shared.build(moving.config.clone(), Some(&moving.cpu), backends)?;
         let here = machine.devices().inventory();
         if here != moving.devices {
             return Err(device_differences(&moving.devices, &here).join("\n").into());

@@ -28,6 +28,7 @@ use crate::console::{Console, SerialInput};
 use crate::control::command::{Event, EventKind, RunState, ShutdownCause};
 use crate::cpuid::GuestCpu;
 use crate::kvm::Kvm;
+use crate::machine::backends::Backends;
 use crate::machine::config::{Given, MachineConfig};
 use crate::machine::{BootFiles, Machine, MachineError};
 use crate::vcpu::EventSink;
@@ -105,9 +106,10 @@ impl Shared {
         &self,
         config: MachineConfig,
         seen: Option<&GuestCpu>,
+        backends: Backends,
     ) -> Result<Arc<Machine>, MachineError> {
         let events = Arc::clone(&self.guest_events) as Arc<dyn EventSink>;
-        let machine = Machine::new(&self.kvm, config, seen, &self.console, &events)?;
+        let machine = Machine::new(&self.kvm, config, seen, &self.console, backends, &events)?;
         Ok(Arc::new(machine))
     }
 
@@ -196,8 +198,9 @@ impl Instance {
     /// paused.
     pub fn boot(&self, files: BootFiles) -> Result<(), MachineError> {
         let shared = &*self.0;
-        let config = shared.settings.given.configuration();
-        let machine = shared.build(config, None)?;
+        let given = &shared.settings.given;
+        let backends = Backends::open(given)?;
+        let machine = shared.build(given.configuration(), None, backends)?;
         machine.set_files(files);
         machine.boot()?;
         let mut state = shared.state();

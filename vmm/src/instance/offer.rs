@@ -15,6 +15,7 @@ use crate::section_body::{self, BodyError};
 /// The names of the configuration sections, and the version of each that this build speaks.
 const MACHINE: (&str, u32) = ("machine", 1);
 const CPU: (&str, u32) = ("cpu", 1);
+const VIRTIO: (&str, u32) = ("virtio", 1);
 
 /// The most bytes of a guest's name.
 const MAX_NAME: usize = 255;
@@ -118,6 +119,7 @@ impl MovingMachine {
                     vcpus,
                     cpu: cpu_model,
                     command_line,
+                    virtio,
                 },
             devices,
             files,
@@ -132,7 +134,11 @@ impl MovingMachine {
             devices,
             files,
         };
-        Ok(vec![section(MACHINE, &machine)?, section(CPU, &cpu)?])
+        Ok(vec![
+            section(MACHINE, &machine)?,
+            section(CPU, &cpu)?,
+            section(VIRTIO, &virtio)?,
+        ])
     }
 
     /// Reads what [`to_sections`](Self::to_sections) made. Nothing in it has been checked yet but
@@ -149,6 +155,7 @@ impl MovingMachine {
             files,
         } = body(&mut sections, MACHINE)?;
         let cpu = body(&mut sections, CPU)?;
+        let virtio = body(&mut sections, VIRTIO)?;
         sections.finish()?;
         Ok(Self {
             name,
@@ -157,6 +164,7 @@ impl MovingMachine {
                 vcpus,
                 cpu: cpu_model,
                 command_line,
+                virtio,
             },
             devices,
             files,
@@ -255,6 +263,7 @@ fn body<T: serde::de::DeserializeOwned>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::config::VirtioConfig;
     use std::io::Write;
 
     fn moving() -> MovingMachine {
@@ -265,6 +274,7 @@ mod tests {
                 vcpus: 2,
                 cpu: "host".to_owned(),
                 command_line: "quiet".to_owned(),
+                virtio: vec![VirtioConfig::Rng],
             },
             devices: vec![("serial".to_owned(), 1)],
             files: vec![FileIdentity {

@@ -8,8 +8,9 @@ use kvm_bindings::{
     KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_PIT_SPEAKER_DUMMY,
     kvm_enable_cap, kvm_pit_config,
 };
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_ioctls::{IoEventAddress, VcpuFd, VmFd};
 use migration::layout::GuestRam;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::slots::{self, Slot};
 use super::{Capabilities, DirtyLog, IoctlError, Kvm, KvmError, ManualProtect, ioctl};
@@ -145,6 +146,27 @@ impl Vm {
     /// The VM's descriptor, for interrupt lines, irqfds and ioeventfds.
     pub fn fd(&self) -> &VmFd {
         &self.fd
+    }
+
+    /// Makes writes to `irqfd` pulse the interrupt line `gsi`. KVM may do so a little later, from
+    /// a work queue.
+    pub fn register_irqfd(&self, irqfd: &EventFd, gsi: u32) -> Result<(), IoctlError> {
+        self.fd
+            .register_irqfd(irqfd, gsi)
+            .map_err(IoctlError::named("KVM_IRQFD"))
+    }
+
+    /// Makes a 32-bit write of `value` by the guest at `addr` notify `fd` instead of leaving the
+    /// guest.
+    pub fn register_ioeventfd(
+        &self,
+        fd: &EventFd,
+        addr: u64,
+        value: u32,
+    ) -> Result<(), IoctlError> {
+        self.fd
+            .register_ioevent(fd, &IoEventAddress::Mmio(addr), value)
+            .map_err(IoctlError::named("KVM_IOEVENTFD"))
     }
 
     /// The guest's memory.

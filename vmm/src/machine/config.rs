@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 /// The RAM of a machine whose user didn't say, in bytes: 128 MiB, as in QEMU.
 pub const DEFAULT_MEMORY: u64 = 128 << 20;
 
@@ -19,6 +21,25 @@ pub struct MachineConfig {
     pub cpu: String,
     /// The kernel's command line.
     pub command_line: String,
+    /// The virtio devices, in the order of their slots.
+    pub virtio: Vec<VirtioConfig>,
+}
+
+/// A virtio device, as its guest sees it. It travels by the number of the variant: new ones come
+/// last.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VirtioConfig {
+    /// An entropy source.
+    Rng,
+}
+
+impl VirtioConfig {
+    /// The kind of device, as messages call it.
+    pub fn kind_name(&self) -> &'static str {
+        match self {
+            Self::Rng => "virtio-rng",
+        }
+    }
 }
 
 /// What was given on the command line. What was not is `None`: a machine that is started gets the
@@ -37,6 +58,8 @@ pub struct Given {
     pub kernel: Option<PathBuf>,
     /// `--initrd`.
     pub initrd: Option<PathBuf>,
+    /// `--rng`.
+    pub rng: bool,
 }
 
 impl Given {
@@ -47,7 +70,17 @@ impl Given {
             vcpus: self.vcpus.unwrap_or(1),
             cpu: self.cpu.clone().unwrap_or_else(|| DEFAULT_CPU.to_owned()),
             command_line: self.command_line.clone().unwrap_or_default(),
+            virtio: self.virtio(),
         }
+    }
+
+    /// The virtio devices of a machine that is started here.
+    fn virtio(&self) -> Vec<VirtioConfig> {
+        let mut virtio = Vec::new();
+        if self.rng {
+            virtio.push(VirtioConfig::Rng);
+        }
+        virtio
     }
 
     /// What was given here and differs from the machine that arrives: a sentence each.
@@ -57,6 +90,7 @@ impl Given {
             vcpus,
             cpu,
             command_line,
+            virtio,
         } = arriving;
         let mut differences = Vec::new();
         // Quoted with escapes: the source's are a peer's words.
@@ -78,6 +112,9 @@ impl Given {
         );
         compare("--cpu", self.cpu.clone(), cpu.clone());
         compare("--append", self.command_line.clone(), command_line.clone());
+        if self.rng && !virtio.contains(&VirtioConfig::Rng) {
+            differences.push("--rng is given at the destination, but not at the source".to_owned());
+        }
         differences
     }
 }
@@ -93,12 +130,14 @@ mod tests {
             vcpus: 2,
             cpu: "host".to_owned(),
             command_line: "rate=5".to_owned(),
+            virtio: vec![],
         };
         assert!(Given::default().differences(&arriving).is_empty());
         let given = Given {
             memory: Some(1 << 30),
             vcpus: Some(4),
             command_line: Some(String::new()),
+            rng: true,
             ..Given::default()
         };
         assert_eq!(
@@ -106,6 +145,7 @@ mod tests {
             [
                 "--smp is \"4\" at the destination, but \"2\" at the source",
                 "--append is \"\" at the destination, but \"rate=5\" at the source",
+                "--rng is given at the destination, but not at the source",
             ]
         );
     }

@@ -12,6 +12,9 @@ use devices::serial::{self, Serial};
 use devices::state::StateError;
 use migration::section::{Section, SectionError, Sections};
 
+use super::backends::Backends;
+use super::config::VirtioConfig;
+use super::virtio::{VirtioDevices, VirtioError};
 use crate::console::SerialInput;
 use crate::kvm::Vm;
 use crate::vcpu::{IoBus, IoOutcome, PauseRequest};
@@ -47,6 +50,18 @@ impl InterruptLine for IrqchipLine {
 pub struct Devices {
     ports: PortBus,
     serial: Arc<Serial>,
+    virtio: VirtioDevices,
+}
+
+/// Why a machine's devices can't be built.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// Two devices in one place.
+    #[error(transparent)]
+    Ports(#[from] PortConflict),
+    /// A virtio device.
+    #[error(transparent)]
+    Virtio(#[from] VirtioError),
 }
 
 impl Devices {
@@ -56,7 +71,9 @@ impl Devices {
         vm: &Arc<Vm>,
         output: serial::Output,
         on_room: serial::RoomNotifier,
-    ) -> Result<Self, PortConflict> {
+        virtio: &[VirtioConfig],
+        backends: Backends,
+    ) -> Result<Self, DeviceError> {
         let line = IrqchipLine {
             vm: Arc::clone(vm),
             gsi: serial::IRQ,
@@ -68,7 +85,11 @@ impl Devices {
         ports.add(Arc::new(I8042::new()))?;
         ports.add(Arc::new(PowerPorts::new()))?;
         ports.add(Arc::new(ResetPort::new()))?;
-        Ok(Self { ports, serial })
+        Ok(Self {
+            ports,
+            serial,
+            virtio: VirtioDevices::new(vm, virtio, backends)?,
+        })
     }
 
     /// The devices by name, each with the version of its saved state; 0 for one without state.
@@ -79,6 +100,7 @@ impl Devices {
         self.ports
             .devices()
             .map(|device| (device.name().to_owned(), version(&**device)))
+            .chain(self.virtio.inventory())
             .collect()
     }
 
@@ -87,6 +109,22 @@ impl Devices {
         for device in self.ports.devices() {
             device.reset();
         }
+        self.virtio.reset();
+    }
+
+    /// Lets the devices work that do so on their own.
+    pub fn run(&self) {
+        self.virtio.run();
+    }
+
+    /// Stops them; when it returns, none has anything in flight.
+    pub fn pause(&self) {
+        self.virtio.pause();
+    }
+
+    /// Why the guest can't be migrated because of its devices: a sentence each.
+    pub fn migration_blockers(&self) -> Vec<String> {
+        self.virtio.migration_blockers()
     }
 
     /// The devices' state, with the machine stopped.
@@ -101,6 +139,7 @@ impl Devices {
                 });
             }
         }
+        sections.extend(self.virtio.save()?);
         Ok(sections)
     }
 
@@ -112,7 +151,7 @@ impl Devices {
                 state.restore(section.version, &section.body)?;
             }
         }
-        Ok(())
+        self.virtio.load(sections)
     }
 }
 
@@ -129,11 +168,17 @@ impl IoBus for Devices {
         }
     }
 
-    fn mmio_read(&self, _addr: u64, data: &mut [u8]) {
-        data.fill(0xff);
+    fn mmio_read(&self, addr: u64, data: &mut [u8]) {
+        match self.virtio.at(addr) {
+            Some((slot, offset)) => slot.read(offset, data),
+            None => data.fill(0xff),
+        }
     }
 
-    fn mmio_write(&self, _addr: u64, _data: &[u8], _pause: &PauseRequest) -> IoOutcome {
+    fn mmio_write(&self, addr: u64, data: &[u8], _pause: &PauseRequest) -> IoOutcome {
+        if let Some((slot, offset)) = self.virtio.at(addr) {
+            slot.write(offset, data);
+        }
         IoOutcome::Continue
     }
 }

@@ -3,8 +3,10 @@
 //! A [`Machine`] knows how to boot, run, pause, reset, save and load. Whether it should, and what
 //! state that leaves the process in, is for [`crate::instance`] to decide.
 
+pub mod backends;
 pub mod config;
 mod devices;
+mod virtio;
 
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,8 +17,9 @@ use migration::layout::GuestRam;
 use migration::section::{Section, SectionError, Sections};
 use tracing::warn;
 
+use self::backends::{BackendError, Backends};
 use self::config::MachineConfig;
-pub use self::devices::{DeviceStateError, Devices};
+pub use self::devices::{DeviceError, DeviceStateError, Devices};
 use crate::boot::{self, BootError, BootSource};
 use crate::clock::{self, ClockError, ClockState};
 use crate::console::{Console, Interrupt};
@@ -49,9 +52,12 @@ pub enum MachineError {
     /// The kernel, the initrd or the command line.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// Two devices in one place.
+    /// What a device uses of the host.
     #[error(transparent)]
-    Ports(#[from] ::devices::bus::PortConflict),
+    Backend(#[from] BackendError),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// A vCPU's thread can't be started.
     #[error("cannot start the thread of vCPU {index}: {source}")]
     Thread {
@@ -132,6 +138,7 @@ impl Machine {
         config: MachineConfig,
         seen: Option<&GuestCpu>,
         console: &Console,
+        backends: Backends,
         events: &Arc<dyn EventSink>,
     ) -> Result<Self, MachineError> {
         let layout = memory::layout(config.memory)?;
@@ -142,6 +149,8 @@ impl Machine {
             &vm,
             Box::new(console.output()),
             Arc::new(move || waker.wake()),
+            &config.virtio,
+            backends,
         )?);
         let cpuid = match seen {
             Some(seen) => seen.cpuid.clone(),
@@ -290,6 +299,7 @@ impl Machine {
     fn enter(&self, vcpus: &mut Vcpus) -> Result<(), MachineError> {
         clock::tell_stopped(&self.vm, &vcpus.clocks());
         self.interrupt.clear();
+        self.devices.run();
         let fresh = std::mem::take(&mut vcpus.fresh);
         for vcpu in &mut vcpus.threads {
             let by_itself = matches!(vcpu.status(), VcpuStatus::Paused { event: Some(_) });
@@ -321,6 +331,8 @@ impl Machine {
             vcpu.wait_paused();
             last = last.max(vcpu.last_left());
         }
+        // After the vCPUs, which may be waiting for a device that finishes its work.
+        self.devices.pause();
         let last = match last {
             Some(left) if !ran => left,
             _ => asked,

@@ -93,6 +93,10 @@ pub(crate) struct RunOptions {
     #[arg(long, value_name = "MODEL[,-FLAG…]", help_heading = "Guest")]
     pub(crate) cpu: Option<Model>,
 
+    /// Give the guest an entropy source (virtio-rng)
+    #[arg(long, help_heading = "Devices")]
+    pub(crate) rng: bool,
+
     /// The guest's serial port: stdio, file:PATH, unix:PATH, pty or none [default: stdio]
     #[arg(
         long,

@@ -1,0 +1,173 @@
+//! The machine's virtio devices: in which slot each is, with its interrupt and its notifications
+//! wired to KVM.
+
+use std::io;
+use std::sync::Arc;
+
+use devices::state::{SaveRestore, StateError};
+use devices::virtio::VirtioDevice;
+use devices::virtio::rng::Rng;
+use devices::virtio::transport::{MMIO_LEN, QUEUE_NOTIFY, VirtioMmio};
+use migration::section::{Section, Sections};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::backends::Backends;
+use super::config::VirtioConfig;
+use super::devices::DeviceStateError;
+use crate::kvm::{IoctlError, Vm};
+
+/// Where the first slot is in guest physical memory; the others follow, [`MMIO_LEN`] apart.
+const FIRST_SLOT: u64 = 0xd000_0000;
+
+/// The interrupt of each slot: an I/O APIC pin. Those that no legacy device has, first such as
+/// kernels know that have neither ACPI nor an MP table.
+const GSIS: [u32; 16] = [5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
+
+/// Why the virtio devices can't be built.
+#[derive(Debug, thiserror::Error)]
+pub enum VirtioError {
+    /// More than there are slots.
+    #[error("{0} virtio devices are too many: there is room for {most}", most = GSIS.len())]
+    TooMany(usize),
+    /// A device that can't be.
+    #[error("{device}: {source}")]
+    Device {
+        /// Which.
+        device: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// KVM.
+    #[error(transparent)]
+    Ioctl(#[from] IoctlError),
+}
+
+/// The virtio devices by slot.
+pub(super) struct VirtioDevices {
+    slots: Vec<VirtioMmio>,
+}
+
+impl VirtioDevices {
+    /// Devices as after power-on, paused.
+    pub(super) fn new(
+        vm: &Vm,
+        configs: &[VirtioConfig],
+        mut backends: Backends,
+    ) -> Result<Self, VirtioError> {
+        if configs.len() > GSIS.len() {
+            return Err(VirtioError::TooMany(configs.len()));
+        }
+        let mut slots = Vec::new();
+        for (slot, (config, &gsi)) in configs.iter().zip(&GSIS).enumerate() {
+            let failed = |source| VirtioError::Device {
+                device: config.kind_name(),
+                source,
+            };
+            let device = device(config, &mut backends).map_err(failed)?;
+            let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(failed)?;
+            vm.register_irqfd(&irqfd, gsi)?;
+            let transport =
+                VirtioMmio::new(slot, device, vm.ram().clone(), irqfd).map_err(failed)?;
+            let notify = FIRST_SLOT + slot as u64 * MMIO_LEN + QUEUE_NOTIFY;
+            for (queue, notifier) in (0..).zip(transport.notifiers()) {
+                vm.register_ioeventfd(notifier.event_fd(), notify, queue)?;
+            }
+            slots.push(transport);
+        }
+        Ok(Self { slots })
+    }
+
+    /// The slot at a guest physical address, and the offset in it.
+    pub(super) fn at(&self, addr: u64) -> Option<(&VirtioMmio, u64)> {
+        let offset = addr.checked_sub(FIRST_SLOT)?;
+        let slot = self.slots.get((offset / MMIO_LEN) as usize)?;
+        Some((slot, offset % MMIO_LEN))
+    }
+
+    /// Lets all devices work.
+    pub(super) fn run(&self) {
+        for slot in &self.slots {
+            slot.run();
+        }
+    }
+
+    /// Stops all devices: when it returns, none touches the guest's memory, and none has a
+    /// request in flight.
+    pub(super) fn pause(&self) {
+        for slot in &self.slots {
+            slot.device().request_pause();
+        }
+        for slot in &self.slots {
+            slot.device().wait_paused();
+        }
+    }
+
+    /// Back to the state after power-on.
+    pub(super) fn reset(&self) {
+        for slot in &self.slots {
+            slot.reset();
+        }
+    }
+
+    /// Everything that is saved, by name and with the version; 0 for a device without a state of
+    /// its own.
+    pub(super) fn inventory(&self) -> impl Iterator<Item = (String, u32)> + '_ {
+        self.slots.iter().flat_map(|slot| {
+            let device = slot.device();
+            let version = device.saved_state().map_or(0, |state| state.version());
+            [
+                (slot.name().to_owned(), slot.version()),
+                (device.name().to_owned(), version),
+            ]
+        })
+    }
+
+    /// Why the guest can't be migrated because of its devices: a sentence each.
+    pub(super) fn migration_blockers(&self) -> Vec<String> {
+        self.slots
+            .iter()
+            .filter_map(|slot| slot.device().migration_blocker())
+            .collect()
+    }
+
+    pub(super) fn save(&self) -> Result<Vec<Section>, StateError> {
+        let mut sections = Vec::new();
+        for slot in &self.slots {
+            let device = slot.device();
+            sections.push(section(slot.name(), slot)?);
+            if let Some(state) = device.saved_state() {
+                sections.push(section(device.name(), state)?);
+            }
+        }
+        Ok(sections)
+    }
+
+    pub(super) fn load(&self, sections: &mut Sections) -> Result<(), DeviceStateError> {
+        for slot in &self.slots {
+            let device = slot.device();
+            // The device first: its transport puts it to work.
+            if let Some(state) = device.saved_state() {
+                let section = sections.take(device.name(), 1, state.version())?;
+                state.restore(section.version, &section.body)?;
+            }
+            let section = sections.take(slot.name(), 1, slot.version())?;
+            slot.restore(section.version, &section.body)?;
+        }
+        Ok(())
+    }
+}
+
+fn section(name: &str, state: &dyn SaveRestore) -> Result<Section, StateError> {
+    Ok(Section {
+        name: name.to_owned(),
+        version: state.version(),
+        body: state.save()?,
+    })
+}
+
+/// Makes the device that `config` describes, out of what it uses of the host.
+fn device(config: &VirtioConfig, _backends: &mut Backends) -> io::Result<Arc<dyn VirtioDevice>> {
+    Ok(match config {
+        VirtioConfig::Rng => Arc::new(Rng::new()?),
+    })
+}
