@@ -243,6 +243,7 @@ impl Machine {
             kernel: &files.kernel,
             initrd: files.initrd.as_ref(),
             command_line: &self.config.command_line,
+            virtio_mmio: &[],
         };
         let entry = boot::load(self.vm.ram(), &source, self.config.vcpus)?;
         let mut vcpus = self.vcpus();
