@@ -3,13 +3,13 @@
 use std::io;
 use std::sync::Arc;
 
-use devices::InterruptLine;
 use devices::bus::{MachineRequest, PortBus, PortConflict};
 use devices::cmos::Cmos;
 use devices::i8042::I8042;
-use devices::power::{PowerPorts, ResetPort};
+use devices::power::{self, Pm1, ResetPort};
 use devices::serial::{self, Serial};
 use devices::state::StateError;
+use devices::{InterruptLine, LevelLine};
 use migration::section::{Section, SectionError, Sections};
 
 use crate::console::SerialInput;
@@ -43,10 +43,17 @@ impl InterruptLine for IrqchipLine {
     }
 }
 
+impl LevelLine for IrqchipLine {
+    fn set(&self, asserted: bool) -> io::Result<()> {
+        Ok(self.vm.fd().set_irq_line(self.gsi, asserted)?)
+    }
+}
+
 /// The machine's devices.
 pub struct Devices {
     ports: PortBus,
     serial: Arc<Serial>,
+    power: Arc<Pm1>,
 }
 
 impl Devices {
@@ -57,18 +64,25 @@ impl Devices {
         output: serial::Output,
         on_room: serial::RoomNotifier,
     ) -> Result<Self, PortConflict> {
-        let line = IrqchipLine {
-            vm: Arc::clone(vm),
-            gsi: serial::IRQ,
+        let line = |gsi| {
+            Arc::new(IrqchipLine {
+                vm: Arc::clone(vm),
+                gsi,
+            })
         };
-        let serial = Arc::new(Serial::new(Arc::new(line), output, on_room));
+        let serial = Arc::new(Serial::new(line(serial::IRQ), output, on_room));
+        let power = Arc::new(Pm1::new(line(power::SCI)));
         let mut ports = PortBus::new();
         ports.add(serial.clone())?;
         ports.add(Arc::new(Cmos::new()))?;
         ports.add(Arc::new(I8042::new()))?;
-        ports.add(Arc::new(PowerPorts::new()))?;
+        ports.add(power.clone())?;
         ports.add(Arc::new(ResetPort::new()))?;
-        Ok(Self { ports, serial })
+        Ok(Self {
+            ports,
+            serial,
+            power,
+        })
     }
 
     /// The devices by name, each with the version of its saved state; 0 for one without state.
@@ -80,6 +94,11 @@ impl Devices {
             .devices()
             .map(|device| (device.name().to_owned(), version(&**device)))
             .collect()
+    }
+
+    /// Presses the machine's power button.
+    pub fn press_power_button(&self) {
+        self.power.press_power_button();
     }
 
     /// Back to the state after power-on.
