@@ -116,18 +116,17 @@ impl PortBus {
 mod tests {
     use super::*;
     use crate::i8042::I8042;
-    use crate::power::PowerPorts;
+    use crate::power::ResetPort;
 
     #[test]
     fn wide_accesses_are_split_over_the_ports() {
         let mut bus = PortBus::new();
-        bus.add(Arc::new(PowerPorts::new())).unwrap();
-        // SLP_EN is bit 13 of the 16-bit register at 0x604.
+        bus.add(Arc::new(ResetPort::new())).unwrap();
         assert_eq!(
-            bus.write(0x604, &0x2000u16.to_le_bytes()),
-            Some(MachineRequest::PowerOff)
+            bus.write(0xcf8, &0x0600u16.to_le_bytes()),
+            Some(MachineRequest::Reset)
         );
-        assert_eq!(bus.write(0x603, &[0x20, 0]), None);
+        assert_eq!(bus.write(0xcf8, &[6, 0]), None);
         let mut nothing = [0u8; 4];
         bus.read(0xfffe, &mut nothing);
         assert_eq!(nothing, [0xff; 4]);

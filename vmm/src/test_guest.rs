@@ -138,6 +138,7 @@ impl Machine {
             kernel: &kernel,
             initrd: None,
             command_line: "test",
+            virtio_mmio: &[],
         };
         let state = boot::load(self.ram(), &source, self.threads.len() as u32).unwrap();
         self.threads[0]

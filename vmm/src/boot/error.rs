@@ -70,10 +70,19 @@ pub enum BootError {
         reason: vm_memory::GuestMemoryError,
     },
     /// Longer than the kernel takes.
-    #[error("the kernel command line has {len} bytes; this kernel takes at most {most}")]
+    #[error(
+        "the kernel command line has {len} bytes{}; this kernel takes at most {most}",
+        if *devices > 0 {
+            format!(", {devices} of them to name the virtio devices")
+        } else {
+            String::new()
+        }
+    )]
     CommandLineTooLong {
         /// Its length.
         len: usize,
+        /// How much of it was added to name the virtio devices.
+        devices: usize,
         /// The kernel's limit.
         most: usize,
     },

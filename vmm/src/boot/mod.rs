@@ -28,6 +28,7 @@ mod memory_map;
 mod mp_table;
 mod pvh;
 mod segments;
+mod virtio_mmio;
 
 use std::fs::File;
 
@@ -37,6 +38,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 pub use error::BootError;
 pub use identify::{KernelKind, identify};
+pub use virtio_mmio::VirtioMmioSlot;
 
 use crate::memory::HOLE_START;
 use memory_map::low_ram_end;
@@ -57,8 +59,11 @@ pub struct BootSource<'a> {
     pub kernel: &'a File,
     /// The initrd, if any.
     pub initrd: Option<&'a File>,
-    /// The command line, without a terminating zero.
+    /// The command line, without a terminating zero. The kernel gets it with words about the
+    /// virtio devices added.
     pub command_line: &'a str,
+    /// Where virtio-mmio devices are.
+    pub virtio_mmio: &'a [VirtioMmioSlot],
 }
 
 /// The registers that vCPU 0 begins with; the other vCPUs wait for it to start them.
@@ -118,7 +123,7 @@ pub fn load(ram: &GuestRam, source: &BootSource<'_>, vcpus: u32) -> Result<BootS
         KernelKind::BzImage(header) => header.command_line_max(),
         KernelKind::Pvh(_) | KernelKind::Elf64(_) => COMMAND_LINE_MAX,
     };
-    check_command_line(source.command_line, limit)?;
+    let command_line = virtio_mmio::command_line(source.command_line, source.virtio_mmio, limit)?;
     let placed = match &kernel {
         KernelKind::Pvh(elf) | KernelKind::Elf64(elf) => elf.check(low_end)?,
         KernelKind::BzImage(header) => header.check(low_end)?,
@@ -140,15 +145,12 @@ pub fn load(ram: &GuestRam, source: &BootSource<'_>, vcpus: u32) -> Result<BootS
         initrd::load(ram, file, range)?;
     }
     let initrd = initrd.map(|(_, range)| range);
-    write(ram, COMMAND_LINE_ADDR, source.command_line.as_bytes())?;
-    write(
-        ram,
-        COMMAND_LINE_ADDR + source.command_line.len() as u64,
-        &[0],
-    )?;
+    write(ram, COMMAND_LINE_ADDR, command_line.as_bytes())?;
+    write(ram, COMMAND_LINE_ADDR + command_line.len() as u64, &[0])?;
     let long = !matches!(kernel, KernelKind::Pvh(_));
     write(ram, segments::GDT_ADDR, &segments::gdt(long))?;
-    write(ram, acpi::RSDP_ADDR, &acpi::build(vcpus))?;
+    let acpi = acpi::build(vcpus, source.virtio_mmio);
+    write(ram, acpi::RSDP_ADDR, &acpi)?;
     write(ram, mp_table::ADDR, &mp_table::build(vcpus))?;
     let map = memory_map::memory_map(ram);
     match kernel {
@@ -164,13 +166,7 @@ pub fn load(ram: &GuestRam, source: &BootSource<'_>, vcpus: u32) -> Result<BootS
                 KernelKind::BzImage(header) => Some(header),
                 _ => None,
             };
-            linux::write_boot_params(
-                ram,
-                header,
-                source.command_line.len(),
-                &map,
-                initrd.as_ref(),
-            )?;
+            linux::write_boot_params(ram, header, command_line.len(), &map, initrd.as_ref())?;
             linux::write_page_tables(ram)?;
             Ok(BootState::Linux64 {
                 entry: placed.entry,
@@ -186,19 +182,6 @@ struct Placed {
     entry: u64,
     /// The end of all memory that the kernel needs at the start.
     end: u64,
-}
-
-fn check_command_line(line: &str, most: usize) -> Result<(), BootError> {
-    if line.len() > most {
-        return Err(BootError::CommandLineTooLong {
-            len: line.len(),
-            most,
-        });
-    }
-    if let Some(at) = line.find('\0') {
-        return Err(BootError::CommandLineZero(at));
-    }
-    Ok(())
 }
 
 /// Writes one of the VMM's own tables, which lie in the first MiB: every guest has that.

@@ -10,8 +10,9 @@ const LOCAL_APIC_ADDR: u32 = 0xfee0_0000;
 /// Of KVM's local APICs and I/O APIC.
 const LOCAL_APIC_VERSION: u8 = 0x14;
 const IO_APIC_VERSION: u8 = 0x11;
-/// Interrupts that the I/O APIC takes from the ISA bus.
-const ISA_INTERRUPTS: u8 = 16;
+/// The pins of the I/O APIC. The ISA bus has interrupts up to 15 only, but kernels take any from it,
+/// and as they do those: edge-triggered, active high.
+const PINS: u8 = 24;
 const FLOATING_POINTER_LEN: usize = 16;
 
 /// Makes the last sum of all bytes zero by setting the byte at `at`.
@@ -45,7 +46,7 @@ pub(super) fn build(vcpus: u32) -> Vec<u8> {
     let mut io_apic = [2, io_apic_id, IO_APIC_VERSION, 1, 0, 0, 0, 0];
     io_apic[4..].copy_from_slice(&IO_APIC_ADDR.to_le_bytes());
     entry(&io_apic);
-    for irq in 0..ISA_INTERRUPTS {
+    for irq in 0..PINS {
         // KVM's default routing: each line to the pin of its number, the PIT's too (PCs have that at
         // pin 2). The line of the PICs' cascade is nobody's.
         if irq != 2 {
@@ -100,16 +101,21 @@ mod tests {
                 table.len()
             );
             let mut rest = &table[44..];
-            let (mut entries, mut ids) = (0, vec![]);
+            let (mut entries, mut ids, mut pins) = (0, vec![], vec![]);
             while let Some(&kind) = rest.first() {
                 if kind == 0 {
                     ids.push(u32::from(rest[1]));
+                }
+                if kind == 3 {
+                    assert_eq!(rest[5], rest[7]);
+                    pins.push(rest[7]);
                 }
                 rest = &rest[if kind == 0 { 20 } else { 8 }..];
                 entries += 1;
             }
             assert_eq!(u16::from_le_bytes([table[34], table[35]]), entries);
             assert_eq!(ids, (0..vcpus).collect::<Vec<_>>());
+            assert_eq!(pins, (0..24).filter(|pin| *pin != 2).collect::<Vec<_>>());
         }
     }
 }

@@ -22,6 +22,7 @@ fn boot(
             kernel: &kernel,
             initrd: initrd.as_ref(),
             command_line: line,
+            virtio_mmio: &[],
         },
         2,
     )
@@ -332,6 +333,7 @@ fn the_files_position_does_not_matter() {
         kernel: &kernel,
         initrd: None,
         command_line: "",
+        virtio_mmio: &[],
     };
     load(&ram(MIN_RAM), &source, 1).unwrap();
     load(&ram(MIN_RAM), &source, 1).unwrap();

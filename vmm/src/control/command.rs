@@ -47,6 +47,10 @@ pub trait Control: Send + Sync {
     /// Resets the machine, as its reset button would.
     fn system_reset(&self) -> CommandResult<()>;
 
+    /// Presses the machine's power button: what follows is the guest's to decide. Sends
+    /// [`EventKind::Powerdown`].
+    fn system_powerdown(&self) -> CommandResult<()>;
+
     /// Ends the process, soon: the answer to this command is still delivered.
     fn quit(&self, cause: ShutdownCause);
 

@@ -62,6 +62,8 @@ pub enum EventKind {
         /// What led to it.
         reason: ShutdownCause,
     },
+    /// The machine's power button was pressed.
+    Powerdown,
     /// The machine has shut down, or is about to because of a request to quit.
     Shutdown {
         /// Whether the guest did it.
@@ -147,6 +149,7 @@ mod tests {
         let time = r#"{"timestamp":{"seconds":1700000000,"microseconds":123456},"#;
         for (kind, rest) in [
             (EventKind::Stop, r#""event":"STOP"}"#),
+            (EventKind::Powerdown, r#""event":"POWERDOWN"}"#),
             (
                 EventKind::reset(ShutdownCause::GuestReset),
                 r#""event":"RESET","data":{"guest":true,"reason":"guest-reset"}}"#,

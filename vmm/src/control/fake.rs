@@ -113,6 +113,12 @@ impl Control for FakeMachine {
         Ok(())
     }
 
+    fn system_powerdown(&self) -> CommandResult<()> {
+        self.call("system_powerdown")?;
+        self.send(EventKind::Powerdown);
+        Ok(())
+    }
+
     fn quit(&self, cause: ShutdownCause) {
         let _ = self.call(format!("quit {cause:?}"));
         self.send(EventKind::shutdown(cause));

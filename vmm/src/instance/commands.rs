@@ -9,7 +9,7 @@ use super::incoming::Incoming;
 use super::outgoing::Outgoing;
 use super::{Exit, Instance, State, info};
 use crate::control::command::{
-    CommandError, CommandResult, Control, CpuInfo, Event, MigrateRequest,
+    CommandError, CommandResult, Control, CpuInfo, Event, EventKind, MigrateRequest,
     MigrationCapabilityStatus, MigrationInfo, MigrationParameters, MigrationStatus,
     ParameterChange, RunState, ShutdownCause, StatusInfo, Uri,
 };
@@ -112,6 +112,23 @@ impl Control for Instance {
             ))),
             _ => {
                 self.0.reset(&mut state, ShutdownCause::HostQmpSystemReset);
+                Ok(())
+            }
+        }
+    }
+
+    fn system_powerdown(&self) -> CommandResult<()> {
+        let state = self.0.state();
+        let guest = state.guest()?;
+        match state.run {
+            RunState::FinishMigrate => Err(handing_over("system_powerdown")),
+            RunState::Postmigrate | RunState::Inmigrate => Err(CommandError::generic(format!(
+                "the guest is not here to be powered down (state '{}')",
+                state.run
+            ))),
+            _ => {
+                guest.devices().press_power_button();
+                self.0.emit(EventKind::Powerdown);
                 Ok(())
             }
         }

@@ -3,18 +3,19 @@
 use std::io;
 use std::sync::Arc;
 
-use devices::InterruptLine;
 use devices::bus::{MachineRequest, PortBus, PortConflict};
 use devices::cmos::Cmos;
 use devices::i8042::I8042;
-use devices::power::{PowerPorts, ResetPort};
+use devices::power::{self, Pm1, ResetPort};
 use devices::serial::{self, Serial};
 use devices::state::StateError;
+use devices::{InterruptLine, LevelLine};
 use migration::section::{Section, SectionError, Sections};
 
 use super::backends::Backends;
 use super::config::VirtioConfig;
 use super::virtio::{VirtioDevices, VirtioError};
+use crate::boot::VirtioMmioSlot;
 use crate::console::SerialInput;
 use crate::kvm::Vm;
 use crate::vcpu::{IoBus, IoOutcome, PauseRequest};
@@ -46,10 +47,17 @@ impl InterruptLine for IrqchipLine {
     }
 }
 
+impl LevelLine for IrqchipLine {
+    fn set(&self, asserted: bool) -> io::Result<()> {
+        Ok(self.vm.fd().set_irq_line(self.gsi, asserted)?)
+    }
+}
+
 /// The machine's devices.
 pub struct Devices {
     ports: PortBus,
     serial: Arc<Serial>,
+    power: Arc<Pm1>,
     virtio: VirtioDevices,
 }
 
@@ -74,20 +82,24 @@ impl Devices {
         virtio: &[VirtioConfig],
         backends: Backends,
     ) -> Result<Self, DeviceError> {
-        let line = IrqchipLine {
-            vm: Arc::clone(vm),
-            gsi: serial::IRQ,
+        let line = |gsi| {
+            Arc::new(IrqchipLine {
+                vm: Arc::clone(vm),
+                gsi,
+            })
         };
-        let serial = Arc::new(Serial::new(Arc::new(line), output, on_room));
+        let serial = Arc::new(Serial::new(line(serial::IRQ), output, on_room));
+        let power = Arc::new(Pm1::new(line(power::SCI)));
         let mut ports = PortBus::new();
         ports.add(serial.clone())?;
         ports.add(Arc::new(Cmos::new()))?;
         ports.add(Arc::new(I8042::new()))?;
-        ports.add(Arc::new(PowerPorts::new()))?;
+        ports.add(power.clone())?;
         ports.add(Arc::new(ResetPort::new()))?;
         Ok(Self {
             ports,
             serial,
+            power,
             virtio: VirtioDevices::new(vm, virtio, backends)?,
         })
     }
@@ -104,12 +116,22 @@ impl Devices {
             .collect()
     }
 
+    /// Presses the machine's power button.
+    pub fn press_power_button(&self) {
+        self.power.press_power_button();
+    }
+
     /// Back to the state after power-on.
     pub fn reset(&self) {
         for device in self.ports.devices() {
             device.reset();
         }
         self.virtio.reset();
+    }
+
+    /// Where the virtio devices are.
+    pub fn virtio_mmio(&self) -> impl Iterator<Item = VirtioMmioSlot> {
+        self.virtio.places()
     }
 
     /// Lets the devices work that do so on their own.

@@ -248,10 +248,12 @@ impl Machine {
     /// Loads the kernel and puts vCPU 0 at its entry. The vCPUs are as after power-on.
     pub fn boot(&self) -> Result<(), MachineError> {
         let files = self.files().ok_or(MachineError::NoKernel)?;
+        let virtio_mmio: Vec<_> = self.devices.virtio_mmio().collect();
         let source = BootSource {
             kernel: &files.kernel,
             initrd: files.initrd.as_ref(),
             command_line: &self.config.command_line,
+            virtio_mmio: &virtio_mmio,
         };
         let entry = boot::load(self.vm.ram(), &source, self.config.vcpus)?;
         let mut vcpus = self.vcpus();

@@ -14,20 +14,14 @@ use vmm_sys_util::eventfd::EventFd;
 use super::backends::Backends;
 use super::config::VirtioConfig;
 use super::devices::DeviceStateError;
+use crate::boot::VirtioMmioSlot;
 use crate::kvm::{IoctlError, Vm};
-
-/// Where the first slot is in guest physical memory; the others follow, [`MMIO_LEN`] apart.
-const FIRST_SLOT: u64 = 0xd000_0000;
-
-/// The interrupt of each slot: an I/O APIC pin. Those that no legacy device has, first such as
-/// kernels know that have neither ACPI nor an MP table.
-const GSIS: [u32; 16] = [5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
 
 /// Why the virtio devices can't be built.
 #[derive(Debug, thiserror::Error)]
 pub enum VirtioError {
     /// More than there are slots.
-    #[error("{0} virtio devices are too many: there is room for {most}", most = GSIS.len())]
+    #[error("{0} virtio devices are too many: there is room for {most}", most = VirtioMmioSlot::MAX)]
     TooMany(usize),
     /// A device that can't be.
     #[error("{device}: {source}")]
@@ -42,6 +36,8 @@ pub enum VirtioError {
     Ioctl(#[from] IoctlError),
 }
 
+const _: () = assert!(MMIO_LEN == VirtioMmioSlot::LEN);
+
 /// The virtio devices by slot.
 pub(super) struct VirtioDevices {
     slots: Vec<VirtioMmio>,
@@ -54,32 +50,34 @@ impl VirtioDevices {
         configs: &[VirtioConfig],
         mut backends: Backends,
     ) -> Result<Self, VirtioError> {
-        if configs.len() > GSIS.len() {
-            return Err(VirtioError::TooMany(configs.len()));
-        }
         let mut slots = Vec::new();
-        for (slot, (config, &gsi)) in configs.iter().zip(&GSIS).enumerate() {
+        for (slot, config) in configs.iter().enumerate() {
+            let place = VirtioMmioSlot::of(slot).ok_or(VirtioError::TooMany(configs.len()))?;
             let failed = |source| VirtioError::Device {
                 device: config.kind_name(),
                 source,
             };
             let device = device(config, &mut backends).map_err(failed)?;
             let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(failed)?;
-            vm.register_irqfd(&irqfd, gsi)?;
+            vm.register_irqfd(&irqfd, place.gsi)?;
             let transport =
                 VirtioMmio::new(slot, device, vm.ram().clone(), irqfd).map_err(failed)?;
-            let notify = FIRST_SLOT + slot as u64 * MMIO_LEN + QUEUE_NOTIFY;
             for (queue, notifier) in (0..).zip(transport.notifiers()) {
-                vm.register_ioeventfd(notifier.event_fd(), notify, queue)?;
+                vm.register_ioeventfd(notifier.event_fd(), place.addr + QUEUE_NOTIFY, queue)?;
             }
             slots.push(transport);
         }
         Ok(Self { slots })
     }
 
+    /// Where they are.
+    pub(super) fn places(&self) -> impl Iterator<Item = VirtioMmioSlot> {
+        (0..self.slots.len()).filter_map(VirtioMmioSlot::of)
+    }
+
     /// The slot at a guest physical address, and the offset in it.
     pub(super) fn at(&self, addr: u64) -> Option<(&VirtioMmio, u64)> {
-        let offset = addr.checked_sub(FIRST_SLOT)?;
+        let offset = addr.checked_sub(VirtioMmioSlot::of(0)?.addr)?;
         let slot = self.slots.get((offset / MMIO_LEN) as usize)?;
         Some((slot, offset % MMIO_LEN))
     }

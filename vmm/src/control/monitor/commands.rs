@@ -270,6 +270,17 @@ pub const COMMANDS: &[Command] = &[
         },
     },
     Command {
+        names: &["system_powerdown"],
+        parameters: "",
+        help: "press the power button: the guest decides what follows",
+        completion: Completion::None,
+        run: |session, words| {
+            words.finish()?;
+            session.machine().system_powerdown()?;
+            Ok(Reply::nothing())
+        },
+    },
+    Command {
         names: &["system_reset"],
         parameters: "",
         help: "reset the machine",

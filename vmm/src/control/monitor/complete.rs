@@ -52,7 +52,7 @@ mod tests {
     #[test]
     fn the_word_before_the_cursor_is_completed() {
         for (line, start, words) in [
-            ("sy", 0, vec!["system_reset"]),
+            ("sy", 0, vec!["system_powerdown", "system_reset"]),
             (
                 "info migrate_",
                 5,

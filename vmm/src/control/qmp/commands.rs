@@ -54,6 +54,9 @@ const COMMANDS: &[(&str, Handler)] = &[
     ("stop", |machine, arguments| {
         nothing(arguments, || machine.stop())
     }),
+    ("system_powerdown", |machine, arguments| {
+        nothing(arguments, || machine.system_powerdown())
+    }),
     ("system_reset", |machine, arguments| {
         nothing(arguments, || machine.system_reset())
     }),

@@ -47,6 +47,7 @@ fn actions_reach_the_machine_under_both_names() {
         "cont",
         "c",
         "system_reset",
+        "system_powerdown",
         "migrate_cancel",
         "quit",
         "q",
@@ -63,6 +64,7 @@ fn actions_reach_the_machine_under_both_names() {
             "cont",
             "cont",
             "system_reset",
+            "system_powerdown",
             "migrate_cancel",
             "quit HostQmpQuit",
             "quit HostQmpQuit"

@@ -92,6 +92,7 @@ async fn actions_reach_the_machine_and_their_events_come_first() {
         ("stop", "STOP"),
         ("cont", "RESUME"),
         ("system_reset", "RESET"),
+        ("system_powerdown", "POWERDOWN"),
         ("quit", "SHUTDOWN"),
     ] {
         let told = client.ask(json!({ "execute": command }).to_string()).await;
@@ -101,7 +102,13 @@ async fn actions_reach_the_machine_and_their_events_come_first() {
     }
     assert_eq!(
         setup.machine.calls(),
-        ["stop", "cont", "system_reset", "quit HostQmpQuit"]
+        [
+            "stop",
+            "cont",
+            "system_reset",
+            "system_powerdown",
+            "quit HostQmpQuit"
+        ]
     );
     setup.machine.state().failure = Some(CommandError::generic("no"));
     assert_eq!(client.refused("cont", json!({})).await, "no");
