@@ -28,7 +28,9 @@ const MAGICS: [(usize, &[u8], &str); 11] = [
 /// The format that the beginning of a file says it has, none for a raw image.
 pub(super) fn recognise(start: &[u8]) -> Option<&'static str> {
     let known = MAGICS.iter().find(|(offset, magic, _)| {
-        start.get(*offset..).is_some_and(|bytes| bytes.starts_with(magic))
+        start
+            .get(*offset..)
+            .is_some_and(|bytes| bytes.starts_with(magic))
     });
     known.map(|(_, _, name)| *name)
 }
@@ -88,20 +90,31 @@ const INCOMPATIBLE: [&str; 5] = [
 impl Qcow2Header {
     /// Reads and checks the header, and that the tables it points to are in the file.
     pub(super) fn read(file: &FileStorage) -> Result<Self> {
-        let broken = |reason: String| Error::format(&file.path, format!("broken qcow2 image: {reason}"));
-        let unusable = |reason: &str| Error::format(&file.path, format!("the qcow2 image {reason}"));
+        let broken =
+            |reason: String| Error::format(&file.path, format!("broken qcow2 image: {reason}"));
+        let unusable =
+            |reason: &str| Error::format(&file.path, format!("the qcow2 image {reason}"));
 
         let start = read(file, 0, 104)?;
         if !start.starts_with(QCOW2_MAGIC) {
-            return Err(Error::format(&file.path, "not a qcow2 image; give format=raw for a raw one"));
+            return Err(Error::format(
+                &file.path,
+                "not a qcow2 image; give format=raw for a raw one",
+            ));
         }
         let u32_at = |at: usize| be32(&start, at);
         let u64_at = |at: usize| be64(&start, at);
         let version = u32_at(4);
         if version != 2 && version != 3 {
-            return Err(unusable(&format!("has version {version}; 2 and 3 are supported")));
+            return Err(unusable(&format!(
+                "has version {version}; 2 and 3 are supported"
+            )));
         }
-        let (features, header_len) = if version == 3 { (u64_at(72), u32_at(100)) } else { (0, 72) };
+        let (features, header_len) = if version == 3 {
+            (u64_at(72), u32_at(100))
+        } else {
+            (0, 72)
+        };
         if let Some(bit) = (0..64).find(|bit| features & (1 << bit) != 0) {
             return Err(match INCOMPATIBLE.get(bit) {
                 Some(reason) => unusable(reason),
@@ -114,7 +127,9 @@ impl Qcow2Header {
         }
         let cluster_bits = u32_at(20);
         if !(9..=21).contains(&cluster_bits) {
-            return Err(broken(format!("clusters of 2^{cluster_bits} bytes; 2^9 to 2^21 are valid")));
+            return Err(broken(format!(
+                "clusters of 2^{cluster_bits} bytes; 2^9 to 2^21 are valid"
+            )));
         }
         let cluster_size = 1u64 << cluster_bits;
         if version == 3 && (header_len < 104 || u64::from(header_len) > cluster_size) {
@@ -122,7 +137,9 @@ impl Qcow2Header {
         }
         let capacity = u64_at(24);
         if !capacity.is_multiple_of(512) {
-            return Err(unusable(&format!("has a disk of {capacity} bytes, not a multiple of 512")));
+            return Err(unusable(&format!(
+                "has a disk of {capacity} bytes, not a multiple of 512"
+            )));
         }
 
         // L1: every entry covers a cluster full of L2 entries of 8 bytes.
@@ -136,11 +153,27 @@ impl Qcow2Header {
         let (table_offset, table_clusters) = (u64_at(48), u64::from(u32_at(56)));
         let table_bytes = table_clusters * cluster_size;
         if table_bytes == 0 || table_bytes > MAX_REFCOUNT_TABLE_BYTES {
-            return Err(broken(format!("a refcount table of {table_clusters} clusters")));
+            return Err(broken(format!(
+                "a refcount table of {table_clusters} clusters"
+            )));
         }
-        check_table(file, "the L1 table", l1_offset, l1_entries * 8, l1_entries * 8, cluster_size)?;
+        check_table(
+            file,
+            "the L1 table",
+            l1_offset,
+            l1_entries * 8,
+            l1_entries * 8,
+            cluster_size,
+        )?;
         // Its last cluster need not be there: what the file does not have is zero.
-        check_table(file, "the refcount table", table_offset, table_bytes, 8, cluster_size)?;
+        check_table(
+            file,
+            "the refcount table",
+            table_offset,
+            table_bytes,
+            8,
+            cluster_size,
+        )?;
 
         let (backing, backing_format) = match u64_at(8) {
             0 => (None, None),
@@ -148,15 +181,25 @@ impl Qcow2Header {
                 let len = u32_at(16);
                 let end = at.saturating_add(u64::from(len));
                 if len > 1023 || end > cluster_size {
-                    return Err(broken(format!("the backing file's name at {at}, {len} bytes")));
+                    return Err(broken(format!(
+                        "the backing file's name at {at}, {len} bytes"
+                    )));
                 }
                 let name = String::from_utf8(read(file, at, len as usize)?)
                     .map_err(|_| broken("the backing file's name is not UTF-8".to_owned()))?;
                 // QEMU leaves extensions out in version 2 unless there is room before the name.
-                (Some(name), backing_format(file, u64::from(header_len), at.min(cluster_size))?)
+                (
+                    Some(name),
+                    backing_format(file, u64::from(header_len), at.min(cluster_size))?,
+                )
             }
         };
-        Ok(Qcow2Header { capacity, cluster_size, backing, backing_format })
+        Ok(Qcow2Header {
+            capacity,
+            cluster_size,
+            backing,
+            backing_format,
+        })
     }
 }
 
@@ -190,15 +233,19 @@ fn check_table(
 ) -> Result<()> {
     let size = file.size();
     let truncated = |what: &str, at: u64| {
-        let reason =
-            format!("broken qcow2 image: {what} is at {at}, but the file ends at {size}; was it truncated?");
+        let reason = format!(
+            "broken qcow2 image: {what} is at {at}, but the file ends at {size}; was it truncated?"
+        );
         Error::format(&file.path, reason)
     };
     if bytes == 0 {
         return Ok(());
     }
     if !offset.is_multiple_of(cluster_size) || offset == 0 {
-        return Err(Error::format(&file.path, format!("broken qcow2 image: {name} at offset {offset}")));
+        return Err(Error::format(
+            &file.path,
+            format!("broken qcow2 image: {name} at offset {offset}"),
+        ));
     }
     if offset.saturating_add(present) > size {
         return Err(truncated(name, offset));
@@ -216,7 +263,13 @@ fn check_table(
 /// Reads a piece whose length has been checked; beyond the end of the file it is zero.
 fn read(file: &FileStorage, offset: u64, len: usize) -> Result<Vec<u8>> {
     let mut bytes = vec![0; len];
-    let io = |source| Error::Io { path: file.path.clone(), op: "read", offset, len: len as u64, source };
+    let io = |source| Error::Io {
+        path: file.path.clone(),
+        op: "read",
+        offset,
+        len: len as u64,
+        source,
+    };
     // With O_DIRECT this goes through an aligned buffer.
     StorageExt::read(file, bytes.as_mut_slice(), offset).map_err(io)?;
     Ok(bytes)

@@ -64,7 +64,10 @@ impl Image {
     /// A write that touches sector 0 of an image whose format was guessed. The sector is copied
     /// first: a guest may change its memory while it is looked at.
     fn write_guarded(&self, state: &State, bufs: &[IoSlice<'_>], offset: u64) -> Result<()> {
-        let _guard = self.sector_zero.lock().unwrap_or_else(PoisonError::into_inner);
+        let _guard = self
+            .sector_zero
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let mut sector = [0; PROBED];
         let file = &self.top()?.file;
         let read = StorageExt::read(file, &mut sector[..], 0);
@@ -83,9 +86,14 @@ impl Image {
             IoSlice::advance_slices(&mut rest, len);
         }
         if let Some(format) = header::recognise(&sector) {
-            return Err(Error::ForeignHeader { path: self.path.clone(), format });
+            return Err(Error::ForeignHeader {
+                path: self.path.clone(),
+                format,
+            });
         }
-        let head = sector.get(offset as usize..).and_then(|room| room.get(..copied));
+        let head = sector
+            .get(offset as usize..)
+            .and_then(|room| room.get(..copied));
         self.write(state, &[IoSlice::new(head.unwrap_or_default())], offset)?;
         self.write(state, rest, offset + copied as u64)
     }
@@ -107,7 +115,11 @@ impl Image {
             None => {
                 let file = &self.top()?.file;
                 let _guard = file.weak_write_blocker(offset..offset + len);
-                let hole = if may_unmap { file.punch_hole(offset, len) } else { Err(unsupported()) };
+                let hole = if may_unmap {
+                    file.punch_hole(offset, len)
+                } else {
+                    Err(unsupported())
+                };
                 hole.or_else(|error| match error.kind() {
                     io::ErrorKind::Unsupported => file.zero(offset, len),
                     _ => Err(error),
@@ -126,7 +138,9 @@ impl Image {
     fn write_plain_zeroes(&self, state: &State, mut offset: u64, mut len: u64) -> Result<()> {
         let zeroes = vec![0; usize::try_from(len).unwrap_or(ZEROES).min(ZEROES)];
         while len > 0 {
-            let piece = zeroes.get(..len.min(ZEROES as u64) as usize).unwrap_or_default();
+            let piece = zeroes
+                .get(..len.min(ZEROES as u64) as usize)
+                .unwrap_or_default();
             self.write(state, &[IoSlice::new(piece)], offset)?;
             offset += piece.len() as u64;
             len -= piece.len() as u64;
@@ -185,7 +199,10 @@ impl Image {
     ) -> Result<io::Result<()>> {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         self.check_writable(&state, op, offset, len)?;
-        Ok(state.qcow2.as_mut().map_or_else(|| Err(unsupported()), change))
+        Ok(state
+            .qcow2
+            .as_mut()
+            .map_or_else(|| Err(unsupported()), change))
     }
 
     fn writable(
@@ -201,11 +218,17 @@ impl Image {
 
     fn check_writable(&self, state: &State, op: &'static str, offset: u64, len: u64) -> Result<()> {
         if self.readonly {
-            return Err(Error::ReadOnly { path: self.path.clone(), op });
+            return Err(Error::ReadOnly {
+                path: self.path.clone(),
+                op,
+            });
         }
         self.check_range(op, offset, len)?;
         if !state.locked {
-            return Err(Error::NotLocked { path: self.path.clone(), op });
+            return Err(Error::NotLocked {
+                path: self.path.clone(),
+                op,
+            });
         }
         Ok(())
     }
@@ -213,23 +236,51 @@ impl Image {
     pub(super) fn check_range(&self, op: &'static str, offset: u64, len: u64) -> Result<()> {
         let capacity = self.capacity;
         if offset.checked_add(len).is_none_or(|end| end > capacity) {
-            return Err(Error::OutOfRange { path: self.path.clone(), op, offset, len, capacity });
+            return Err(Error::OutOfRange {
+                path: self.path.clone(),
+                op,
+                offset,
+                len,
+                capacity,
+            });
         }
         Ok(())
     }
 
-    pub(super) fn failed(&self, op: &'static str, offset: u64, len: u64, source: io::Error) -> Error {
-        Error::Io { path: self.path.clone(), op, offset, len, source }
+    pub(super) fn failed(
+        &self,
+        op: &'static str,
+        offset: u64,
+        len: u64,
+        source: io::Error,
+    ) -> Error {
+        Error::Io {
+            path: self.path.clone(),
+            op,
+            offset,
+            len,
+            source,
+        }
     }
 }
 
 /// imago frees clusters for its own use only. The part's data is taken out of the file first, so
 /// that the host gets the space back; a crash in between leaves zeroes there, which is right.
-fn punch_mapped(qcow2: &FormatAccess<FileStorage>, mut offset: u64, mut len: u64) -> io::Result<()> {
+fn punch_mapped(
+    qcow2: &FormatAccess<FileStorage>,
+    mut offset: u64,
+    mut len: u64,
+) -> io::Result<()> {
     while len > 0 {
         let (mapping, run) = qcow2.get_shallow_mapping(offset, len)?;
         // What is shared with a snapshot is not writable.
-        if let ShallowMapping::Raw { storage, offset: at, writable: true, .. } = mapping {
+        if let ShallowMapping::Raw {
+            storage,
+            offset: at,
+            writable: true,
+            ..
+        } = mapping
+        {
             match storage.discard(at, run) {
                 Err(error) if error.kind() != io::ErrorKind::Unsupported => return Err(error),
                 _ => {}
