@@ -35,7 +35,11 @@ impl Layer {
             Format::Raw => None,
             Format::Qcow2 => Some(Qcow2Header::read(&file)?),
         };
-        Ok(Layer { file, format, header })
+        Ok(Layer {
+            file,
+            format,
+            header,
+        })
     }
 
     /// Size of the disk in bytes. A raw file is taken for whole sectors, as QEMU does: what it
@@ -52,9 +56,13 @@ impl Layer {
 pub(super) fn open_backing(top: Layer, cache: Cache) -> Result<Vec<Layer>> {
     let mut layers = vec![top];
     while let Some((above, name, format)) = next_backing(&layers)? {
-        let failed = |source| Error::Backing { path: above.to_owned(), source: Box::new(source) };
+        let failed = |source| Error::Backing {
+            path: above.to_owned(),
+            source: Box::new(source),
+        };
         if layers.len() >= MAX_LAYERS {
-            let reason = format!("is backing file number {MAX_LAYERS} of a chain: it probably loops");
+            let reason =
+                format!("is backing file number {MAX_LAYERS} of a chain: it probably loops");
             return Err(failed(Error::format(&name, reason)));
         }
         let file = HostFile::open(&name, false, cache, false).map_err(failed)?;
@@ -71,16 +79,23 @@ pub(super) fn open_backing(top: Layer, cache: Cache) -> Result<Vec<Layer>> {
 /// The backing file of the lowest layer: whose it is, its path and its recorded format.
 #[allow(clippy::type_complexity)]
 fn next_backing(layers: &[Layer]) -> Result<Option<(PathBuf, PathBuf, Option<Format>)>> {
-    let Some(lowest) = layers.last() else { return Ok(None) };
-    let Some(header) = &lowest.header else { return Ok(None) };
-    let Some(name) = &header.backing else { return Ok(None) };
+    let Some(lowest) = layers.last() else {
+        return Ok(None);
+    };
+    let Some(header) = &lowest.header else {
+        return Ok(None);
+    };
+    let Some(name) = &header.backing else {
+        return Ok(None);
+    };
     let above = lowest.file.path.clone();
     let format = match header.backing_format.as_deref() {
         None | Some("") => None,
         Some("raw" | "file" | "host_device") => Some(Format::Raw),
         Some("qcow2") => Some(Format::Qcow2),
         Some(other) => {
-            let reason = format!("has a backing file of format {other:?}; raw and qcow2 are supported");
+            let reason =
+                format!("has a backing file of format {other:?}; raw and qcow2 are supported");
             return Err(Error::format(&above, reason));
         }
     };
@@ -92,7 +107,10 @@ fn next_backing(layers: &[Layer]) -> Result<Option<(PathBuf, PathBuf, Option<For
 pub(super) fn resolve(image: &Path, name: &str) -> Result<PathBuf> {
     let local = name.strip_prefix("file:").unwrap_or(name);
     // As QEMU does: a colon before the first slash is that of a protocol.
-    let protocol = local.split('/').next().is_some_and(|first| first.contains(':'));
+    let protocol = local
+        .split('/')
+        .next()
+        .is_some_and(|first| first.contains(':'));
     if protocol || local.is_empty() {
         let reason = format!("has the backing file {name:?}; only files are supported");
         return Err(Error::format(image, reason));
@@ -128,7 +146,9 @@ pub(super) fn load(layers: &[Layer], writable: bool) -> Result<Option<FormatAcce
         let access = match layer.format {
             Format::Raw => FormatAccess::new(Raw::builder(file).open(gate).map_err(failed)?),
             Format::Qcow2 => {
-                let qcow2 = Qcow2::builder(file).write(writable && n == 0).backing(below);
+                let qcow2 = Qcow2::builder(file)
+                    .write(writable && n == 0)
+                    .backing(below);
                 FormatAccess::new(qcow2.open(gate).map_err(failed)?)
             }
         };
@@ -140,7 +160,11 @@ pub(super) fn load(layers: &[Layer], writable: bool) -> Result<Option<FormatAcce
 /// Locks all files, or none.
 pub(super) fn lock(layers: &[Layer], writable: bool) -> Result<()> {
     for (n, layer) in layers.iter().enumerate() {
-        let usage = if writable && n == 0 { Use::of(layer.format) } else { Use::Read };
+        let usage = if writable && n == 0 {
+            Use::of(layer.format)
+        } else {
+            Use::Read
+        };
         if let Err(error) = lock::acquire(&layer.file, usage) {
             unlock(layers.get(..n).unwrap_or_default());
             return Err(error);

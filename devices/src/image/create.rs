@@ -42,7 +42,11 @@ impl Image {
         cache: Cache,
     ) -> Result<Image> {
         let invalid = |reason: String| Err(Error::format(path, reason));
-        let max = if format == Format::Raw { MAX_RAW } else { MAX_QCOW2 };
+        let max = if format == Format::Raw {
+            MAX_RAW
+        } else {
+            MAX_QCOW2
+        };
         if capacity == 0 || !capacity.is_multiple_of(512) || capacity > max {
             return invalid(format!(
                 "cannot make a {format} image of {capacity} bytes: a multiple of 512 up to {max} is possible"
@@ -57,8 +61,15 @@ impl Image {
         lock::acquire(&file, Use::of(format))?;
         let result = fill(&file, format, capacity, backing).and_then(|()| {
             let path = path.to_owned();
-            let image =
-                Image::from_file(file, &ImageConfig { path, format: Some(format), readonly: false, cache })?;
+            let image = Image::from_file(
+                file,
+                &ImageConfig {
+                    path,
+                    format: Some(format),
+                    readonly: false,
+                    cache,
+                },
+            )?;
             image.lock()?;
             Ok(image)
         });
@@ -71,7 +82,12 @@ impl Image {
 }
 
 /// Makes an empty file an image, and checks that another one is what is wanted.
-fn fill(file: &FileStorage, format: Format, capacity: u64, backing: Option<&NewBacking>) -> Result<()> {
+fn fill(
+    file: &FileStorage,
+    format: Format,
+    capacity: u64,
+    backing: Option<&NewBacking>,
+) -> Result<()> {
     let failed = |source| Error::whole(&file.path, "make the image", source);
     if file.refresh_size().map_err(failed)? > 0 {
         return check_same(file, format, capacity, backing);
@@ -94,27 +110,47 @@ fn fill(file: &FileStorage, format: Format, capacity: u64, backing: Option<&NewB
     Ok(())
 }
 
-fn check_same(file: &FileStorage, format: Format, capacity: u64, backing: Option<&NewBacking>) -> Result<()> {
-    let other = |reason: String| Err(Error::Exists { path: file.path.clone(), reason });
+fn check_same(
+    file: &FileStorage,
+    format: Format,
+    capacity: u64,
+    backing: Option<&NewBacking>,
+) -> Result<()> {
+    let other = |reason: String| {
+        Err(Error::Exists {
+            path: file.path.clone(),
+            reason,
+        })
+    };
     let found = header::recognise_file(file)?;
     match (format, found) {
         (Format::Raw, None) | (Format::Qcow2, Some("qcow2")) => {}
         (_, found) => {
             let found = found.unwrap_or("raw");
-            return other(format!("there is something else: it looks like a {found} file"));
+            return other(format!(
+                "there is something else: it looks like a {found} file"
+            ));
         }
     }
     let layer = Layer::new(file.clone(), Some(format))?;
     if layer.capacity() != capacity {
-        return other(format!("there is an image of {} bytes, not {capacity}", layer.capacity()));
+        return other(format!(
+            "there is an image of {} bytes, not {capacity}",
+            layer.capacity()
+        ));
     }
-    let recorded = layer.header.as_ref().and_then(|header| header.backing.as_deref());
+    let recorded = layer
+        .header
+        .as_ref()
+        .and_then(|header| header.backing.as_deref());
     match (recorded, backing.map(|backing| backing.name.as_str())) {
         (recorded, wanted) if recorded == wanted => Ok(()),
         (recorded, wanted) => {
             let or_none = |name: Option<&str>| name.unwrap_or("none").to_owned();
             let (recorded, wanted) = (or_none(recorded), or_none(wanted));
-            other(format!("there is an image with the backing file {recorded}, not {wanted}"))
+            other(format!(
+                "there is an image with the backing file {recorded}, not {wanted}"
+            ))
         }
     }
 }
@@ -122,7 +158,9 @@ fn check_same(file: &FileStorage, format: Format, capacity: u64, backing: Option
 /// Bytes that an unprivileged user can still write to the file system that holds `path`, which
 /// need not exist yet.
 pub fn free_space(path: &Path) -> Result<u64> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let parent = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
     let stat = match rustix::fs::statvfs(path) {
         Err(rustix::io::Errno::NOENT) => rustix::fs::statvfs(parent.unwrap_or(Path::new("."))),
         result => result,

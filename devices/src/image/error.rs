@@ -155,7 +155,10 @@ impl Error {
     /// room again.
     pub fn is_no_space(&self) -> bool {
         self.io().is_some_and(|source| {
-            matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+            matches!(
+                source.kind(),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+            )
         })
     }
 
@@ -172,10 +175,17 @@ impl Error {
     }
 
     pub(super) fn format(path: &Path, reason: impl Into<String>) -> Error {
-        Error::Format { path: path.to_owned(), reason: reason.into() }
+        Error::Format {
+            path: path.to_owned(),
+            reason: reason.into(),
+        }
     }
 
     pub(super) fn whole(path: &Path, op: &'static str, source: impl Into<io::Error>) -> Error {
-        Error::Whole { path: path.to_owned(), op, source: source.into() }
+        Error::Whole {
+            path: path.to_owned(),
+            op,
+            source: source.into(),
+        }
     }
 }

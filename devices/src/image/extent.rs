@@ -43,7 +43,13 @@ impl Image {
         self.check_range(op, offset, max)?;
         if max == 0 {
             let capacity = self.capacity;
-            return Err(Error::OutOfRange { path: self.path.clone(), op, offset, len: max, capacity });
+            return Err(Error::OutOfRange {
+                path: self.path.clone(),
+                op,
+                offset,
+                len: max,
+                capacity,
+            });
         }
         let extent = self.map(offset, max, scope);
         let extent = extent.map_err(|source| self.failed(op, offset, max, source))??;
@@ -62,27 +68,65 @@ impl Image {
                 Err(error) => return Ok(Err(error)),
             };
             let (data, len) = file.is_data(offset, max)?;
-            return Ok(Ok(Extent { kind: kind(data), len }));
+            return Ok(Ok(Extent {
+                kind: kind(data),
+                len,
+            }));
         };
         // Data that the file has no space for is zero: preallocated, or punched out.
         let extent = if scope == Scope::Chain {
             match qcow2.get_mapping(offset, max)? {
-                (Mapping::Raw { storage, offset: at, .. }, len) => {
+                (
+                    Mapping::Raw {
+                        storage,
+                        offset: at,
+                        ..
+                    },
+                    len,
+                ) => {
                     let (data, len) = storage.is_data(at, len)?;
-                    Extent { kind: kind(data), len }
+                    Extent {
+                        kind: kind(data),
+                        len,
+                    }
                 }
-                (Mapping::Zero { .. }, len) => Extent { kind: ExtentKind::Zero, len },
-                (_, len) => Extent { kind: ExtentKind::Data, len },
+                (Mapping::Zero { .. }, len) => Extent {
+                    kind: ExtentKind::Zero,
+                    len,
+                },
+                (_, len) => Extent {
+                    kind: ExtentKind::Data,
+                    len,
+                },
             }
         } else {
             match qcow2.get_shallow_mapping(offset, max)? {
-                (ShallowMapping::Raw { storage, offset: at, .. }, len) => {
+                (
+                    ShallowMapping::Raw {
+                        storage,
+                        offset: at,
+                        ..
+                    },
+                    len,
+                ) => {
                     let (data, len) = storage.is_data(at, len)?;
-                    Extent { kind: kind(data), len }
+                    Extent {
+                        kind: kind(data),
+                        len,
+                    }
                 }
-                (ShallowMapping::Zero { .. }, len) => Extent { kind: ExtentKind::Zero, len },
-                (ShallowMapping::Indirect { .. }, len) => Extent { kind: ExtentKind::Absent, len },
-                (_, len) => Extent { kind: ExtentKind::Data, len },
+                (ShallowMapping::Zero { .. }, len) => Extent {
+                    kind: ExtentKind::Zero,
+                    len,
+                },
+                (ShallowMapping::Indirect { .. }, len) => Extent {
+                    kind: ExtentKind::Absent,
+                    len,
+                },
+                (_, len) => Extent {
+                    kind: ExtentKind::Data,
+                    len,
+                },
             }
         };
         Ok(Ok(extent))
@@ -90,5 +134,9 @@ impl Image {
 }
 
 fn kind(data: bool) -> ExtentKind {
-    if data { ExtentKind::Data } else { ExtentKind::Zero }
+    if data {
+        ExtentKind::Data
+    } else {
+        ExtentKind::Zero
+    }
 }

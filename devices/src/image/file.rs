@@ -55,19 +55,31 @@ impl HostFile {
         let file = options.open(path).map_err(|source| {
             let kind = source.kind();
             if kind == io::ErrorKind::IsADirectory {
-                return Error::FileType { path: path.to_owned(), kind: "a directory" };
+                return Error::FileType {
+                    path: path.to_owned(),
+                    kind: "a directory",
+                };
             }
             if cache == Cache::None && kind == io::ErrorKind::InvalidInput {
                 let reason = "the file system refuses it".to_owned();
-                return Error::Direct { path: path.to_owned(), reason };
+                return Error::Direct {
+                    path: path.to_owned(),
+                    reason,
+                };
             }
-            Error::Open { path: path.to_owned(), source }
+            Error::Open {
+                path: path.to_owned(),
+                source,
+            }
         })?;
         Self::new(file, path, cache)
     }
 
     fn new(file: File, path: &Path, cache: Cache) -> Result<Self> {
-        let cannot_open = |source: io::Error| Error::Open { path: path.to_owned(), source };
+        let cannot_open = |source: io::Error| Error::Open {
+            path: path.to_owned(),
+            source,
+        };
         let kind = file.metadata().map_err(cannot_open)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             let kind = if kind.is_dir() {
@@ -79,10 +91,16 @@ impl HostFile {
             } else {
                 "something else"
             };
-            return Err(Error::FileType { path: path.to_owned(), kind });
+            return Err(Error::FileType {
+                path: path.to_owned(),
+                kind,
+            });
         }
         let align = match cache {
-            Cache::Writeback => Alignment { request: 1, memory: 1 },
+            Cache::Writeback => Alignment {
+                request: 1,
+                memory: 1,
+            },
             Cache::None => direct_alignment(&file),
         };
         let file = HostFile {
@@ -117,7 +135,11 @@ impl HostFile {
     /// Fills `bufs` from `offset`; beyond the end of the file with zeroes.
     pub(super) fn read(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<()> {
         let len = total(bufs);
-        let first = if bufs.len() <= MAX_BUFFERS { self.read_some(bufs, offset)? } else { 0 };
+        let first = if bufs.len() <= MAX_BUFFERS {
+            self.read_some(bufs, offset)?
+        } else {
+            0
+        };
         if first as u64 == len {
             return Ok(());
         }
@@ -150,7 +172,11 @@ impl HostFile {
     /// Writes all of `bufs` at `offset`.
     pub(super) fn write(&self, bufs: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
         let len = total(bufs);
-        let first = if bufs.len() <= MAX_BUFFERS { self.write_some(bufs, offset)? } else { 0 };
+        let first = if bufs.len() <= MAX_BUFFERS {
+            self.write_some(bufs, offset)?
+        } else {
+            0
+        };
         if first as u64 == len {
             return Ok(());
         }
@@ -178,7 +204,8 @@ impl HostFile {
     }
 
     fn grown(&self, offset: u64, len: u64) {
-        self.size.fetch_max(offset.saturating_add(len), Ordering::AcqRel);
+        self.size
+            .fetch_max(offset.saturating_add(len), Ordering::AcqRel);
     }
 
     /// Makes the range read as zeroes and keeps its space; grows the file if need be.
@@ -192,7 +219,11 @@ impl HostFile {
     /// Makes the range read as zeroes and gives its space back to the file system.
     /// [`io::ErrorKind::Unsupported`] if the file system can't.
     pub(super) fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.fallocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
+        self.fallocate(
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            offset,
+            len,
+        )
     }
 
     fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
@@ -253,7 +284,11 @@ fn direct_alignment(file: &File) -> Alignment {
     let known = known.filter(|stat| stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
     let usable = |align: u32| Some(align as usize).filter(|align| align.is_power_of_two());
     Alignment {
-        request: known.and_then(|s| usable(s.stx_dio_offset_align)).unwrap_or(SAFE_ALIGNMENT),
-        memory: known.and_then(|s| usable(s.stx_dio_mem_align)).unwrap_or(SAFE_ALIGNMENT),
+        request: known
+            .and_then(|s| usable(s.stx_dio_offset_align))
+            .unwrap_or(SAFE_ALIGNMENT),
+        memory: known
+            .and_then(|s| usable(s.stx_dio_mem_align))
+            .unwrap_or(SAFE_ALIGNMENT),
     }
 }

@@ -28,7 +28,9 @@ const MAGICS: [(usize, &[u8], &str); 11] = [
 /// The format that the beginning of a file says it has, none for a raw image.
 pub(super) fn recognise(start: &[u8]) -> Option<&'static str> {
     let known = MAGICS.iter().find(|(offset, magic, _)| {
-        start.get(*offset..).is_some_and(|bytes| bytes.starts_with(magic))
+        start
+            .get(*offset..)
+            .is_some_and(|bytes| bytes.starts_with(magic))
     });
     known.map(|(_, _, name)| *name)
 }
@@ -88,20 +90,31 @@ const INCOMPATIBLE: [&str; 5] = [
 impl Qcow2Header {
     /// Reads and checks the header, and that the tables it points to are in the file.
     pub(super) fn read(file: &FileStorage) -> Result<Self> {
-        let broken = |reason: String| Error::format(&file.path, format!("broken qcow2 image: {reason}"));
-        let unusable = |reason: &str| Error::format(&file.path, format!("the qcow2 image {reason}"));
+        let broken =
+            |reason: String| Error::format(&file.path, format!("broken qcow2 image: {reason}"));
+        let unusable =
+            |reason: &str| Error::format(&file.path, format!("the qcow2 image {reason}"));
 
         let start = read(file, 0, 104)?;
         if !start.starts_with(QCOW2_MAGIC) {
-            return Err(Error::format(&file.path, "not a qcow2 image; give format=raw for a raw one"));
+            return Err(Error::format(
+                &file.path,
+                "not a qcow2 image; give format=raw for a raw one",
+            ));
         }
         let u32_at = |at: usize| be32(&start, at);
         let u64_at = |at: usize| be64(&start, at);
         let version = u32_at(4);
         if version != 2 && version != 3 {
-            return Err(unusable(&format!("has version {version}; 2 and 3 are supported")));
+            return Err(unusable(&format!(
+                "has version {version}; 2 and 3 are supported"
+            )));
         }
-        let (features, header_len) = if version == 3 { (u64_at(72), u32_at(100)) } else { (0, 72) };
+        let (features, header_len) = if version == 3 {
+            (u64_at(72), u32_at(100))
+        } else {
+            (0, 72)
+        };
         if let Some(bit) = (0..64).find(|bit| features & (1 << bit) != 0) {
             return Err(match INCOMPATIBLE.get(bit) {
                 Some(reason) => unusable(reason),
@@ -114,7 +127,9 @@ impl Qcow2Header {
         }
         let cluster_bits = u32_at(20);
         if !(9..=21).contains(&cluster_bits) {
-            return Err(broken(format!("clusters of 2^{cluster_bits} bytes; 2^9 to 2^21 are valid")));
+            return Err(broken(format!(
+                "clusters of 2^{cluster_bits} bytes; 2^9 to 2^21 are valid"
+            )));
         }
         let cluster_size = 1u64 << cluster_bits;
         if version == 3 && (header_len < 104 || u64::from(header_len) > cluster_size) {
@@ -122,7 +137,9 @@ impl Qcow2Header {
         }
         let capacity = u64_at(24);
         if !capacity.is_multiple_of(512) {
-            return Err(unusable(&format!("has a disk of {capacity} bytes, not a multiple of 512")));
+            return Err(unusable(&format!(
+                "has a disk of {capacity} bytes, not a multiple of 512"
+            )));
         }
 
         // L1: every entry covers a cluster full of L2 entries of 8 bytes.
@@ -136,11 +153,27 @@ impl Qcow2Header {
         let (table_offset, table_clusters) = (u64_at(48), u64::from(u32_at(56)));
         let table_bytes = table_clusters * cluster_size;
         if table_bytes == 0 || table_bytes > MAX_REFCOUNT_TABLE_BYTES {
-            return Err(broken(format!("a refcount table of {table_clusters} clusters")));
+            return Err(broken(format!(
+                "a refcount table of {table_clusters} clusters"
+            )));
         }
-        check_table(file, "the L1 table", l1_offset, l1_entries * 8, l1_entries * 8, cluster_size)?;
+        check_table(
+            file,
+            "the L1 table",
+            l1_offset,
+            l1_entries * 8,
+            l1_entries * 8,
+            cluster_size,
+        )?;
         // Its last cluster need not be there: what the file does not have is zero.
-        check_table(file, "the refcount table", table_offset, table_bytes, 8, cluster_size)?;
+        check_table(
+            file,
+            "the refcount table",
+            table_offset,
+            table_bytes,
+            8,
+            cluster_size,
+        )?;
 
         let (backing, backing_format) = match u64_at(8) {
             0 => (None, None),
@@ -148,15 +181,25 @@ impl Qcow2Header {
                 let len = u32_at(16);
                 let end = at.saturating_add(u64::from(len));
                 if len > 1023 || end > cluster_size {
-                    return Err(broken(format!("the backing file's name at {at}, {len} bytes")));
+                    return Err(broken(format!(
+                        "the backing file's name at {at}, {len} bytes"
+                    )));
                 }
                 let name = String::from_utf8(read(file, at, len as usize)?)
                     .map_err(|_| broken("the backing file's name is not UTF-8".to_owned()))?;
                 // QEMU leaves extensions out in version 2 unless there is room before the name.
-                (Some(name), backing_format(file, u64::from(header_len), at.min(cluster_size))?)
+                (
+                    Some(name),
+                    backing_format(file, u64::from(header_len), at.min(cluster_size))?,
+                )
             }
         };
-        Ok(Qcow2Header { capacity, cluster_size, backing, backing_format })
+        Ok(Qcow2Header {
+            capacity,
+            cluster_size,
+            backing,
+            backing_format,
+        })
     }
 }
 
@@ -188,35 +231,72 @@ fn check_table(
     present: u64,
     cluster_size: u64,
 ) -> Result<()> {
-    let size = file.size();
-    let truncated = |what: &str, at: u64| {
-        let reason =
-            format!("broken qcow2 image: {what} is at {at}, but the file ends at {size}; was it truncated?");
-        Error::format(&file.path, reason)
-    };
     if bytes == 0 {
         return Ok(());
     }
     if !offset.is_multiple_of(cluster_size) || offset == 0 {
-        return Err(Error::format(&file.path, format!("broken qcow2 image: {name} at offset {offset}")));
-    }
-    if offset.saturating_add(present) > size {
-        return Err(truncated(name, offset));
+        let reason = format!("broken qcow2 image: {name} at offset {offset}");
+        return Err(Error::format(&file.path, reason));
     }
     let entries = read(file, offset, bytes as usize)?;
-    for entry in entries.chunks_exact(8) {
-        let target = be64(entry, 0) & OFFSET_MASK;
-        if target >= size {
-            return Err(truncated(&format!("a table that {name} points to"), target));
-        }
+    // After the entries: a process that still writes the image makes the file longer first.
+    let size = file
+        .refresh_size()
+        .map_err(|source| Error::whole(&file.path, "ask for the file's size", source))?;
+    let truncated = |what: &str, at: u64| {
+        let reason = format!(
+            "broken qcow2 image: {what} is at {at}, but the file ends at {size}; was it truncated?"
+        );
+        Err(Error::format(&file.path, reason))
+    };
+    if offset.saturating_add(present) > size {
+        return truncated(name, offset);
     }
-    Ok(())
+    let targets = entries
+        .chunks_exact(8)
+        .map(|entry| be64(entry, 0) & OFFSET_MASK);
+    match targets.max().filter(|target| *target >= size) {
+        Some(target) => truncated(&format!("a table that {name} points to"), target),
+        None => Ok(()),
+    }
+}
+
+/// Where the last cluster in use begins, if the file ends before: it was truncated, or the host
+/// stopped before all was on its disk. The lost data reads as zeroes. Only for images with
+/// reference counts of 16 bits, which are the usual ones, and whose header has been checked.
+pub(super) fn lost_cluster(file: &FileStorage) -> Result<Option<u64>> {
+    let start = read(file, 0, 104)?;
+    let cluster_size = 1u64 << be32(&start, 20).min(21);
+    let table_bytes = u64::from(be32(&start, 56)) * cluster_size;
+    if (be32(&start, 4) == 3 && be32(&start, 96) != 4) || table_bytes > MAX_REFCOUNT_TABLE_BYTES {
+        return Ok(None);
+    }
+    let table = read(file, be64(&start, 48), table_bytes as usize)?;
+    let used = |entry: &[u8]| be64(entry, 0) & OFFSET_MASK != 0;
+    let Some(last) = table.chunks_exact(8).rposition(used) else {
+        return Ok(None);
+    };
+    let block = be64(&table, last * 8) & OFFSET_MASK;
+    let counts = read(file, block, cluster_size as usize)?;
+    let counts = counts.chunks_exact(2);
+    let per_block = counts.len() as u64;
+    let Some(cluster) = counts.into_iter().rposition(|count| count != [0, 0]) else {
+        return Ok(None);
+    };
+    let offset = (last as u64 * per_block + cluster as u64).saturating_mul(cluster_size);
+    Ok(Some(offset).filter(|offset| *offset >= file.size()))
 }
 
 /// Reads a piece whose length has been checked; beyond the end of the file it is zero.
 fn read(file: &FileStorage, offset: u64, len: usize) -> Result<Vec<u8>> {
     let mut bytes = vec![0; len];
-    let io = |source| Error::Io { path: file.path.clone(), op: "read", offset, len: len as u64, source };
+    let io = |source| Error::Io {
+        path: file.path.clone(),
+        op: "read",
+        offset,
+        len: len as u64,
+        source,
+    };
     // With O_DIRECT this goes through an aligned buffer.
     StorageExt::read(file, bytes.as_mut_slice(), offset).map_err(io)?;
     Ok(bytes)

@@ -53,9 +53,15 @@ impl Image {
         let mut layers = self.layers.iter();
         let header = layers.next().and_then(|top| top.header.as_ref());
         let name = header.and_then(|header| header.backing.as_ref());
-        let (Some(name), Some(below)) = (name, layers.next()) else { return Ok(None) };
+        let (Some(name), Some(below)) = (name, layers.next()) else {
+            return Ok(None);
+        };
         let path = chain::resolve(&self.path, name)?;
-        Ok(Some(Backing { name: name.clone(), path, format: below.format }))
+        Ok(Some(Backing {
+            name: name.clone(),
+            path,
+            format: below.format,
+        }))
     }
 
     /// Reads a sample of the disk.
@@ -85,7 +91,11 @@ impl Image {
             }
             add(capacity - TAIL, TAIL)?;
         }
-        Ok(Fingerprint { capacity, crc32: crc.finalize(), whole })
+        Ok(Fingerprint {
+            capacity,
+            crc32: crc.finalize(),
+            whole,
+        })
     }
 }
 

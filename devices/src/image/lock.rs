@@ -76,12 +76,20 @@ fn take(file: &HostFile, usage: Use) -> Result<()> {
     }
     for (n, permission) in bits(used) {
         if held_by_other(file, UNSHARED + n)? {
-            return Err(Error::Locked { path: file.path.clone(), permission, shared: false });
+            return Err(Error::Locked {
+                path: file.path.clone(),
+                permission,
+                shared: false,
+            });
         }
     }
     for (n, permission) in bits(NOT_SHARED) {
         if held_by_other(file, USED + n)? {
-            return Err(Error::Locked { path: file.path.clone(), permission, shared: true });
+            return Err(Error::Locked {
+                path: file.path.clone(),
+                permission,
+                shared: true,
+            });
         }
     }
     Ok(())
@@ -100,7 +108,9 @@ pub(super) fn release(file: &HostFile) {
 }
 
 fn bits(permissions: u8) -> impl Iterator<Item = (i64, &'static str)> {
-    (0..).zip(NAMES).filter(move |(n, _)| permissions & (1 << n) != 0)
+    (0..)
+        .zip(NAMES)
+        .filter(move |(n, _)| permissions & (1 << n) != 0)
 }
 
 fn set(file: &HostFile, byte: i64, kind: libc::c_int) -> Result<()> {
@@ -124,7 +134,10 @@ fn fcntl(file: &HostFile, op: libc::c_int, byte: i64, kind: libc::c_int) -> Resu
     // SAFETY: the descriptor is open, and both operations take a pointer to a flock structure.
     if unsafe { libc::fcntl(file.file.as_raw_fd(), op, &raw mut lock) } == -1 {
         let source = io::Error::last_os_error();
-        return Err(Error::Lock { path: file.path.clone(), source });
+        return Err(Error::Lock {
+            path: file.path.clone(),
+            source,
+        });
     }
     Ok(lock)
 }

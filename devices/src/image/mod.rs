@@ -126,8 +126,12 @@ impl Image {
             let align = top.file.align.request as u64;
             if !top.file.size().is_multiple_of(align) {
                 let size = top.file.size();
-                let reason = format!("its size of {size} bytes is not a multiple of the {align} it needs");
-                return Err(Error::Direct { path: config.path.clone(), reason });
+                let reason =
+                    format!("its size of {size} bytes is not a multiple of the {align} it needs");
+                return Err(Error::Direct {
+                    path: config.path.clone(),
+                    reason,
+                });
             }
         }
         Ok(Image {
@@ -136,7 +140,10 @@ impl Image {
             readonly: config.readonly,
             guessed_raw: config.format.is_none() && top.format == Format::Raw,
             capacity: top.capacity(),
-            state: RwLock::new(State { locked: false, qcow2 }),
+            state: RwLock::new(State {
+                locked: false,
+                qcow2,
+            }),
             sector_zero: Mutex::new(()),
             layers,
         })
@@ -165,7 +172,10 @@ impl Image {
     /// Bytes that the image takes on the host, without its backing files.
     pub fn allocated(&self) -> Result<u64> {
         let op = "ask for the space it takes";
-        self.top()?.file.allocated().map_err(|source| Error::whole(&self.path, op, source))
+        self.top()?
+            .file
+            .allocated()
+            .map_err(|source| Error::whole(&self.path, op, source))
     }
 
     /// Takes the locks of the image and its backing files, and reads anew what is known of them.
@@ -182,9 +192,15 @@ impl Image {
         }
         let writable = !self.readonly;
         chain::lock(&self.layers, writable)?;
-        match self.check_unchanged().and_then(|()| chain::load(&self.layers, writable)) {
+        let loaded = self
+            .check_unchanged()
+            .and_then(|()| chain::load(&self.layers, writable));
+        match loaded {
             Ok(qcow2) => {
-                *state = State { locked: true, qcow2 };
+                *state = State {
+                    locked: true,
+                    qcow2,
+                };
                 Ok(())
             }
             Err(error) => {
@@ -195,7 +211,10 @@ impl Image {
     }
 
     fn check_unchanged(&self) -> Result<()> {
-        let changed = |reason| Error::Changed { path: self.path.clone(), reason };
+        let changed = |reason| Error::Changed {
+            path: self.path.clone(),
+            reason,
+        };
         for layer in &self.layers {
             let failed = |source| Error::whole(&layer.file.path, "ask for the file's size", source);
             layer.file.refresh_size().map_err(failed)?;
@@ -205,6 +224,13 @@ impl Image {
             let now = header::Qcow2Header::read(&top.file)?;
             if now != *header {
                 return Err(changed("its header says something else".to_owned()));
+            }
+            if let Some(offset) = header::lost_cluster(&top.file)? {
+                let (path, size) = (self.path.display(), top.file.size());
+                tracing::warn!(
+                    "{path}: uses a cluster at {offset}, but the file ends at {size}: was it \
+                     truncated? What is lost reads as zeroes"
+                );
             }
         }
         match top.capacity() {
@@ -223,7 +249,10 @@ impl Image {
         self.flush_state(&state)?;
         // Nothing is left to be written, so dropping the old one touches nothing.
         let qcow2 = chain::load(&self.layers, false)?;
-        *state = State { locked: false, qcow2 };
+        *state = State {
+            locked: false,
+            qcow2,
+        };
         chain::unlock(&self.layers);
         Ok(())
     }
@@ -254,5 +283,7 @@ impl Image {
 }
 
 fn top<'a>(layers: &'a [Layer], path: &Path) -> Result<&'a Layer> {
-    layers.first().ok_or_else(|| Error::format(path, "has no layers"))
+    layers
+        .first()
+        .ok_or_else(|| Error::format(path, "has no layers"))
 }

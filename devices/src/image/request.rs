@@ -9,10 +9,12 @@ use imago::{FormatAccess, ShallowMapping, StorageExt};
 use super::file::total;
 use super::header::{self, PROBED};
 use super::storage::FileStorage;
-use super::{Error, Image, Result, State};
+use super::{Error, Format, Image, Result, State};
 
 /// Zeroes that are written one by one where the host has no better way come in pieces of this.
-const ZEROES: usize = 64 << 10;
+const ZEROES: u64 = 64 << 10;
+/// How much is discarded while all other requests wait.
+const TURN: u64 = 64 << 20;
 
 impl Image {
     /// Fills the buffers from the disk, beginning at `offset` bytes. They may be the guest's
@@ -64,7 +66,10 @@ impl Image {
     /// A write that touches sector 0 of an image whose format was guessed. The sector is copied
     /// first: a guest may change its memory while it is looked at.
     fn write_guarded(&self, state: &State, bufs: &[IoSlice<'_>], offset: u64) -> Result<()> {
-        let _guard = self.sector_zero.lock().unwrap_or_else(PoisonError::into_inner);
+        let _guard = self
+            .sector_zero
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let mut sector = [0; PROBED];
         let file = &self.top()?.file;
         let read = StorageExt::read(file, &mut sector[..], 0);
@@ -83,9 +88,14 @@ impl Image {
             IoSlice::advance_slices(&mut rest, len);
         }
         if let Some(format) = header::recognise(&sector) {
-            return Err(Error::ForeignHeader { path: self.path.clone(), format });
+            return Err(Error::ForeignHeader {
+                path: self.path.clone(),
+                format,
+            });
         }
-        let head = sector.get(offset as usize..).and_then(|room| room.get(..copied));
+        let head = sector
+            .get(offset as usize..)
+            .and_then(|room| room.get(..copied));
         self.write(state, &[IoSlice::new(head.unwrap_or_default())], offset)?;
         self.write(state, rest, offset + copied as u64)
     }
@@ -94,24 +104,15 @@ impl Image {
     /// host where possible; otherwise it stays allocated where the host can do that.
     pub fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<()> {
         let op = "write zeroes over";
-        let state = self.writable(op, offset, len)?;
-        let result = match &state.qcow2 {
-            Some(_) if may_unmap => {
-                drop(state);
-                self.exclusively(op, offset, len, |qcow2| {
-                    punch_mapped(qcow2, offset, len)?;
-                    qcow2.discard_to_zero(offset, len)
-                })?
-            }
-            Some(qcow2) => qcow2.write_zeroes(offset, len),
-            None => {
-                let file = &self.top()?.file;
-                let _guard = file.weak_write_blocker(offset..offset + len);
-                let hole = if may_unmap { file.punch_hole(offset, len) } else { Err(unsupported()) };
-                hole.or_else(|error| match error.kind() {
-                    io::ErrorKind::Unsupported => file.zero(offset, len),
-                    _ => Err(error),
-                })
+        let result = if may_unmap && self.format == Format::Qcow2 {
+            self.in_turns(op, offset, len, |qcow2, offset, len| {
+                qcow2.discard_to_zero(offset, len)
+            })?
+        } else {
+            let state = self.writable(op, offset, len)?;
+            match &state.qcow2 {
+                Some(qcow2) => qcow2.write_zeroes(offset, len),
+                None => self.zero_file(offset, len, may_unmap)?,
             }
         };
         match result {
@@ -123,10 +124,22 @@ impl Image {
         }
     }
 
+    fn zero_file(&self, offset: u64, len: u64, may_unmap: bool) -> Result<io::Result<()>> {
+        let file = &self.top()?.file;
+        let _guard = file.weak_write_blocker(offset..offset + len);
+        if may_unmap {
+            match file.punch_hole(offset, len) {
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+                result => return Ok(result),
+            }
+        }
+        Ok(file.zero(offset, len))
+    }
+
     fn write_plain_zeroes(&self, state: &State, mut offset: u64, mut len: u64) -> Result<()> {
-        let zeroes = vec![0; usize::try_from(len).unwrap_or(ZEROES).min(ZEROES)];
+        let zeroes = vec![0; len.min(ZEROES) as usize];
         while len > 0 {
-            let piece = zeroes.get(..len.min(ZEROES as u64) as usize).unwrap_or_default();
+            let piece = zeroes.get(..len.min(ZEROES) as usize).unwrap_or_default();
             self.write(state, &[IoSlice::new(piece)], offset)?;
             offset += piece.len() as u64;
             len -= piece.len() as u64;
@@ -139,14 +152,12 @@ impl Image {
     /// or what it was).
     pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
         let op = "discard";
-        let state = self.writable(op, offset, len)?;
-        let result = if state.qcow2.is_some() {
-            drop(state);
-            self.exclusively(op, offset, len, |qcow2| {
-                punch_mapped(qcow2, offset, len)?;
+        let result = if self.format == Format::Qcow2 {
+            self.in_turns(op, offset, len, |qcow2, offset, len| {
                 qcow2.discard_to_any(offset, len)
             })?
         } else {
+            let _state = self.writable(op, offset, len)?;
             let file = &self.top()?.file;
             let _guard = file.weak_write_blocker(offset..offset + len);
             file.punch_hole(offset, len)
@@ -175,17 +186,30 @@ impl Image {
     }
 
     /// Frees clusters of a qcow2 image. Nobody else may be in a request: it could go on writing to
-    /// a cluster that has become someone else's.
-    fn exclusively(
+    /// a cluster that has become someone else's. So that the others do not wait for long, this is
+    /// done piece by piece.
+    fn in_turns(
         &self,
         op: &'static str,
-        offset: u64,
-        len: u64,
-        change: impl FnOnce(&mut FormatAccess<FileStorage>) -> io::Result<()>,
+        mut offset: u64,
+        mut len: u64,
+        free: impl Fn(&mut FormatAccess<FileStorage>, u64, u64) -> io::Result<()>,
     ) -> Result<io::Result<()>> {
-        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
-        self.check_writable(&state, op, offset, len)?;
-        Ok(state.qcow2.as_mut().map_or_else(|| Err(unsupported()), change))
+        loop {
+            let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+            self.check_writable(&state, op, offset, len)?;
+            let Some(qcow2) = &mut state.qcow2 else {
+                return Ok(Err(unsupported()));
+            };
+            // Pieces end where clusters do.
+            let piece = len.min(TURN - offset % TURN);
+            let freed =
+                punch_mapped(qcow2, offset, piece).and_then(|()| free(qcow2, offset, piece));
+            (offset, len) = (offset + piece, len - piece);
+            if freed.is_err() || len == 0 {
+                return Ok(freed);
+            }
+        }
     }
 
     fn writable(
@@ -201,11 +225,17 @@ impl Image {
 
     fn check_writable(&self, state: &State, op: &'static str, offset: u64, len: u64) -> Result<()> {
         if self.readonly {
-            return Err(Error::ReadOnly { path: self.path.clone(), op });
+            return Err(Error::ReadOnly {
+                path: self.path.clone(),
+                op,
+            });
         }
         self.check_range(op, offset, len)?;
         if !state.locked {
-            return Err(Error::NotLocked { path: self.path.clone(), op });
+            return Err(Error::NotLocked {
+                path: self.path.clone(),
+                op,
+            });
         }
         Ok(())
     }
@@ -213,23 +243,51 @@ impl Image {
     pub(super) fn check_range(&self, op: &'static str, offset: u64, len: u64) -> Result<()> {
         let capacity = self.capacity;
         if offset.checked_add(len).is_none_or(|end| end > capacity) {
-            return Err(Error::OutOfRange { path: self.path.clone(), op, offset, len, capacity });
+            return Err(Error::OutOfRange {
+                path: self.path.clone(),
+                op,
+                offset,
+                len,
+                capacity,
+            });
         }
         Ok(())
     }
 
-    pub(super) fn failed(&self, op: &'static str, offset: u64, len: u64, source: io::Error) -> Error {
-        Error::Io { path: self.path.clone(), op, offset, len, source }
+    pub(super) fn failed(
+        &self,
+        op: &'static str,
+        offset: u64,
+        len: u64,
+        source: io::Error,
+    ) -> Error {
+        Error::Io {
+            path: self.path.clone(),
+            op,
+            offset,
+            len,
+            source,
+        }
     }
 }
 
 /// imago frees clusters for its own use only. The part's data is taken out of the file first, so
 /// that the host gets the space back; a crash in between leaves zeroes there, which is right.
-fn punch_mapped(qcow2: &FormatAccess<FileStorage>, mut offset: u64, mut len: u64) -> io::Result<()> {
+fn punch_mapped(
+    qcow2: &FormatAccess<FileStorage>,
+    mut offset: u64,
+    mut len: u64,
+) -> io::Result<()> {
     while len > 0 {
         let (mapping, run) = qcow2.get_shallow_mapping(offset, len)?;
         // What is shared with a snapshot is not writable.
-        if let ShallowMapping::Raw { storage, offset: at, writable: true, .. } = mapping {
+        if let ShallowMapping::Raw {
+            storage,
+            offset: at,
+            writable: true,
+            ..
+        } = mapping
+        {
             match storage.discard(at, run) {
                 Err(error) if error.kind() != io::ErrorKind::Unsupported => return Err(error),
                 _ => {}
