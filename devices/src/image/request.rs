@@ -104,15 +104,17 @@ impl Image {
     /// host where possible; otherwise it stays allocated where the host can do that.
     pub fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<()> {
         let op = "write zeroes over";
-        let result = if may_unmap && self.format == Format::Qcow2 {
-            self.in_turns(op, offset, len, |qcow2, offset, len| {
-                qcow2.discard_to_zero(offset, len)
-            })?
-        } else {
-            let state = self.writable(op, offset, len)?;
-            match &state.qcow2 {
-                Some(qcow2) => qcow2.write_zeroes(offset, len),
-                None => self.zero_file(offset, len, may_unmap)?,
+        let result = match self.format {
+            Format::Qcow2 => self.in_turns(op, offset, len, may_unmap, |qcow2, offset, len| {
+                if may_unmap {
+                    qcow2.discard_to_zero(offset, len)
+                } else {
+                    qcow2.write_zeroes(offset, len)
+                }
+            })?,
+            Format::Raw => {
+                let _state = self.writable(op, offset, len)?;
+                self.zero_file(offset, len, may_unmap)?
             }
         };
         match result {
@@ -152,15 +154,16 @@ impl Image {
     /// or what it was).
     pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
         let op = "discard";
-        let result = if self.format == Format::Qcow2 {
-            self.in_turns(op, offset, len, |qcow2, offset, len| {
+        let result = match self.format {
+            Format::Qcow2 => self.in_turns(op, offset, len, true, |qcow2, offset, len| {
                 qcow2.discard_to_any(offset, len)
-            })?
-        } else {
-            let _state = self.writable(op, offset, len)?;
-            let file = &self.top()?.file;
-            let _guard = file.weak_write_blocker(offset..offset + len);
-            file.punch_hole(offset, len)
+            })?,
+            Format::Raw => {
+                let _state = self.writable(op, offset, len)?;
+                let file = &self.top()?.file;
+                let _guard = file.weak_write_blocker(offset..offset + len);
+                file.punch_hole(offset, len)
+            }
         };
         match result {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
@@ -185,15 +188,18 @@ impl Image {
         result.map_err(|source| Error::whole(&self.path, "flush", source))
     }
 
-    /// Frees clusters of a qcow2 image. Nobody else may be in a request: it could go on writing to
-    /// a cluster that has become someone else's. So that the others do not wait for long, this is
-    /// done piece by piece.
+    /// Frees clusters of a qcow2 image or makes them zero, after their data has been taken out of
+    /// the file if `punch`. Nobody else may be in a request: it could go on writing to a cluster
+    /// that has become someone else's; and where imago makes all of a cluster zero because the rest
+    /// of it is zero already, the rest could just be written. So that the others do not wait for
+    /// long, this is done piece by piece.
     fn in_turns(
         &self,
         op: &'static str,
         mut offset: u64,
         mut len: u64,
-        free: impl Fn(&mut FormatAccess<FileStorage>, u64, u64) -> io::Result<()>,
+        punch: bool,
+        change: impl Fn(&mut FormatAccess<FileStorage>, u64, u64) -> io::Result<()>,
     ) -> Result<io::Result<()>> {
         loop {
             let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
@@ -203,11 +209,15 @@ impl Image {
             };
             // Pieces end where clusters do.
             let piece = len.min(TURN - offset % TURN);
-            let freed =
-                punch_mapped(qcow2, offset, piece).and_then(|()| free(qcow2, offset, piece));
+            let punched = if punch {
+                punch_mapped(qcow2, offset, piece)
+            } else {
+                Ok(())
+            };
+            let changed = punched.and_then(|()| change(qcow2, offset, piece));
             (offset, len) = (offset + piece, len - piece);
-            if freed.is_err() || len == 0 {
-                return Ok(freed);
+            if changed.is_err() || len == 0 {
+                return Ok(changed);
             }
         }
     }
