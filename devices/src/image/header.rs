@@ -231,33 +231,60 @@ fn check_table(
     present: u64,
     cluster_size: u64,
 ) -> Result<()> {
-    let size = file.size();
-    let truncated = |what: &str, at: u64| {
-        let reason = format!(
-            "broken qcow2 image: {what} is at {at}, but the file ends at {size}; was it truncated?"
-        );
-        Error::format(&file.path, reason)
-    };
     if bytes == 0 {
         return Ok(());
     }
     if !offset.is_multiple_of(cluster_size) || offset == 0 {
-        return Err(Error::format(
-            &file.path,
-            format!("broken qcow2 image: {name} at offset {offset}"),
-        ));
-    }
-    if offset.saturating_add(present) > size {
-        return Err(truncated(name, offset));
+        let reason = format!("broken qcow2 image: {name} at offset {offset}");
+        return Err(Error::format(&file.path, reason));
     }
     let entries = read(file, offset, bytes as usize)?;
-    for entry in entries.chunks_exact(8) {
-        let target = be64(entry, 0) & OFFSET_MASK;
-        if target >= size {
-            return Err(truncated(&format!("a table that {name} points to"), target));
-        }
+    // After the entries: a process that still writes the image makes the file longer first.
+    let size = file
+        .refresh_size()
+        .map_err(|source| Error::whole(&file.path, "ask for the file's size", source))?;
+    let truncated = |what: &str, at: u64| {
+        let reason = format!(
+            "broken qcow2 image: {what} is at {at}, but the file ends at {size}; was it truncated?"
+        );
+        Err(Error::format(&file.path, reason))
+    };
+    if offset.saturating_add(present) > size {
+        return truncated(name, offset);
     }
-    Ok(())
+    let targets = entries
+        .chunks_exact(8)
+        .map(|entry| be64(entry, 0) & OFFSET_MASK);
+    match targets.max().filter(|target| *target >= size) {
+        Some(target) => truncated(&format!("a table that {name} points to"), target),
+        None => Ok(()),
+    }
+}
+
+/// Where the last cluster in use begins, if the file ends before: it was truncated, or the host
+/// stopped before all was on its disk. The lost data reads as zeroes. Only for images with
+/// reference counts of 16 bits, which are the usual ones, and whose header has been checked.
+pub(super) fn lost_cluster(file: &FileStorage) -> Result<Option<u64>> {
+    let start = read(file, 0, 104)?;
+    let cluster_size = 1u64 << be32(&start, 20).min(21);
+    let table_bytes = u64::from(be32(&start, 56)) * cluster_size;
+    if (be32(&start, 4) == 3 && be32(&start, 96) != 4) || table_bytes > MAX_REFCOUNT_TABLE_BYTES {
+        return Ok(None);
+    }
+    let table = read(file, be64(&start, 48), table_bytes as usize)?;
+    let used = |entry: &[u8]| be64(entry, 0) & OFFSET_MASK != 0;
+    let Some(last) = table.chunks_exact(8).rposition(used) else {
+        return Ok(None);
+    };
+    let block = be64(&table, last * 8) & OFFSET_MASK;
+    let counts = read(file, block, cluster_size as usize)?;
+    let counts = counts.chunks_exact(2);
+    let per_block = counts.len() as u64;
+    let Some(cluster) = counts.into_iter().rposition(|count| count != [0, 0]) else {
+        return Ok(None);
+    };
+    let offset = (last as u64 * per_block + cluster as u64).saturating_mul(cluster_size);
+    Ok(Some(offset).filter(|offset| *offset >= file.size()))
 }
 
 /// Reads a piece whose length has been checked; beyond the end of the file it is zero.

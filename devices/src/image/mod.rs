@@ -25,7 +25,7 @@ mod lock;
 mod request;
 mod storage;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -192,10 +192,10 @@ impl Image {
         }
         let writable = !self.readonly;
         chain::lock(&self.layers, writable)?;
-        match self
+        let loaded = self
             .check_unchanged()
-            .and_then(|()| chain::load(&self.layers, writable))
-        {
+            .and_then(|()| chain::load(&self.layers, writable));
+        match loaded {
             Ok(qcow2) => {
                 *state = State {
                     locked: true,
@@ -224,6 +224,13 @@ impl Image {
             let now = header::Qcow2Header::read(&top.file)?;
             if now != *header {
                 return Err(changed("its header says something else".to_owned()));
+            }
+            if let Some(offset) = header::lost_cluster(&top.file)? {
+                let (path, size) = (self.path.display(), top.file.size());
+                tracing::warn!(
+                    "{path}: uses a cluster at {offset}, but the file ends at {size}: was it \
+                     truncated? What is lost reads as zeroes"
+                );
             }
         }
         match top.capacity() {

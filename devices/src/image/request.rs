@@ -9,10 +9,12 @@ use imago::{FormatAccess, ShallowMapping, StorageExt};
 use super::file::total;
 use super::header::{self, PROBED};
 use super::storage::FileStorage;
-use super::{Error, Image, Result, State};
+use super::{Error, Format, Image, Result, State};
 
 /// Zeroes that are written one by one where the host has no better way come in pieces of this.
-const ZEROES: usize = 64 << 10;
+const ZEROES: u64 = 64 << 10;
+/// How much is discarded while all other requests wait.
+const TURN: u64 = 64 << 20;
 
 impl Image {
     /// Fills the buffers from the disk, beginning at `offset` bytes. They may be the guest's
@@ -102,28 +104,17 @@ impl Image {
     /// host where possible; otherwise it stays allocated where the host can do that.
     pub fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<()> {
         let op = "write zeroes over";
-        let state = self.writable(op, offset, len)?;
-        let result = match &state.qcow2 {
-            Some(_) if may_unmap => {
-                drop(state);
-                self.exclusively(op, offset, len, |qcow2| {
-                    punch_mapped(qcow2, offset, len)?;
+        let result = match self.format {
+            Format::Qcow2 => self.in_turns(op, offset, len, may_unmap, |qcow2, offset, len| {
+                if may_unmap {
                     qcow2.discard_to_zero(offset, len)
-                })?
-            }
-            Some(qcow2) => qcow2.write_zeroes(offset, len),
-            None => {
-                let file = &self.top()?.file;
-                let _guard = file.weak_write_blocker(offset..offset + len);
-                let hole = if may_unmap {
-                    file.punch_hole(offset, len)
                 } else {
-                    Err(unsupported())
-                };
-                hole.or_else(|error| match error.kind() {
-                    io::ErrorKind::Unsupported => file.zero(offset, len),
-                    _ => Err(error),
-                })
+                    qcow2.write_zeroes(offset, len)
+                }
+            })?,
+            Format::Raw => {
+                let _state = self.writable(op, offset, len)?;
+                self.zero_file(offset, len, may_unmap)?
             }
         };
         match result {
@@ -135,12 +126,22 @@ impl Image {
         }
     }
 
+    fn zero_file(&self, offset: u64, len: u64, may_unmap: bool) -> Result<io::Result<()>> {
+        let file = &self.top()?.file;
+        let _guard = file.weak_write_blocker(offset..offset + len);
+        if may_unmap {
+            match file.punch_hole(offset, len) {
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+                result => return Ok(result),
+            }
+        }
+        Ok(file.zero(offset, len))
+    }
+
     fn write_plain_zeroes(&self, state: &State, mut offset: u64, mut len: u64) -> Result<()> {
-        let zeroes = vec![0; usize::try_from(len).unwrap_or(ZEROES).min(ZEROES)];
+        let zeroes = vec![0; len.min(ZEROES) as usize];
         while len > 0 {
-            let piece = zeroes
-                .get(..len.min(ZEROES as u64) as usize)
-                .unwrap_or_default();
+            let piece = zeroes.get(..len.min(ZEROES) as usize).unwrap_or_default();
             self.write(state, &[IoSlice::new(piece)], offset)?;
             offset += piece.len() as u64;
             len -= piece.len() as u64;
@@ -153,17 +154,16 @@ impl Image {
     /// or what it was).
     pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
         let op = "discard";
-        let state = self.writable(op, offset, len)?;
-        let result = if state.qcow2.is_some() {
-            drop(state);
-            self.exclusively(op, offset, len, |qcow2| {
-                punch_mapped(qcow2, offset, len)?;
+        let result = match self.format {
+            Format::Qcow2 => self.in_turns(op, offset, len, true, |qcow2, offset, len| {
                 qcow2.discard_to_any(offset, len)
-            })?
-        } else {
-            let file = &self.top()?.file;
-            let _guard = file.weak_write_blocker(offset..offset + len);
-            file.punch_hole(offset, len)
+            })?,
+            Format::Raw => {
+                let _state = self.writable(op, offset, len)?;
+                let file = &self.top()?.file;
+                let _guard = file.weak_write_blocker(offset..offset + len);
+                file.punch_hole(offset, len)
+            }
         };
         match result {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
@@ -188,21 +188,38 @@ impl Image {
         result.map_err(|source| Error::whole(&self.path, "flush", source))
     }
 
-    /// Frees clusters of a qcow2 image. Nobody else may be in a request: it could go on writing to
-    /// a cluster that has become someone else's.
-    fn exclusively(
+    /// Frees clusters of a qcow2 image or makes them zero, after their data has been taken out of
+    /// the file if `punch`. Nobody else may be in a request: it could go on writing to a cluster
+    /// that has become someone else's; and where imago makes all of a cluster zero because the rest
+    /// of it is zero already, the rest could just be written. So that the others do not wait for
+    /// long, this is done piece by piece.
+    fn in_turns(
         &self,
         op: &'static str,
-        offset: u64,
-        len: u64,
-        change: impl FnOnce(&mut FormatAccess<FileStorage>) -> io::Result<()>,
+        mut offset: u64,
+        mut len: u64,
+        punch: bool,
+        change: impl Fn(&mut FormatAccess<FileStorage>, u64, u64) -> io::Result<()>,
     ) -> Result<io::Result<()>> {
-        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
-        self.check_writable(&state, op, offset, len)?;
-        Ok(state
-            .qcow2
-            .as_mut()
-            .map_or_else(|| Err(unsupported()), change))
+        loop {
+            let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+            self.check_writable(&state, op, offset, len)?;
+            let Some(qcow2) = &mut state.qcow2 else {
+                return Ok(Err(unsupported()));
+            };
+            // Pieces end where clusters do.
+            let piece = len.min(TURN - offset % TURN);
+            let punched = if punch {
+                punch_mapped(qcow2, offset, piece)
+            } else {
+                Ok(())
+            };
+            let changed = punched.and_then(|()| change(qcow2, offset, piece));
+            (offset, len) = (offset + piece, len - piece);
+            if changed.is_err() || len == 0 {
+                return Ok(changed);
+            }
+        }
     }
 
     fn writable(

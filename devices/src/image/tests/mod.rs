@@ -7,7 +7,7 @@ mod locks;
 mod model;
 mod open;
 mod qemu;
-mod space;
+pub(crate) mod space;
 
 use std::io::{IoSlice, IoSliceMut};
 use std::path::{Path, PathBuf};

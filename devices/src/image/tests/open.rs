@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::image::Error;
+use crate::image::header::lost_cluster;
 
 fn refusal(path: &Path, format: Option<Format>) -> String {
     Image::open(&config(path, format)).unwrap_err().to_string()
@@ -46,6 +47,26 @@ fn images_of_unknown_features_say_which() {
     assert!(refusal(&path, None).contains("truncated"));
     std::fs::write(&path, &good).unwrap();
     open(&path, Format::Qcow2);
+}
+
+#[test]
+fn lost_data_at_the_end_is_noticed() {
+    let (_dir, path) = dir();
+    let image = create(&path, Format::Qcow2, 16 * MIB);
+    for n in (0..256).rev() {
+        write(&image, n * 65_536, &[1; 512]);
+        if n % 16 == 0 {
+            image.flush().unwrap();
+            assert_eq!(lost_cluster(&image.top().unwrap().file).unwrap(), None);
+        }
+    }
+    drop(image);
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    let len = file.metadata().unwrap().len();
+    file.set_len(len - MIB).unwrap();
+    let image = lock(&path, Format::Qcow2);
+    let lost = lost_cluster(&image.top().unwrap().file).unwrap();
+    assert_eq!(lost, Some((len - 1) / 65_536 * 65_536));
 }
 
 #[test]

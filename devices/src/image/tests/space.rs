@@ -3,10 +3,10 @@
 use super::*;
 
 /// A small file system, taken away at the end.
-struct Small(tempfile::TempDir);
+pub(crate) struct Small(pub(crate) tempfile::TempDir);
 
 impl Small {
-    fn mount(size: &str) -> Option<Small> {
+    pub(crate) fn mount(size: &str) -> Option<Small> {
         let dir = tempfile::tempdir().unwrap();
         let options = format!("size={size}");
         let mount = Command::new("mount")
