@@ -96,9 +96,7 @@ fn run(format: Format, cache: Cache, align: u64, requests: u32) {
     verify(&image);
     drop(image);
     verify(&open(&path, format));
-    if let (Format::Qcow2, Some(qemu)) = (format, Qemu::find()) {
-        qemu.check(&path);
-    }
+    check(&path, format);
 }
 
 #[test]
