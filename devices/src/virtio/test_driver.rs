@@ -49,7 +49,8 @@ struct Queue {
 #[derive(Clone, Debug)]
 pub(crate) struct Pending {
     pub(crate) head: u16,
-    writable: Vec<(u64, u32)>,
+    /// The buffers that the device can write: address and length.
+    pub(crate) writable: Vec<(u64, u32)>,
 }
 
 /// A request that was answered.

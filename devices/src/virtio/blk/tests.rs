@@ -148,12 +148,12 @@ fn what_a_guest_is_given_is_seen_as_dirty() {
         let region = disk.driver.memory.iter().next().unwrap();
         region.bitmap().dirty_at(address)
     };
-    // The second buffer that this driver allocates.
-    let place = (8 << 20) + 4096;
-    disk.driver.add(QUEUE, &[&[0; 4080]], &[]);
-    assert!(!dirty(place + 4096));
-    disk.read(0, &[8192]);
-    assert!(dirty(place + 4096));
+    let pending = disk.driver.add(QUEUE, &[&header(0, 0)], &[3 * 4096, 1]);
+    let middle = (pending.writable[0].0 + 4096) as usize;
+    assert!(!dirty(middle));
+    disk.driver.notify(QUEUE);
+    disk.driver.wait_for(QUEUE, &pending);
+    assert!(dirty(middle));
 }
 
 #[test]
