@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use devices::state::{SaveRestore, StateError};
 use devices::virtio::VirtioDevice;
+use devices::virtio::blk::Block;
 use devices::virtio::rng::Rng;
 use devices::virtio::transport::{MMIO_LEN, QUEUE_NOTIFY, VirtioMmio};
 use migration::section::{Section, Sections};
@@ -31,6 +32,14 @@ pub enum VirtioError {
         /// Why.
         source: io::Error,
     },
+    /// A disk without an image.
+    #[error("disk {id:?} of {capacity} bytes has no image of that size here")]
+    NoImage {
+        /// The disk.
+        id: String,
+        /// Its size in bytes.
+        capacity: u64,
+    },
     /// KVM.
     #[error(transparent)]
     Ioctl(#[from] IoctlError),
@@ -48,7 +57,7 @@ impl VirtioDevices {
     pub(super) fn new(
         vm: &Vm,
         configs: &[VirtioConfig],
-        mut backends: Backends,
+        backends: &Backends,
     ) -> Result<Self, VirtioError> {
         let mut slots = Vec::new();
         for (slot, config) in configs.iter().enumerate() {
@@ -57,7 +66,7 @@ impl VirtioDevices {
                 device: config.kind_name(),
                 source,
             };
-            let device = device(config, &mut backends).map_err(failed)?;
+            let device = device(config, backends)?;
             let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(failed)?;
             vm.register_irqfd(&irqfd, place.gsi)?;
             let transport =
@@ -164,8 +173,27 @@ fn section(name: &str, state: &dyn SaveRestore) -> Result<Section, StateError> {
 }
 
 /// Makes the device that `config` describes, out of what it uses of the host.
-fn device(config: &VirtioConfig, _backends: &mut Backends) -> io::Result<Arc<dyn VirtioDevice>> {
+fn device(
+    config: &VirtioConfig,
+    backends: &Backends,
+) -> Result<Arc<dyn VirtioDevice>, VirtioError> {
+    let failed = |source| VirtioError::Device {
+        device: config.kind_name(),
+        source,
+    };
     Ok(match config {
-        VirtioConfig::Rng => Arc::new(Rng::new()?),
+        VirtioConfig::Rng => Arc::new(Rng::new().map_err(failed)?),
+        VirtioConfig::Block(config) => {
+            let disk = backends
+                .disk(config)
+                .filter(|disk| disk.image().capacity() == config.capacity)
+                .ok_or_else(|| VirtioError::NoImage {
+                    id: config.id.clone(),
+                    capacity: config.capacity,
+                })?;
+            let errors = Arc::clone(&backends.errors);
+            let block = Block::new(Arc::clone(disk), &config.serial, errors);
+            Arc::new(block.map_err(failed)?)
+        }
     })
 }
