@@ -28,7 +28,9 @@
 pub mod driver;
 mod serial;
 
-pub use guests::{Hex, Malformed, Maybe, Name, Size, boot, clock, dirtier, echo, fault, state};
+pub use guests::{
+    Hex, Malformed, Maybe, Name, Size, block, boot, clock, dirtier, disk, echo, fault, mmio, state,
+};
 pub use serial::{Event, MAX_LINE, Reader};
 
 macro_rules! image {
@@ -45,6 +47,8 @@ pub const STATE: &[u8] = image!("state");
 pub const CLOCK: &[u8] = image!("clock");
 /// Echoes what it receives: see [`echo`].
 pub const ECHO: &[u8] = image!("echo");
+/// Writes virtio-blk disks and verifies what it wrote, or measures them: see [`disk`].
+pub const DISK: &[u8] = image!("disk");
 /// Says how it was booted: see [`boot`].
 pub const BOOT: &[u8] = image!("boot");
 /// The same without a PVH note, for the 64-bit boot protocol of Linux.
@@ -80,6 +84,7 @@ mod tests {
             (STATE, true),
             (CLOCK, true),
             (ECHO, true),
+            (DISK, true),
             (BOOT, true),
             (BOOT_LINUX64, false),
         ] {
