@@ -29,7 +29,8 @@ pub mod driver;
 mod serial;
 
 pub use guests::{
-    Hex, Malformed, Maybe, Name, Size, block, boot, clock, dirtier, disk, echo, fault, mmio, state,
+    Hex, Malformed, Maybe, Name, Size, block, boot, clock, dirtier, disk, echo, fault, mmio, net,
+    state,
 };
 pub use serial::{Event, MAX_LINE, Reader};
 
@@ -49,6 +50,8 @@ pub const CLOCK: &[u8] = image!("clock");
 pub const ECHO: &[u8] = image!("echo");
 /// Writes virtio-blk disks and verifies what it wrote, or measures them: see [`disk`].
 pub const DISK: &[u8] = image!("disk");
+/// Answers ARP, pings and UDP, and sends numbered datagrams: see [`net`].
+pub const NET: &[u8] = image!("net");
 /// Says how it was booted: see [`boot`].
 pub const BOOT: &[u8] = image!("boot");
 /// The same without a PVH note, for the 64-bit boot protocol of Linux.
@@ -85,6 +88,7 @@ mod tests {
             (CLOCK, true),
             (ECHO, true),
             (DISK, true),
+            (NET, true),
             (BOOT, true),
             (BOOT_LINUX64, false),
         ] {

@@ -309,7 +309,8 @@ crate::fields::reports! {
             /// Failed requests since the start.
             io_errors: u64,
         },
-        /// A wrong sector. From then on nothing is known of it.
+        /// What a request read is wrong; this is of the first wrong sector of it. From then on
+        /// nothing is known of the wrong sectors.
         Error "error" {
             /// The disk.
             device: u64,
@@ -333,6 +334,8 @@ crate::fields::reports! {
             request: u64,
             /// Its sectors.
             request_sectors: u64,
+            /// Of them, those that are wrong.
+            wrong_sectors: u64,
             /// The sector's first bytes, as a little-endian number.
             bytes: Hex,
         },
@@ -445,6 +448,7 @@ mod tests {
             found_position: Maybe(None),
             request: 70,
             request_sectors: 8,
+            wrong_sectors: 2,
             bytes: Hex(0),
         };
         let line = report.to_string();

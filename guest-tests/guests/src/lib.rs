@@ -24,6 +24,7 @@ pub mod fault;
 mod fields;
 pub mod histogram;
 pub mod mmio;
+pub mod net;
 pub mod page;
 pub mod state;
 

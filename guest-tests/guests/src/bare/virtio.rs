@@ -180,18 +180,18 @@ unsafe impl Hal for Identity {
     unsafe fn unshare(_: PhysAddr, _: NonNull<[u8]>, _: BufferDirection) {}
 }
 
-/// Descriptors of a queue, and so its largest number of requests.
+/// Descriptors of a queue, if nothing else is said, and so its largest number of requests.
 pub const DESCRIPTORS: usize = 128;
 
 /// A queue.
-pub struct Queue {
-    ring: VirtQueue<Identity, DESCRIPTORS>,
+pub struct Queue<const N: usize = DESCRIPTORS> {
+    ring: VirtQueue<Identity, N>,
     index: u16,
     added: u16,
     notified: u16,
 }
 
-impl Queue {
+impl<const N: usize> Queue<N> {
     /// Sets a queue up, before `finish_init`.
     ///
     /// # Errors
@@ -234,7 +234,7 @@ impl Queue {
         fence(Ordering::SeqCst);
         // The crate compares the indices as if they never wrapped: right after they did, it may
         // take a device that waits for one that doesn't.
-        let wrapped = usize::from(self.added) <= DESCRIPTORS;
+        let wrapped = usize::from(self.added) <= N;
         if wrapped || self.ring.should_notify() {
             transport.notify(self.index);
         }

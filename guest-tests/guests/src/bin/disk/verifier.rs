@@ -7,7 +7,7 @@ use alloc::vec::Vec;
 use guests::bare::random::Random;
 use guests::bare::timer::Timer;
 use guests::bare::{give_up, power, serial, tsc};
-use guests::block::{self, Contents, Mark, Sector};
+use guests::block::{self, Contents, Mark};
 use guests::dirtier::Rate;
 use guests::disk::{Held, Holds, Kind, Mode, OnError, Op, Options, Place, Report};
 use guests::{Hex, Maybe};
@@ -80,6 +80,8 @@ pub(crate) struct Verifier {
     spare: VecDeque<(Request, Vec<u32>)>,
     counts: Counts,
     longest: u64,
+    /// Requests with wrong sectors.
+    reported: u64,
     /// Since when a request is done that no interrupt told of.
     waiting_since: Option<u64>,
     corrupt: Option<u64>,
@@ -134,6 +136,7 @@ impl Verifier {
                 .collect(),
             counts: Counts::default(),
             longest: 0,
+            reported: 0,
             waiting_since: None,
             corrupt: options.corrupt.0,
             disk,
@@ -444,6 +447,8 @@ impl Verifier {
     /// Compares what a request holds with what it should; gives what was right, the rest unknown.
     fn check(&mut self, request: &mut Request, place: Place, expected: &[u32]) -> Vec<u32> {
         let mut held = vec![UNKNOWN; expected.len()];
+        let mut wrong = None;
+        let mut wrong_sectors = 0;
         for (position, &expected) in expected.iter().enumerate() {
             if expected == UNKNOWN {
                 self.counts.unchecked += u64::from(place == Place::Disk);
@@ -472,8 +477,32 @@ impl Verifier {
                     Place::Memory => self.counts.kept += 1,
                 }
             } else {
-                let memory = *memory;
-                self.report_error(request, number, place, expected, found, &memory);
+                wrong_sectors += 1;
+                wrong.get_or_insert((number, expected, found, memory[0]));
+                if place == Place::Disk {
+                    self.table[(number - self.first) as usize] = UNKNOWN;
+                }
+            }
+        }
+        if let Some((sector, expected, found, first_word)) = wrong {
+            self.counts.errors += wrong_sectors;
+            self.reported += 1;
+            if self.reported <= REPORTED {
+                serial::line(&Report::Error {
+                    device: self.index,
+                    sector,
+                    kind: self.kind(sector, found),
+                    place,
+                    expected: known(expected),
+                    found: found_held(found),
+                    found_sector: Maybe(mark_of(found).map(|mark| mark.sector)),
+                    found_seed: Maybe(mark_of(found).map(|mark| mark.seed)),
+                    found_position: Maybe(mark_of(found).map(|mark| mark.position.into())),
+                    request: request.sector,
+                    request_sectors: request.sectors.into(),
+                    wrong_sectors,
+                    bytes: Hex(first_word),
+                });
             }
         }
         held
@@ -486,28 +515,8 @@ impl Verifier {
         }
     }
 
-    fn report_error(
-        &mut self,
-        request: &Request,
-        sector: u64,
-        place: Place,
-        expected: u32,
-        found: Contents,
-        memory: &Sector,
-    ) {
-        self.counts.errors += 1;
-        let index = (sector - self.first) as usize;
-        if place == Place::Disk {
-            self.table[index] = UNKNOWN;
-        }
-        if self.counts.errors > REPORTED {
-            return;
-        }
-        let mark = match found {
-            Contents::Written(mark) | Contents::Damaged(mark) => Some(mark),
-            Contents::Zero | Contents::Foreign => None,
-        };
-        let kind = match found {
+    fn kind(&self, sector: u64, found: Contents) -> Kind {
+        match found {
             Contents::Zero => Kind::Zero,
             Contents::Foreign => Kind::Foreign,
             Contents::Damaged(_) => Kind::Damaged,
@@ -515,25 +524,7 @@ impl Verifier {
                 Kind::Stale
             }
             Contents::Written(_) => Kind::Misplaced,
-        };
-        let found = match found {
-            Contents::Zero => Held::Zero,
-            _ => mark.map_or(Held::Unknown, |mark| Held::Generation(mark.generation)),
-        };
-        serial::line(&Report::Error {
-            device: self.index,
-            sector,
-            kind,
-            place,
-            expected: held(expected),
-            found,
-            found_sector: Maybe(mark.map(|mark| mark.sector)),
-            found_seed: Maybe(mark.map(|mark| mark.seed)),
-            found_position: Maybe(mark.map(|mark| mark.position.into())),
-            request: request.sector,
-            request_sectors: request.sectors.into(),
-            bytes: Hex(memory[0]),
-        });
+        }
     }
 
     fn report_io_error(&mut self, request: &Request, status: u8) {
@@ -620,10 +611,24 @@ impl Verifier {
     }
 }
 
-fn held(entry: u32) -> Held {
+fn known(entry: u32) -> Held {
     match entry {
         UNKNOWN => Held::Unknown,
         ZERO => Held::Zero,
         generation => Held::Generation(generation),
+    }
+}
+
+fn mark_of(found: Contents) -> Option<Mark> {
+    match found {
+        Contents::Written(mark) | Contents::Damaged(mark) => Some(mark),
+        Contents::Zero | Contents::Foreign => None,
+    }
+}
+
+fn found_held(found: Contents) -> Held {
+    match found {
+        Contents::Zero => Held::Zero,
+        _ => mark_of(found).map_or(Held::Unknown, |mark| Held::Generation(mark.generation)),
     }
 }
