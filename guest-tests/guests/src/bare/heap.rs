@@ -3,6 +3,7 @@
 #![allow(unsafe_code, reason = "an allocator")]
 
 use core::alloc::{GlobalAlloc, Layout};
+use core::arch::asm;
 use core::cell::UnsafeCell;
 use core::ptr::null_mut;
 
@@ -32,8 +33,39 @@ static HEAP: Global = Global(UnsafeCell::new(Heap {
     freed: [null_mut(); SIZES],
 }));
 
-/// Takes all free memory. Before it nothing can be allocated.
-pub fn initialize(boot: &Boot) {
+/// Bytes of the stack: what allocates also has large things on the stack, and the one in the vCPU's
+/// block is not made for that.
+const STACK: usize = 1 << 20;
+
+/// Takes all free memory, and goes on with `main` on a large stack. Before it nothing can be
+/// allocated.
+pub fn start(boot: &Boot, main: extern "C" fn(&Boot) -> !) -> ! {
+    initialize(boot);
+    let Ok(layout) = Layout::from_size_align(STACK, 4096) else {
+        super::give_up(&"a stack of impossible size");
+    };
+    // SAFETY: the layout is not empty.
+    let stack = unsafe { alloc::alloc::alloc_zeroed(layout) };
+    if stack.is_null() {
+        super::give_up(&"not enough free memory for a stack");
+    }
+    // SAFETY: the new stack is as large as said and never freed; `call` aligns it as a function
+    // expects. `boot` is on the old stack, which stays.
+    unsafe {
+        asm!(
+            "mov rsp, {top}",
+            "xor ebp, ebp",
+            "call {main}",
+            "ud2",
+            top = in(reg) stack.add(STACK),
+            main = in(reg) main,
+            in("rdi") boot,
+            options(noreturn),
+        )
+    }
+}
+
+fn initialize(boot: &Boot) {
     // SAFETY: the first vCPU, before anything is allocated.
     let heap = unsafe { &mut *HEAP.0.get() };
     let mut ranges = heap.fresh.iter_mut();

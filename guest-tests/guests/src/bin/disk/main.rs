@@ -26,7 +26,10 @@ use crate::verifier::Verifier;
 guests::guest!(pvh, main);
 
 fn main(boot: &Boot) -> ! {
-    heap::initialize(boot);
+    heap::start(boot, begin)
+}
+
+extern "C" fn begin(boot: &Boot) -> ! {
     let options = match Options::parse(boot.command_line()) {
         Ok(options) => options,
         Err(reason) => give_up(&reason),

@@ -34,7 +34,10 @@ const DATAGRAMS: usize = 64;
 const LOOK_US: u64 = 50_000;
 
 fn main(boot: &Boot) -> ! {
-    heap::initialize(boot);
+    heap::start(boot, begin)
+}
+
+extern "C" fn begin(boot: &Boot) -> ! {
     let options = match Options::parse(boot.command_line()) {
         Ok(options) => options,
         Err(reason) => give_up(&reason),
