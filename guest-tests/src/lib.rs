@@ -26,6 +26,7 @@
 //! What each guest does, and how to add one, is in `docs/guests.md`.
 
 pub mod driver;
+pub mod image;
 mod serial;
 
 pub use guests::{

@@ -400,6 +400,10 @@ crate::fields::reports! {
             p999_ns: u64,
             /// The longest.
             max_ns: u64,
+            /// Times that the device was told of requests: a write to one of its registers.
+            notifications: u64,
+            /// What one took on average, ns.
+            notify_ns: u64,
             /// Requests that failed.
             io_errors: u64,
         },

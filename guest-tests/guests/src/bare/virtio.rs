@@ -223,10 +223,10 @@ impl<const N: usize> Queue<N> {
         Some(token)
     }
 
-    /// Tells the device about what was added, if it wants to know.
-    pub fn notify(&mut self, transport: &mut Transport) {
+    /// Tells the device about what was added, if it wants to know; whether it was told.
+    pub fn notify(&mut self, transport: &mut Transport) -> bool {
         if self.added == self.notified {
-            return;
+            return false;
         }
         self.notified = self.added;
         // The device must see the request before the guest looks whether it wants to be told
@@ -235,9 +235,11 @@ impl<const N: usize> Queue<N> {
         // The crate compares the indices as if they never wrapped: right after they did, it may
         // take a device that waits for one that doesn't.
         let wrapped = usize::from(self.added) <= N;
-        if wrapped || self.ring.should_notify() {
+        let wanted = wrapped || self.ring.should_notify();
+        if wanted {
             transport.notify(self.index);
         }
+        wanted
     }
 
     /// The token of a request that is done; it stays until it is taken.

@@ -44,6 +44,7 @@ pub(crate) fn measure(
         .collect();
     let mut latencies = Box::new(Histogram::default());
     let (mut next, mut io_errors) = (0, 0);
+    let (mut notifications, mut notifying) = (0u64, 0);
     let begin = tsc::now();
     let end = begin + options.seconds.max(1) * khz * 1000;
     let mut now = begin;
@@ -66,7 +67,11 @@ pub(crate) fn measure(
                 break;
             }
         }
-        disk.notify();
+        let before = tsc::now();
+        if disk.notify() {
+            notifications += 1;
+            notifying += tsc::now().saturating_sub(before);
+        }
         if !disk.is_done() {
             waiter.wait();
             if waiter.has_news(index) {
@@ -103,6 +108,8 @@ pub(crate) fn measure(
         p99_ns: ns(latencies.per_mille(990)),
         p999_ns: ns(latencies.per_mille(999)),
         max_ns: ns(latencies.longest()),
+        notifications,
+        notify_ns: ns(notifying).checked_div(notifications).unwrap_or(0),
         io_errors,
     });
 }

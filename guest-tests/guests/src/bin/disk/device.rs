@@ -214,9 +214,9 @@ impl Disk {
         Ok(())
     }
 
-    /// Tells the device about what was submitted.
-    pub(crate) fn notify(&mut self) {
-        self.queue.notify(&mut self.transport);
+    /// Tells the device about what was submitted; whether it was told.
+    pub(crate) fn notify(&mut self) -> bool {
+        self.queue.notify(&mut self.transport)
     }
 
     /// Whether a request is done.
