@@ -31,7 +31,7 @@ mod serial;
 
 pub use guests::{
     Hex, Malformed, Maybe, Name, Size, block, boot, clock, dirtier, disk, echo, fault, mmio, net,
-    state,
+    state, virtio,
 };
 pub use serial::{Event, MAX_LINE, Reader};
 
@@ -53,6 +53,8 @@ pub const ECHO: &[u8] = image!("echo");
 pub const DISK: &[u8] = image!("disk");
 /// Answers ARP, pings and UDP, and sends numbered datagrams: see [`net`].
 pub const NET: &[u8] = image!("net");
+/// Uses a virtio-rng, a virtio-console and a virtio-balloon: see [`virtio`].
+pub const VIRTIO: &[u8] = image!("virtio");
 /// Says how it was booted: see [`boot`].
 pub const BOOT: &[u8] = image!("boot");
 /// The same without a PVH note, for the 64-bit boot protocol of Linux.
@@ -90,6 +92,7 @@ mod tests {
             (ECHO, true),
             (DISK, true),
             (NET, true),
+            (VIRTIO, true),
             (BOOT, true),
             (BOOT_LINUX64, false),
         ] {

@@ -27,5 +27,6 @@ pub mod mmio;
 pub mod net;
 pub mod page;
 pub mod state;
+pub mod virtio;
 
 pub use fields::{Hex, Malformed, Maybe, Name, Size};

@@ -7,6 +7,7 @@ use guest_tests::driver::process::Process;
 use guest_tests::driver::qmp::Client;
 use guest_tests::driver::serial::Watcher;
 use guest_tests::driver::skip;
+use guest_tests::fault::{Fault, PANIC};
 use tempfile::TempDir;
 
 /// Far longer than anything takes; it ends a test that hangs.
@@ -111,9 +112,13 @@ impl Qemu {
         self.qmp.execute("cont", serde_json::Value::Null).unwrap();
     }
 
-    /// The next line that `parse` takes.
-    pub(crate) fn wait_for<T>(&self, parse: impl FnMut(&str) -> Option<T>) -> T {
-        match self.serial.wait_for(PATIENCE, parse) {
+    /// The next line that `parse` takes. A guest that breaks before is not waited for.
+    pub(crate) fn wait_for<T>(&self, mut parse: impl FnMut(&str) -> Option<T>) -> T {
+        let found = self.serial.wait_for(PATIENCE, |line| match parse(line) {
+            None if line.starts_with(PANIC) || Fault::parse(line).is_some() => panic!("{line}"),
+            found => found,
+        });
+        match found {
             Ok((found, _)) => found,
             Err(err) => panic!("{err}; QEMU: {}", self.process.output()),
         }

@@ -4,3 +4,4 @@
 mod disk;
 mod machine;
 mod net;
+mod virtio;

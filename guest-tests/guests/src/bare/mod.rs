@@ -9,6 +9,7 @@
 pub mod boot;
 pub mod console;
 pub mod cpu;
+pub mod dma;
 mod entry;
 pub mod heap;
 pub mod interrupts;

@@ -42,9 +42,9 @@ pub struct Device {
     pub window: Window,
 }
 
-/// The devices of a type that the command line names, in its order. One that can't be one is told
+/// The devices of these types that the command line names, in its order. One that can't be one is told
 /// and left alone; the types that nobody asks for are passed over.
-pub fn devices(boot: &Boot, wanted: DeviceType) -> Vec<Device> {
+pub fn devices(boot: &Boot, wanted: &[DeviceType]) -> Vec<Device> {
     let mut found = Vec::new();
     for word in windows(boot.command_line()) {
         let ignore = |reason: &dyn fmt::Display| {
@@ -59,7 +59,7 @@ pub fn devices(boot: &Boot, wanted: DeviceType) -> Vec<Device> {
             continue;
         }
         match probe(window) {
-            Ok(transport) if transport.device_type() == wanted => {
+            Ok(transport) if wanted.contains(&transport.device_type()) => {
                 found.push(Device { transport, window });
             }
             // Dropped it would be reset, and it may be another driver's.

@@ -71,3 +71,33 @@ impl Waiter {
 fn vector(index: usize) -> u8 {
     (index as u8).min(DEVICE_VECTORS - 1)
 }
+
+/// Looks that something must have been done for, besides the second: the guest may have stood still
+/// meanwhile, and the interrupt be on its way.
+const LOOKS: u32 = 200;
+
+/// Notices interrupts that don't come.
+#[derive(Default)]
+pub struct Watchdog {
+    since: Option<(u64, u32)>,
+    /// How often one did not come.
+    pub lost: u64,
+}
+
+impl Watchdog {
+    /// Whether something has been done for a second, by the TSC, without `news`.
+    pub fn misses(&mut self, now: u64, khz: u64, news: bool, done: bool) -> bool {
+        if news || !done {
+            self.since = None;
+            return false;
+        }
+        let (since, looks) = self.since.get_or_insert((now, 0));
+        *looks += 1;
+        let missed = *looks >= LOOKS && now.saturating_sub(*since) >= khz * 1000;
+        if missed {
+            self.since = None;
+            self.lost += 1;
+        }
+        missed
+    }
+}

@@ -123,7 +123,11 @@ impl Request {
             range,
             status,
         } = &mut *self.control;
-        let data = self.buffer.bytes(sectors);
+        let data = match op {
+            Op::Read | Op::Write => self.buffer.bytes(sectors),
+            // These may be about more sectors than a buffer has.
+            Op::Flush | Op::Discard | Op::WriteZeroes => self.buffer.bytes(0),
+        };
         // Pieces of whole sectors, nearly equal.
         let cut = |index: usize| index * sectors / segments * block::BYTES;
         let mut inputs: Vec<&[u8]> = Vec::with_capacity(segments + 1);

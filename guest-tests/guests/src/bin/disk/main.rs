@@ -37,7 +37,7 @@ extern "C" fn begin(boot: &Boot) -> ! {
     let Some(khz) = tsc::frequency(options.tsc_khz) else {
         give_up(&"no source for the TSC's frequency: give tsc_khz=");
     };
-    let devices = virtio::devices(boot, DeviceType::Block);
+    let devices = virtio::devices(boot, &[DeviceType::Block]);
     if devices.is_empty() {
         give_up(&"the command line names no virtio-blk device");
     }

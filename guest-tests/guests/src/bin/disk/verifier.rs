@@ -6,6 +6,7 @@ use alloc::vec::Vec;
 
 use guests::bare::random::Random;
 use guests::bare::timer::Timer;
+use guests::bare::waiter::Watchdog;
 use guests::bare::{give_up, power, serial, tsc};
 use guests::block::{self, Contents, Mark};
 use guests::dirtier::Rate;
@@ -52,7 +53,6 @@ struct Counts {
     errors: u64,
     io_errors: u64,
     lengths: u64,
-    lost_interrupts: u64,
 }
 
 /// A disk, what is known of it, and what is being done with it.
@@ -82,8 +82,7 @@ pub(crate) struct Verifier {
     longest: u64,
     /// Requests with wrong sectors.
     reported: u64,
-    /// Since when a request is done that no interrupt told of.
-    waiting_since: Option<u64>,
+    watchdog: Watchdog,
     corrupt: Option<u64>,
 }
 
@@ -137,7 +136,7 @@ impl Verifier {
             counts: Counts::default(),
             longest: 0,
             reported: 0,
-            waiting_since: None,
+            watchdog: Watchdog::default(),
             corrupt: options.corrupt.0,
             disk,
         }
@@ -167,10 +166,18 @@ impl Verifier {
     /// Takes what is done and starts new requests; whether there was anything to do. `news`: whether
     /// an interrupt came, or none is waited for.
     pub(crate) fn turn(&mut self, now: u64, news: bool, interrupts: u64) -> bool {
-        let news = news || self.misses_interrupt(now, interrupts);
+        let done = !news && self.disk.pending > 0 && self.disk.is_done();
+        let missed = self.watchdog.misses(now, self.khz, news, done);
+        if missed {
+            serial::line(&Report::LostInterrupt {
+                device: self.index,
+                interrupts,
+            });
+            // The line may be high still: only a low one can rise.
+            self.disk.acknowledge();
+        }
         let mut active = false;
-        if news {
-            self.waiting_since = None;
+        if news || missed {
             self.disk_done(&mut active);
         }
         while (self.disk.pending as u64) < self.options.depth && self.start(now) {
@@ -194,26 +201,6 @@ impl Verifier {
                 )),
             }
         }
-    }
-
-    /// Whether something is done for a second without an interrupt.
-    fn misses_interrupt(&mut self, now: u64, interrupts: u64) -> bool {
-        if self.disk.pending == 0 || !self.disk.is_done() {
-            self.waiting_since = None;
-            return false;
-        }
-        let since = *self.waiting_since.get_or_insert(now);
-        if now.saturating_sub(since) < self.khz * 1000 {
-            return false;
-        }
-        self.counts.lost_interrupts += 1;
-        serial::line(&Report::LostInterrupt {
-            device: self.index,
-            interrupts,
-        });
-        // The line may be high still: only a falling one can rise.
-        self.disk.acknowledge();
-        true
     }
 
     /// Starts the next request, if there is one.
@@ -576,7 +563,7 @@ impl Verifier {
             longest_us: self.microseconds(self.longest),
             errors: counts.errors,
             io_errors: counts.io_errors,
-            lost_interrupts: counts.lost_interrupts,
+            lost_interrupts: self.watchdog.lost,
         };
         self.longest = 0;
         serial::line(&status);

@@ -1,12 +1,11 @@
 //! A virtio-net device (virtio 1.2, 5.1), as smoltcp wants one. The crate's own driver knows no
 //! announcements.
 
-use alloc::alloc::handle_alloc_error;
 use alloc::vec;
 use alloc::vec::Vec;
-use core::alloc::Layout;
-use core::ptr::NonNull;
 
+use guests::bare::dma::Dma;
+use guests::bare::give_up;
 use guests::bare::virtio::{DESCRIPTORS, Device, Queue, Transport, feature, negotiate};
 use guests::net::{Mac, Options};
 use smoltcp::phy::{self, DeviceCapabilities, Medium};
@@ -32,23 +31,10 @@ const ETHERNET: usize = 14;
 /// Frames that the device may have, for each direction.
 const FRAMES: usize = 64;
 
-/// Memory that the device reads or writes while the guest has no reference; never freed.
-struct Memory(NonNull<u8>);
-
-impl Memory {
-    fn new() -> Self {
-        let layout = Layout::new::<[u8; FRAME]>();
-        // SAFETY: the layout is not empty.
-        let memory = unsafe { alloc::alloc::alloc_zeroed(layout) };
-        match NonNull::new(memory) {
-            Some(memory) => Self(memory),
-            None => handle_alloc_error(layout),
-        }
-    }
-
-    fn bytes(&mut self) -> &mut [u8; FRAME] {
-        // SAFETY: as much is allocated, and borrowed as long as `self`.
-        unsafe { self.0.cast().as_mut() }
+fn memory() -> Dma {
+    match Dma::new(FRAME) {
+        Some(memory) => memory,
+        None => give_up(&"not enough free memory for frames"),
     }
 }
 
@@ -67,16 +53,16 @@ pub(crate) struct Counts {
 pub(crate) struct Nic {
     transport: Transport,
     receive: Queue,
-    receiving: Vec<Option<Memory>>,
+    receiving: Vec<Option<Dma>>,
     transmit: Queue,
     /// With the bytes of each.
-    transmitting: Vec<Option<(Memory, usize)>>,
-    spare: Vec<Memory>,
+    transmitting: Vec<Option<(Dma, usize)>>,
+    spare: Vec<Dma>,
     control: Option<Queue<16>>,
     /// An acknowledgement that the device has: its token.
     acknowledging: Option<u16>,
     /// What it reads, and what it writes.
-    acknowledgement: Memory,
+    acknowledgement: Dma,
     pub(crate) features: u64,
     pub(crate) mac: Mac,
     pub(crate) counts: Counts,
@@ -119,16 +105,16 @@ impl Nic {
             receiving: (0..DESCRIPTORS).map(|_| None).collect(),
             transmit,
             transmitting: (0..DESCRIPTORS).map(|_| None).collect(),
-            spare: (0..FRAMES).map(|_| Memory::new()).collect(),
+            spare: (0..FRAMES).map(|_| memory()).collect(),
             control,
             acknowledging: None,
-            acknowledgement: Memory::new(),
+            acknowledgement: memory(),
             features,
             mac: Mac(mac),
             counts: Counts::default(),
         };
         for _ in 0..FRAMES {
-            nic.offer(Memory::new());
+            nic.offer(memory());
         }
         nic.receive.notify(&mut nic.transport);
         Ok(nic)
@@ -140,7 +126,7 @@ impl Nic {
     }
 
     /// Gives the device memory for a frame.
-    fn offer(&mut self, mut memory: Memory) {
+    fn offer(&mut self, mut memory: Dma) {
         // SAFETY: the memory stays in `receiving` until the device gives it back.
         let token = unsafe { self.receive.add(&[], &mut [memory.bytes()]) };
         if let Some(slot) = token.and_then(|token| self.receiving.get_mut(usize::from(token))) {
@@ -185,7 +171,7 @@ impl Nic {
         while let Some(token) = self.transmit.done() {
             let slot = self.transmitting.get_mut(usize::from(token));
             let Some((mut memory, length)) = slot.and_then(Option::take) else {
-                guests::bare::give_up(&"the device gives back a frame that it doesn't have");
+                give_up(&"the device gives back a frame that it doesn't have");
             };
             // SAFETY: the same memory as was added with this token.
             let taken = unsafe {

@@ -13,7 +13,7 @@ use core::iter;
 use guests::bare::boot::Boot;
 use guests::bare::console::{Console, Timing};
 use guests::bare::timer::Timer;
-use guests::bare::waiter::Waiter;
+use guests::bare::waiter::{Waiter, Watchdog};
 use guests::bare::{give_up, heap, power, serial, tsc, virtio};
 use guests::mmio::Wait;
 use guests::net::{Endpoint, Network, Numbered, Options, Report, command};
@@ -45,7 +45,7 @@ extern "C" fn begin(boot: &Boot) -> ! {
     let Some(khz) = tsc::frequency(options.tsc_khz) else {
         give_up(&"no source for the TSC's frequency: give tsc_khz=");
     };
-    let Some(device) = virtio::devices(boot, DeviceType::Network)
+    let Some(device) = virtio::devices(boot, &[DeviceType::Network])
         .into_iter()
         .next()
     else {
@@ -85,9 +85,7 @@ struct Guest {
     numbered: u64,
     skipped: u64,
     announced: u64,
-    lost_interrupts: u64,
-    /// Since when a frame is there that no interrupt told of.
-    waiting_since: Option<u64>,
+    watchdog: Watchdog,
 }
 
 fn address(octets: [u8; 4]) -> IpAddress {
@@ -138,8 +136,7 @@ impl Guest {
             numbered: 0,
             skipped: 0,
             announced: 0,
-            lost_interrupts: 0,
-            waiting_since: None,
+            watchdog: Watchdog::default(),
         }
     }
 
@@ -169,13 +166,12 @@ impl Guest {
                 self.report();
             }
             let mut changed = look.fires(latest, 0);
-            let news = waiter.has_news(0) || self.misses_interrupt(latest);
+            let news = waiter.has_news(0);
+            let here = !news && self.nic.has_frame();
+            let news = self.watchdog.misses(latest, self.khz, news, here) || news;
             waiter.take_news();
-            if news {
-                self.waiting_since = None;
-                if self.options.wait == Wait::Irq {
-                    changed |= self.nic.acknowledge_interrupt();
-                }
+            if news && self.options.wait == Wait::Irq {
+                changed |= self.nic.acknowledge_interrupt();
             }
             if changed && self.nic.wants_announcement() {
                 self.announce();
@@ -203,18 +199,6 @@ impl Guest {
     fn microseconds(&self, now: u64) -> u64 {
         let cycles = now.saturating_sub(self.begin);
         (u128::from(cycles) * 1000 / u128::from(self.khz)) as u64
-    }
-
-    /// Whether a frame has been there for a second without an interrupt.
-    fn misses_interrupt(&mut self, now: u64) -> bool {
-        if !self.nic.has_frame() {
-            self.waiting_since = None;
-            return false;
-        }
-        let since = *self.waiting_since.get_or_insert(now);
-        let missed = now.saturating_sub(since) >= self.khz * 1000;
-        self.lost_interrupts += u64::from(missed);
-        missed
     }
 
     /// Sends back what has come; whether anything has.
@@ -276,7 +260,7 @@ impl Guest {
             announced: self.announced,
             in_flight: self.nic.in_flight() as u64,
             errors: counts.errors,
-            lost_interrupts: self.lost_interrupts,
+            lost_interrupts: self.watchdog.lost,
         });
     }
 }
