@@ -104,7 +104,9 @@ impl FromStr for Mac {
         let mut bytes = [0; 6];
         let mut parts = text.split(':');
         for byte in &mut bytes {
-            let part = parts.next().filter(|part| part.len() == 2).ok_or(())?;
+            let hexadecimal = |part: &&str| part.bytes().all(|byte| byte.is_ascii_hexdigit());
+            let part = parts.next().filter(|part| part.len() == 2);
+            let part = part.filter(hexadecimal).ok_or(())?;
             *byte = u8::from_str_radix(part, 16).map_err(|_| ())?;
         }
         parts.next().is_none().then_some(Self(bytes)).ok_or(())
