@@ -233,6 +233,8 @@ crate::fields::reports! {
             sectors: u64,
             /// The virtio features in use.
             features: Hex,
+            /// What reading one of its registers takes on average, ns.
+            register_ns: u64,
         },
         /// The work begins.
         Ready "ready" {

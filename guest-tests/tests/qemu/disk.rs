@@ -39,6 +39,11 @@ fn new_image(path: &Path) {
 
 /// Lets the guest work until it has done something of everything.
 fn work(machine: &Qemu) {
+    work_until(machine, 200);
+}
+
+/// Lets it work until it has also written as often.
+fn work_until(machine: &Qemu, enough: u64) {
     machine.wait_for(|line| match Report::parse(line)? {
         Report::Status {
             reads,
@@ -54,7 +59,7 @@ fn work(machine: &Qemu) {
         } => {
             assert_eq!((errors, io_errors, lost_interrupts), (0, 0, 0), "{line}");
             let all = [flushes, discards, zeroes].iter().all(|&count| count > 0);
-            (reads > 200 && writes > 200 && kept > 0 && all).then_some(())
+            (reads > 200 && writes > enough && kept > 0 && all).then_some(())
         }
         Report::Error { .. } | Report::IoError { .. } | Report::Length { .. } => panic!("{line}"),
         _ => None,
@@ -180,6 +185,36 @@ fn a_sector_that_changes_behind_the_guest_is_found() {
         ),
         "{error}"
     );
+}
+
+#[test]
+fn writes_that_are_undone_behind_the_guest_are_found() {
+    let qemu = require_qemu!();
+    let dir = scratch();
+    let image = dir.path().join("image");
+    new_image(&image);
+    let append = options().to_string();
+    let drive = disk(0, &image, "");
+    let mut machine = start(&qemu, dir.path(), "a", DISK, &append, &drive);
+    machine.cont();
+    work(&machine);
+    let old = std::fs::read(&image).unwrap();
+    work_until(&machine, 3000);
+    let mut file = File::options().write(true).open(&image).unwrap();
+    file.write_all(&old).unwrap();
+    machine.wait_for(|line| match Report::parse(line)? {
+        Report::Error {
+            kind: Kind::Stale,
+            place: Place::Disk,
+            expected: Held::Generation(expected),
+            found: Held::Generation(found),
+            ..
+        } => {
+            assert!(found < expected, "{line}");
+            Some(())
+        }
+        _ => None,
+    });
 }
 
 #[test]

@@ -5,6 +5,7 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ptr::NonNull;
 
+use guests::bare::tsc;
 use guests::bare::virtio::{DESCRIPTORS, Device, Queue, Transport, feature, negotiate};
 use guests::block;
 use guests::disk::{Op, Options};
@@ -253,6 +254,16 @@ impl Disk {
             status,
             length: length.into(),
         }))
+    }
+
+    /// What reading a register takes on average, in cycles of the TSC.
+    pub(crate) fn register_cycles(&self) -> u64 {
+        const READS: u64 = 64;
+        let begin = tsc::now();
+        for _ in 0..READS {
+            core::hint::black_box(self.transport.read_config_generation());
+        }
+        tsc::now().saturating_sub(begin) / READS
     }
 
     /// The requests that the device has.

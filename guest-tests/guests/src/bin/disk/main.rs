@@ -50,6 +50,7 @@ extern "C" fn begin(boot: &Boot) -> ! {
             Err(reason) => give_up(&reason),
         };
         let limits = disk.limits;
+        let register_ns = disk.register_cycles() * 1_000_000 / khz;
         let index = disks.len() as u64;
         let mut verifier = Verifier::new(index, disk, options, khz);
         if options.wait == Wait::Poll {
@@ -69,6 +70,7 @@ extern "C" fn begin(boot: &Boot) -> ! {
             first,
             sectors,
             features: guests::Hex(limits.features),
+            register_ns,
         });
     }
     let mut waiter = Waiter::new(options.wait, pins.into_iter());
