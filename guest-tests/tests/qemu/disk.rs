@@ -275,7 +275,7 @@ fn a_request_that_fails_is_reported_and_the_rest_goes_on() {
         format!(
             "if=none,id=d0,driver=raw,file.driver=blkdebug,file.image.driver=file,\
              file.image.filename={},file.inject-error.0.event=write_aio,\
-             file.inject-error.0.errno=5,file.inject-error.0.once=on,rerror=report,werror=report",
+             file.inject-error.0.errno=5,file.inject-error.0.iotype=write,file.inject-error.0.once=on,rerror=report,werror=report",
             image.display()
         ),
         "-device".to_owned(),
@@ -362,7 +362,15 @@ fn a_disk_can_be_measured() {
             ..options()
         };
         let append = options.to_string();
-        let mut machine = start(&qemu, dir.path(), "a", DISK, &append, &disk(0, &image, ""));
+        let name = bench.to_string();
+        let mut machine = start(
+            &qemu,
+            dir.path(),
+            &name,
+            DISK,
+            &append,
+            &disk(0, &image, ""),
+        );
         machine.cont();
         let report = machine.wait_for(|line| {
             Report::parse(line).filter(|report| matches!(report, Report::Bench { .. }))
@@ -389,9 +397,6 @@ fn a_disk_can_be_measured() {
             "{report}"
         );
         assert!((iops * 15..=(iops + 1) * 16).contains(&kib_s), "{report}");
-        for other in ["kernel", "serial", "qmp"] {
-            drop(std::fs::remove_file(dir.path().join(format!("a.{other}"))));
-        }
     }
 }
 
