@@ -2,8 +2,10 @@
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use guest_tests::dirtier::Rate;
 use guest_tests::disk::{Bench, Held, Holds, Kind, Mode, Op, Options, Place, Report, command};
 use guest_tests::mmio::Wait;
 use guest_tests::{DISK, Maybe, Size, image};
@@ -211,6 +213,56 @@ fn writes_that_are_undone_behind_the_guest_are_found() {
             ..
         } => {
             assert!(found < expected, "{line}");
+            Some(())
+        }
+        _ => None,
+    });
+}
+
+#[test]
+fn a_buffer_that_changes_after_it_was_right_is_found() {
+    let qemu = require_qemu!();
+    let dir = scratch();
+    let image = dir.path().join("image");
+    new_image(&image);
+    let ram = dir.path().join("ram");
+    let mut more = disk(0, &image, "").to_vec();
+    more.extend([
+        "-object".to_owned(),
+        format!(
+            "memory-backend-file,id=m,size=128M,share=on,mem-path={}",
+            ram.display()
+        ),
+        "-machine".to_owned(),
+        "memory-backend=m".to_owned(),
+    ]);
+    // Slow, so that most buffers lie idle.
+    let options = Options {
+        rate: Rate::PerSecond(200),
+        ..options()
+    };
+    let mut machine = start(&qemu, dir.path(), "a", DISK, &options.to_string(), &more);
+    machine.cont();
+    machine.wait_for(|line| match Report::parse(line)? {
+        Report::Status { kept, .. } => (kept > 0).then_some(()),
+        _ => None,
+    });
+    let file = File::options().read(true).write(true).open(&ram).unwrap();
+    let mut memory = vec![0; 128 << 20];
+    file.read_exact_at(&mut memory, 0).unwrap();
+    for (index, sector) in memory.as_chunks::<512>().0.iter().enumerate() {
+        if sector.starts_with(b"FerrySec") {
+            file.write_all_at(b"lost", index as u64 * 512 + 300)
+                .unwrap();
+        }
+    }
+    machine.wait_for(|line| match Report::parse(line)? {
+        Report::Error {
+            kind,
+            place: Place::Memory,
+            ..
+        } => {
+            assert_eq!(kind, Kind::Damaged, "{line}");
             Some(())
         }
         _ => None,
