@@ -6,15 +6,30 @@
 //! both can show: the ELF file by its own first lines, the bzImage by where its code runs.
 
 pub mod small;
+mod stock;
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::harness::{Ferry, PATIENCE, require_kvm, scratch, skip};
 
 const COMMAND_LINE: &str = "earlyprintk=serial,ttyS0 console=ttyS0 panic=-1 ferry.test=\"a b\"";
+
+/// How long booting may take, on a machine that does other things besides.
+pub const BOOT: Duration = Duration::from_secs(600);
+
+/// What no guest should ever say.
+const COMPLAINTS: [&str; 7] = [
+    "ACPI BIOS",
+    "ACPI Error",
+    "ACPI Warning",
+    "Firmware Bug",
+    "Kernel panic",
+    "damaged memory",
+    "nobody cared",
+];
 
 /// The file of that name in target/linux, or a notice that the test is skipped.
 fn file(name: &str) -> Option<PathBuf> {
@@ -32,6 +47,21 @@ fn file(name: &str) -> Option<PathBuf> {
         path.display()
     ));
     None
+}
+
+/// Waits until the guest has said all of this, in whatever order.
+pub fn wait_said(ferry: &Ferry, patience: Duration, parts: &[&str]) {
+    let mut missing = parts.to_vec();
+    let said = ferry.serial.wait_for(patience, |line| {
+        for complaint in COMPLAINTS {
+            assert!(!line.contains(complaint), "{line}");
+        }
+        missing.retain(|part| !line.contains(part));
+        missing.is_empty().then_some(())
+    });
+    if let Err(err) = said {
+        panic!("no {missing:?}: {err}\n{}", ferry.process.output());
+    }
 }
 
 fn run(dir: &Path, kernel: &Path) -> Ferry {
@@ -84,7 +114,7 @@ fn an_elf_kernel_tells_what_it_was_given() {
         "smpboot: Allowing 2 CPUs, 0 hotplug CPUs".to_owned(),
     ];
     ferry.wait_line(|line| {
-        for complaint in ["ACPI Error", "ACPI Warning", "ACPI BIOS", "Firmware Bug"] {
+        for complaint in COMPLAINTS {
             assert!(!line.contains(complaint), "{line}");
         }
         expected.retain(|part| !line.contains(part));

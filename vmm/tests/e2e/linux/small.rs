@@ -4,17 +4,15 @@
 //! The process makes no system call, because not every KVM can, so it is watched from outside: its
 //! registers show how far it is, and if it finds its memory changed it ends, at which the kernel
 //! panics. The kernel shows that it works by the echo of its serial console, which takes
-//! interrupts, a tasklet and a worker thread.
+//! its interrupts and a worker thread.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::{BOOT, file, wait_said};
 use crate::harness::{Ferry, PATIENCE, require_kvm, scratch};
-
-/// How long booting may take, on a machine that does other things besides.
-pub const BOOT: Duration = Duration::from_secs(600);
 
 /// What a KVM that interprets CPL 0 can't do is not used (`noxsave`, and by their numbers POPCNT,
 /// SMAP, RDRAND, RDSEED, FSGSBASE, AVX-512, ADX, CMPXCHG16B), and what takes long is left out.
@@ -28,13 +26,10 @@ const BUTTON_SEEN: &str = "the guest has seen the power button pressed";
 /// Where the process's code is.
 const INIT: std::ops::Range<u64> = 0x40_0000..0x41_0000;
 
-/// Boots the kernel to its process; `None`, with a notice, if it is not there. `more` are options for
-/// ferry, `append` words for the kernel.
+/// Starts the kernel; `None`, with a notice, if it is not there. `more` are options for ferry, `append`
+/// words for the kernel.
 pub fn boot(dir: &Path, name: &str, more: &[&str], append: &str) -> Option<Ferry> {
-    let (kernel, initramfs) = (
-        super::file("small/vmlinux")?,
-        super::file("small/initramfs")?,
-    );
+    let (kernel, initramfs) = (file("small/vmlinux")?, file("small/initramfs")?);
     let (kernel, initramfs) = (
         kernel.display().to_string(),
         initramfs.display().to_string(),
@@ -48,20 +43,6 @@ pub fn boot(dir: &Path, name: &str, more: &[&str], append: &str) -> Option<Ferry
     let mut ferry = Ferry::start(dir, name, &arguments);
     ferry.execute("cont", Value::Null);
     Some(ferry)
-}
-
-/// Waits until the kernel has said all of this, in whatever order.
-pub fn wait_said(ferry: &Ferry, patience: Duration, parts: &[&str]) {
-    let mut missing = parts.to_vec();
-    let said = ferry.serial.wait_for(patience, |line| {
-        assert!(!line.contains("Kernel panic"), "{line}");
-        assert!(!line.contains("ACPI Error"), "{line}");
-        missing.retain(|part| !line.contains(part));
-        missing.is_empty().then_some(())
-    });
-    if let Err(err) = said {
-        panic!("no {missing:?}: {err}\n{}", ferry.process.output());
-    }
 }
 
 fn hexadecimal(registers: &str, name: &str) -> u64 {
