@@ -74,8 +74,12 @@ fn move_to(mut source: Ferry, dir: &Path, name: &str) -> Ferry {
     let arguments = ["--incoming", "tcp:127.0.0.1:0", "--log", LOG];
     let mut destination = Ferry::start(dir, name, &arguments);
     let uri = destination.listening_at();
+    let refusal = destination.refused("system_powerdown", Value::Null);
+    assert!(refusal.contains("no guest here yet"), "{refusal}");
     source.migrate(&uri);
     source.wait_migrated("completed");
+    let refusal = source.refused("system_powerdown", Value::Null);
+    assert!(refusal.contains("postmigrate"), "{refusal}");
     let output = source.process.output();
     assert!(!output.contains(BUTTON_SEEN), "{output}");
     source.execute("quit", Value::Null);
