@@ -35,6 +35,7 @@ fn hello(blobs: Vec<Blob>) -> Hello {
             .unwrap(),
             configuration: vec![],
             blobs,
+            disks: vec![],
         },
     }
 }
