@@ -2,7 +2,7 @@
 //! meanwhile.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::bitmap::BlockBitmap;
 use crate::channel::ChannelError;
@@ -145,13 +145,19 @@ impl Disks {
         session: &mut Session,
         progress: &Progress,
     ) -> Result<SentBlocks, BlocksError> {
-        let reading = ReadAhead::start(self.disks.clone(), plan)?;
+        let mut reading = ReadAhead::start(self.disks.clone(), plan)?;
         let mut sent = SentBlocks::default();
         let (mut read_bytes, mut read_time) = (0, Duration::ZERO);
         loop {
-            let batch = match reading.next(LOOK)? {
+            let began = Instant::now();
+            let next = reading.next(LOOK)?;
+            session.starved(began.elapsed());
+            let batch = match next {
                 Next::Batch(batch) => batch,
-                Next::Done => break,
+                Next::Done => {
+                    reading.join()?;
+                    break;
+                }
                 Next::NotYet => {
                     session.wait_for_disk(round)?;
                     if session.channel.link().is_late() {

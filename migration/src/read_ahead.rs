@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{
     Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError, channel, sync_channel,
 };
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::bitmap::BlockBitmap;
@@ -142,6 +142,7 @@ pub(crate) struct ReadAhead {
     messages: Receiver<Message>,
     empty: Sender<Batch>,
     stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl ReadAhead {
@@ -155,7 +156,7 @@ impl ReadAhead {
             stop: Arc::clone(&stop),
             batch: Batch::new(),
         };
-        thread::Builder::new()
+        let thread = thread::Builder::new()
             .name("disk-reader".to_owned())
             .spawn(move || reader.run(&disks, &plan))
             .map_err(ReadError::Thread)?;
@@ -163,6 +164,7 @@ impl ReadAhead {
             messages,
             empty,
             stop,
+            thread: Some(thread),
         })
     }
 
@@ -174,6 +176,14 @@ impl ReadAhead {
             Ok(Message::Failed(error)) => Err(error),
             Err(RecvTimeoutError::Timeout) => Ok(Next::NotYet),
             Err(RecvTimeoutError::Disconnected) => Err(ReadError::Ended),
+        }
+    }
+
+    /// After [`Next::Done`]: waits until the thread has let go of the disks.
+    pub(crate) fn join(&mut self) -> Result<(), ReadError> {
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Err(_)) => Err(ReadError::Ended),
+            _ => Ok(()),
         }
     }
 
@@ -359,4 +369,22 @@ fn failed(disk: &Readable, offset: u64, error: VmError) -> End {
 fn is_zero(data: &[u8]) -> bool {
     data.chunks(256)
         .all(|chunk| chunk.iter().fold(0, |bits, byte| bits | byte) == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_byte_anywhere_is_seen() {
+        for len in [512, 4096, 1536] {
+            let mut data = vec![0; len];
+            assert!(is_zero(&data));
+            for at in 0..len {
+                data[at] = 0x10;
+                assert!(!is_zero(&data), "byte {at} of {len}");
+                data[at] = 0;
+            }
+        }
+    }
 }

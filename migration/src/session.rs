@@ -39,6 +39,8 @@ struct Mark {
     began: Duration,
     /// How many bytes had been sent with it.
     bytes: u64,
+    /// How long there was nothing to send, because a disk was slow.
+    starved: Duration,
 }
 
 pub(crate) struct Session {
@@ -55,6 +57,7 @@ pub(crate) struct Session {
     marked_bytes: u64,
     acked_bytes: u64,
     began: Option<Duration>,
+    starved: Duration,
     body: Vec<u8>,
 }
 
@@ -79,6 +82,7 @@ impl Session {
             marked_bytes: 0,
             acked_bytes: 0,
             began: None,
+            starved: Duration::ZERO,
             body: Vec::new(),
         }
     }
@@ -192,7 +196,13 @@ impl Session {
         Ok(())
     }
 
-    /// To be called often while there is nothing to send, because a disk is slow.
+    /// For so long there was nothing to send, because a disk is slow: that says nothing about the
+    /// link.
+    pub(crate) fn starved(&mut self, time: Duration) {
+        self.starved += time;
+    }
+
+    /// To be called often while that lasts.
     pub(crate) fn wait_for_disk(&mut self, round: u64) -> Result<(), ChannelError> {
         self.channel.check_cancel()?;
         self.show_life(round)?;
@@ -245,6 +255,7 @@ impl Session {
             number,
             began: self.began.take().unwrap_or(now),
             bytes: self.channel.sent_bytes(),
+            starved: std::mem::take(&mut self.starved),
         });
         self.marked_at = now;
         self.marked_bytes = self.channel.sent_bytes();
@@ -329,12 +340,12 @@ impl Session {
         let bytes = mark.bytes - self.acked_bytes;
         self.acked_bytes = mark.bytes;
         let round_trip = self.convergence.round_trip();
-        self.convergence.bandwidth.delivered(
-            bytes,
-            mark.began,
-            self.channel.arrived_at(),
-            round_trip,
-        );
+        let arrived_at = self.channel.arrived_at();
+        if mark.starved < arrived_at.saturating_sub(mark.began) / 4 || mark.starved.is_zero() {
+            self.convergence
+                .bandwidth
+                .delivered(bytes, mark.began, arrived_at, round_trip);
+        }
         Ok(())
     }
 }

@@ -9,7 +9,7 @@ use migration::disk::{BLOCK_SIZE, SourceDisk};
 use migration::frame::Kind;
 use migration::source::{self, Outcome, Peer};
 
-use crate::disks::FakeDisk;
+use crate::disks::{CLUSTER, FakeDisk};
 use crate::machine::{Destination, Source, Writes, noise};
 use crate::proxy::{Fate, Frame, proxied};
 use crate::whole::{
@@ -77,6 +77,19 @@ fn a_full_disk_and_many_small_ones() {
     vm.run(BUSY_SMALL);
     let (outcome, destination, arrival) = migrate(&mut vm, unix_pair());
     assert_moved(&vm, &outcome, &destination, &arrival);
+}
+
+/// As many pieces as there can be, and more than fit in a frame.
+#[test]
+fn a_disk_of_many_small_pieces() {
+    let disk = FakeDisk::empty("vda", 12 * MIB);
+    for cluster in (0..12 * MIB).step_by(2 * CLUSTER as usize) {
+        disk.guest_write(cluster + 512, &noise(cluster, 512));
+    }
+    let mut vm = Source::with_disks(300, vec![disk]);
+    let (outcome, destination, arrival) = migrate(&mut vm, unix_pair());
+    assert_moved(&vm, &outcome, &destination, &arrival);
+    assert_eq!(*destination.disks[0].written.lock().unwrap(), 6 * MIB);
 }
 
 /// Zeroes that the image doesn't know of are found by reading, and are not sent.
