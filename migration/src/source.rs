@@ -1,5 +1,6 @@
 //! The source: from the offer to the hand-over. See docs/design.md for who may run the guest when.
 
+mod disks;
 mod precopy;
 mod switchover;
 
