@@ -15,7 +15,7 @@ use crate::disks::{DiskHook, FakeDisk};
 use crate::machine::{Destination, Source, Writes, noise};
 use crate::proxy::{Fate, Frame, proxied};
 use crate::whole::{
-    BUSY_SMALL, arrive, assert_moved, destination_job, migrate, short, source_job, unix_pair,
+    BUSY_SMALL, arrive, assert_moved, destination_job, migrate, source_job, unix_pair,
 };
 
 const MIB: u64 = 1 << 20;
@@ -292,7 +292,7 @@ fn a_read_that_hangs_in_the_downtime_lets_the_guest_go_on() {
         Ok(())
     });
     let mut job = source_job();
-    job.deadlines = short();
+    job.deadlines.stop_margin = Duration::from_millis(300);
     job.parameters.set_downtime_limit_ms(100).unwrap();
     let (a, b) = unix_pair();
     let arriving = arrive(Destination::of(&vm), b, destination_job());
@@ -341,18 +341,18 @@ fn a_slow_disk_is_no_dead_peer() {
 /// A flush may take longer than anything else may be silent.
 #[test]
 fn a_slow_flush_is_no_dead_peer_but_one_that_hangs_is() {
-    for (patience, moves) in [(Duration::from_secs(30), true), (short().progress, false)] {
+    let second = Duration::from_secs(1);
+    for (patience, moves) in [(30 * second, true), (second, false)] {
         let mut vm = busy(vec![FakeDisk::sparse("vda", MIB)]);
         let destination = Destination::of(&vm);
         let mut job = source_job();
-        job.deadlines = short();
+        job.deadlines.progress = second;
         job.deadlines.flush = patience;
-        job.deadlines.stop_margin = Duration::from_secs(10);
         let mut first = true;
         destination.disks[0].set_hook(Box::new(move |call, _| {
             if call == "flush" && std::mem::take(&mut first) {
                 // The disk takes its time.
-                std::thread::sleep(4 * short().progress);
+                std::thread::sleep(5 * second / 2);
             }
             Ok(())
         }));
@@ -382,7 +382,15 @@ impl Observer for CancelAfter {
 
 #[test]
 fn a_guest_that_never_stops_writing_to_its_disk_runs_on_until_cancelled() {
-    let mut vm = Source::with_disks(300, vec![FakeDisk::sparse("vda", 16 * MIB)]);
+    let disk = FakeDisk::sparse("vda", 16 * MIB);
+    let mut vm = Source::with_disks(300, vec![Arc::clone(&disk)]);
+    // Even if the thread of the guest gets no time.
+    vm.hook = Box::new(move |call| {
+        if call == "harvest" {
+            disk.guest_write(MIB, &[1; 512]);
+        }
+        Ok(())
+    });
     vm.run(Writes {
         pages: 300,
         batch: 0,

@@ -3,6 +3,7 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use migration::destination::{self};
@@ -207,8 +208,16 @@ fn what_is_wrong_with_disks_is_said() {
 #[test]
 fn a_destination_that_lies_about_its_flushes() {
     for unasked in [true, false] {
-        let mut vm = Source::with_disks(100, vec![FakeDisk::sparse("vda", 1 << 20)]);
+        let disk = FakeDisk::sparse("vda", 1 << 20);
+        let mut vm = Source::with_disks(100, vec![Arc::clone(&disk)]);
         vm.run(BUSY_SMALL_100);
+        // There is always something left to flush.
+        vm.hook = Box::new(move |call| {
+            if call == "harvest" {
+                disk.guest_write(0, &[1; 512]);
+            }
+            Ok(())
+        });
         let job = source_job();
         let cancel = job.cancel.clone();
         let mut flushes = 0;
