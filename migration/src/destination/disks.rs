@@ -102,6 +102,8 @@ struct Arriving {
     disk: Box<dyn DestinationDisk>,
     /// Up to where the first pass has come.
     next: u64,
+    /// Whether anything was changed since the last flush. At first, what opening it has changed.
+    unflushed: bool,
 }
 
 /// The disks of the arriving guest.
@@ -123,6 +125,7 @@ impl Disks {
                 info: info.clone(),
                 disk: machine.open_disk(index).map_err(vm("opening a disk"))?,
                 next: 0,
+                unflushed: true,
             });
         }
         let total = disks.iter().map(|disk| disk.info.capacity).sum();
@@ -176,13 +179,14 @@ impl Disks {
         Ok(())
     }
 
-    /// Flushes all disks.
+    /// Flushes the disks that were changed since the last time.
     pub(super) fn flush(&mut self) -> Result<(), DiskError> {
-        for disk in &mut self.disks {
+        for disk in self.disks.iter_mut().filter(|disk| disk.unflushed) {
             disk.disk.flush().map_err(|error| DiskError::Flush {
                 name: disk.info.name.clone(),
                 error,
             })?;
+            disk.unflushed = false;
         }
         Ok(())
     }
@@ -239,6 +243,7 @@ impl Arriving {
     }
 
     fn place(&mut self, runs: &[BlockRun], data: &[u8]) -> Result<(), DiskError> {
+        self.unflushed |= runs.iter().any(|run| run.kind != RunKind::Absent);
         let mut rest = data;
         let mut runs = runs.iter().peekable();
         while let Some(run) = runs.next() {
