@@ -176,6 +176,7 @@ impl SourceVm for Source {
             layout: Layout::of(guest.ram())?,
             configuration: machine.to_sections()?,
             blobs,
+            disks: Vec::new(),
         })
     }
 
