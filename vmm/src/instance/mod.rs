@@ -269,6 +269,10 @@ impl Instance {
         let state = shared.state();
         if let Some(guest) = &state.guest {
             guest.pause();
+            // What the guest has not flushed is not lost with the process.
+            if let Err(error) = backends::unlock(guest.disks()) {
+                error!("{error}");
+            }
         }
         info!("the process ends");
     }
