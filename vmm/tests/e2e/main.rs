@@ -11,6 +11,7 @@
 
 mod boot;
 mod control;
+mod disk;
 mod failure;
 mod frames;
 mod guests;
