@@ -1,5 +1,6 @@
 //! Disks, with the guest that verifies all it writes, and two processes on one image.
 
+mod copying;
 mod errors;
 mod failure;
 mod locks;

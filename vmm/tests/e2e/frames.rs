@@ -21,10 +21,13 @@ pub mod kind {
     pub const STATE: u8 = 0x06;
     pub const END: u8 = 0x07;
     pub const GO: u8 = 0x08;
+    pub const BLOCKS: u8 = 0x0a;
+    pub const FLUSH: u8 = 0x0b;
     pub const ACCEPT: u8 = 0x81;
     pub const SYNC_ACK: u8 = 0x83;
     pub const READY: u8 = 0x84;
     pub const RUNNING: u8 = 0x85;
+    pub const FLUSHED: u8 = 0x87;
 }
 
 /// A frame as it is on the wire.
