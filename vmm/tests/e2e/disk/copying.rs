@@ -8,6 +8,7 @@ use guest_tests::Size;
 use guest_tests::disk::{Holds, Mode, Options, Report};
 use serde_json::{Value, json};
 
+use super::space::Small;
 use super::{
     CAPACITY, busy, drive, finish, incoming, new_image, refused_start, run, wait_progress,
     wait_report,
@@ -340,4 +341,65 @@ fn a_disk_that_the_guest_only_reads_does_not_travel() {
     let info = source.wait_migrated("completed");
     assert_eq!(info["disk"], Value::Null, "{info:#}");
     wait_progress(&destination, 100);
+}
+
+#[test]
+fn without_room_nothing_is_copied_and_the_source_goes_on() {
+    require_kvm!();
+    let dir = scratch();
+    let Some(small) = Small::mount(dir.path()) else {
+        return;
+    };
+    let here = new_image(dir.path(), "here", Format::Raw);
+    let there = small.0.join("there");
+    let mut source = run(dir.path(), "src", busy(), &[drive(&here, "")]);
+    wait_progress(&source, 1_000);
+    // By the disk's size, before the first block.
+    let (mut destination, uri) = incoming(dir.path(), "d0", &[drive(&there, "")]);
+    migrate(&mut source, &uri, "blk");
+    let info = source.wait_migrated("failed");
+    let error = info["error-desc"].as_str().unwrap();
+    assert!(
+        error.contains("the disks need 33554432 bytes in"),
+        "{error}"
+    );
+    assert!(error.contains("overcommit=on"), "{error}");
+    assert!(!there.exists());
+    destination.wait_exit();
+    wait_progress(&source, 100);
+    // By what it takes: that is too much here, too.
+    let (mut destination, uri) = incoming(dir.path(), "d1", &[drive(&there, ",overcommit=on")]);
+    migrate(&mut source, &uri, "blk");
+    source.wait_migrated("failed");
+    destination.wait_exit();
+    // There was room, but somebody else takes it meanwhile.
+    small.make_room();
+    source.execute(
+        "migrate-set-parameters",
+        json!({ "max-bandwidth": 4 << 20 }),
+    );
+    let (mut destination, uri) = incoming(dir.path(), "d2", &[drive(&there, "")]);
+    migrate(&mut source, &uri, "blk");
+    source.wait_migration("some of the disk", |info| {
+        info["disk"]["transferred"].as_u64() > Some(1 << 20)
+    });
+    let other = std::fs::File::create(small.0.join("other")).unwrap();
+    let mut at = 0;
+    while std::os::unix::fs::FileExt::write_at(&other, &[1; 65536], at).is_ok() {
+        at += 65536;
+    }
+    drop(other);
+    source.execute("migrate-set-parameters", json!({ "max-bandwidth": 0 }));
+    let info = source.wait_migrated("failed");
+    let error = info["error-desc"].as_str().unwrap();
+    assert!(error.contains("No space left on device"), "{error}");
+    assert!(error.contains("disk0"), "{error}");
+    destination.wait_exit();
+    wait_progress(&source, 100);
+    std::fs::remove_file(small.0.join("other")).unwrap();
+    let (destination, uri) = incoming(dir.path(), "d3", &[drive(&there, "")]);
+    migrate(&mut source, &uri, "blk");
+    source.wait_migrated("completed");
+    wait_progress(&destination, 100);
+    finish(destination, &[&there]);
 }

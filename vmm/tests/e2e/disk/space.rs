@@ -15,11 +15,11 @@ use super::{
 use crate::harness::{Ferry, PATIENCE, require_kvm, scratch};
 
 /// A file system in memory that is too small at first.
-struct Small(PathBuf);
+pub(super) struct Small(pub(super) PathBuf);
 
 impl Small {
     /// `None`, with a word about it, where it can't be mounted.
-    fn mount(dir: &Path) -> Option<Self> {
+    pub(super) fn mount(dir: &Path) -> Option<Self> {
         let at = dir.join("small");
         std::fs::create_dir(&at).unwrap();
         if mount(&["-t", "tmpfs", "-o", "size=12M", "tmpfs"], &at) {
@@ -30,7 +30,7 @@ impl Small {
         }
     }
 
-    fn make_room(&self) {
+    pub(super) fn make_room(&self) {
         assert!(mount(&["-o", "remount,size=80M"], &self.0));
     }
 }
