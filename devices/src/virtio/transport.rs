@@ -329,8 +329,8 @@ impl VirtioMmio {
     }
 }
 
-/// The transport's state and its queues'. The device's own state must have been restored before:
-/// a driver that is ready finds it at work at once.
+/// The transport's state and its queues', into a device that no driver uses. The device's own state
+/// must have been restored before: a driver that is ready finds it at work at once.
 impl SaveRestore for VirtioMmio {
     fn version(&self) -> u32 {
         SAVED_VERSION
@@ -362,7 +362,6 @@ impl SaveRestore for VirtioMmio {
             &self.memory,
         )?;
         let mut registers = self.registers();
-        self.reset_with(&mut registers);
         *registers = restored.registers;
         for (queue, ring) in self.queues.iter().zip(restored.rings) {
             *queue.ring() = ring;
