@@ -9,6 +9,7 @@
 pub mod bus;
 pub mod cmos;
 pub mod i8042;
+pub mod image;
 pub mod power;
 pub mod serial;
 pub mod state;

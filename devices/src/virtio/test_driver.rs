@@ -1,5 +1,6 @@
 //! A driver for unit tests: it negotiates through the registers, and makes requests.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use vm_memory::{Bytes, GuestAddress};
@@ -240,7 +241,7 @@ impl TestDriver {
             .store(
                 available,
                 GuestAddress(rings + AVAILABLE + 2),
-                std::sync::atomic::Ordering::Release,
+                Ordering::Release,
             )
             .unwrap();
     }
@@ -253,10 +254,16 @@ impl TestDriver {
     pub(crate) fn take_used(&self, index: usize) -> Vec<(u16, u32)> {
         let mut state = self.state.lock().unwrap();
         let queue = &mut state.queues[index];
-        let ring = RINGS + index as u64 * RING_LEN + USED;
+        // With VIRTIO_F_EVENT_IDX: an interrupt about the next one, please.
+        let rings = RINGS + index as u64 * RING_LEN;
+        let event = rings + AVAILABLE + 4 + 2 * u64::from(queue.size);
+        self.memory
+            .store(queue.used, GuestAddress(event), Ordering::SeqCst)
+            .unwrap();
+        let ring = rings + USED;
         let end: u16 = self
             .memory
-            .load(GuestAddress(ring + 2), std::sync::atomic::Ordering::Acquire)
+            .load(GuestAddress(ring + 2), Ordering::Acquire)
             .unwrap();
         let mut used = Vec::new();
         while queue.used != end {
