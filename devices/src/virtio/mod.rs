@@ -9,6 +9,7 @@
 pub mod activation;
 pub mod balloon;
 pub mod chain;
+pub mod console;
 pub mod interrupt;
 pub mod notifier;
 pub mod rng;
