@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+pub use devices::virtio::balloon::Options as BalloonOptions;
 use serde::{Deserialize, Serialize};
 
 /// The RAM of a machine whose user didn't say, in bytes: 128 MiB, as in QEMU.
@@ -31,6 +32,10 @@ pub struct MachineConfig {
 pub enum VirtioConfig {
     /// An entropy source.
     Rng,
+    /// A memory balloon.
+    Balloon(BalloonOptions),
+    /// A console.
+    Console,
 }
 
 impl VirtioConfig {
@@ -38,6 +43,8 @@ impl VirtioConfig {
     pub fn kind_name(&self) -> &'static str {
         match self {
             Self::Rng => "virtio-rng",
+            Self::Balloon(_) => "virtio-balloon",
+            Self::Console => "virtio-console",
         }
     }
 }
@@ -60,6 +67,10 @@ pub struct Given {
     pub initrd: Option<PathBuf>,
     /// `--rng`.
     pub rng: bool,
+    /// `--balloon`.
+    pub balloon: Option<BalloonOptions>,
+    /// Whether `--console` was given. What it is connected to is the host's matter.
+    pub console: bool,
 }
 
 impl Given {
@@ -79,6 +90,10 @@ impl Given {
         let mut virtio = Vec::new();
         if self.rng {
             virtio.push(VirtioConfig::Rng);
+        }
+        virtio.extend(self.balloon.map(VirtioConfig::Balloon));
+        if self.console {
+            virtio.push(VirtioConfig::Console);
         }
         virtio
     }
@@ -115,6 +130,24 @@ impl Given {
         if self.rng && !virtio.contains(&VirtioConfig::Rng) {
             differences.push("--rng is given at the destination, but not at the source".to_owned());
         }
+        if self.console && !virtio.contains(&VirtioConfig::Console) {
+            differences
+                .push("--console is given at the destination, but not at the source".to_owned());
+        }
+        if let Some(here) = self.balloon {
+            let there = virtio.iter().find_map(|device| match device {
+                VirtioConfig::Balloon(there) => Some(*there),
+                _ => None,
+            });
+            match there {
+                None => differences
+                    .push("--balloon is given at the destination, but not at the source".to_owned()),
+                Some(there) if there != here => differences.push(format!(
+                    "--balloon is \"{here}\" at the destination, but \"{there}\" at the source"
+                )),
+                Some(_) => {}
+            }
+        }
         differences
     }
 }
@@ -130,7 +163,10 @@ mod tests {
             vcpus: 2,
             cpu: "host".to_owned(),
             command_line: "rate=5".to_owned(),
-            virtio: vec![],
+            virtio: vec![VirtioConfig::Balloon(BalloonOptions {
+                deflate_on_oom: true,
+                ..BalloonOptions::default()
+            })],
         };
         assert!(Given::default().differences(&arriving).is_empty());
         let given = Given {
@@ -138,6 +174,8 @@ mod tests {
             vcpus: Some(4),
             command_line: Some(String::new()),
             rng: true,
+            console: true,
+            balloon: Some(BalloonOptions::default()),
             ..Given::default()
         };
         assert_eq!(
@@ -146,6 +184,10 @@ mod tests {
                 "--smp is \"4\" at the destination, but \"2\" at the source",
                 "--append is \"\" at the destination, but \"rate=5\" at the source",
                 "--rng is given at the destination, but not at the source",
+                "--console is given at the destination, but not at the source",
+                "--balloon is \"free-page-reporting=off,free-page-hint=off,deflate-on-oom=off\" at \
+                 the destination, but \
+                 \"free-page-reporting=off,free-page-hint=off,deflate-on-oom=on\" at the source",
             ]
         );
     }

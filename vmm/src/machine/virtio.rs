@@ -6,15 +6,19 @@ use std::sync::Arc;
 
 use devices::state::{SaveRestore, StateError};
 use devices::virtio::VirtioDevice;
+use devices::virtio::balloon::Balloon;
+use devices::virtio::console::{Console, Output};
 use devices::virtio::rng::Rng;
 use devices::virtio::transport::{MMIO_LEN, QUEUE_NOTIFY, VirtioMmio};
 use migration::section::{Section, Sections};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backends::Backends;
 use super::config::VirtioConfig;
 use super::devices::DeviceStateError;
 use crate::boot::VirtioMmioSlot;
+use crate::console::{self, SerialBackend, SerialInput, SerialOutput};
 use crate::kvm::{IoctlError, Vm};
 
 /// Why the virtio devices can't be built.
@@ -41,6 +45,14 @@ const _: () = assert!(MMIO_LEN == VirtioMmioSlot::LEN);
 /// The virtio devices by slot.
 pub(super) struct VirtioDevices {
     slots: Vec<VirtioMmio>,
+    handles: Handles,
+}
+
+/// The devices that commands and back ends have to do with.
+#[derive(Default)]
+pub(super) struct Handles {
+    pub(super) balloon: Option<Arc<Balloon>>,
+    pub(super) console: Option<Arc<Console>>,
 }
 
 impl VirtioDevices {
@@ -51,13 +63,14 @@ impl VirtioDevices {
         mut backends: Backends,
     ) -> Result<Self, VirtioError> {
         let mut slots = Vec::new();
+        let mut handles = Handles::default();
         for (slot, config) in configs.iter().enumerate() {
             let place = VirtioMmioSlot::of(slot).ok_or(VirtioError::TooMany(configs.len()))?;
             let failed = |source| VirtioError::Device {
                 device: config.kind_name(),
                 source,
             };
-            let device = device(config, &mut backends).map_err(failed)?;
+            let device = device(config, vm, &mut backends, &mut handles).map_err(failed)?;
             let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(failed)?;
             vm.register_irqfd(&irqfd, place.gsi)?;
             let transport =
@@ -67,7 +80,12 @@ impl VirtioDevices {
             }
             slots.push(transport);
         }
-        Ok(Self { slots })
+        Ok(Self { slots, handles })
+    }
+
+    /// The devices that commands and back ends have to do with.
+    pub(super) fn handles(&self) -> &Handles {
+        &self.handles
     }
 
     /// Where they are.
@@ -164,8 +182,66 @@ fn section(name: &str, state: &dyn SaveRestore) -> Result<Section, StateError> {
 }
 
 /// Makes the device that `config` describes, out of what it uses of the host.
-fn device(config: &VirtioConfig, _backends: &mut Backends) -> io::Result<Arc<dyn VirtioDevice>> {
+fn device(
+    config: &VirtioConfig,
+    vm: &Vm,
+    backends: &mut Backends,
+    handles: &mut Handles,
+) -> io::Result<Arc<dyn VirtioDevice>> {
     Ok(match config {
         VirtioConfig::Rng => Arc::new(Rng::new()?),
+        VirtioConfig::Balloon(options) => {
+            let ram = vm.ram().iter().map(|region| region.len()).sum();
+            let balloon = Arc::new(Balloon::new(*options, ram)?);
+            handles.balloon = Some(Arc::clone(&balloon));
+            balloon
+        }
+        VirtioConfig::Console => {
+            let console = console(backends.console.take())?;
+            handles.console = Some(Arc::clone(&console));
+            console
+        }
     })
+}
+
+/// A console whose other end is `host`, or nothing.
+fn console(host: Option<Arc<console::Console>>) -> io::Result<Arc<Console>> {
+    let host = match host {
+        Some(host) => host,
+        None => Arc::new(console::Console::open(&SerialBackend::None, false)?),
+    };
+    let (output, waker) = (host.output(), host.input_waker());
+    let console = Arc::new(Console::new(
+        Box::new(ConsoleOutput(output.clone())),
+        Box::new(move || waker.wake()),
+    )?);
+    // Weak: the host's end outlives a machine that is given up.
+    let device = Arc::downgrade(&console);
+    output.on_room(Box::new(move || {
+        if let Some(device) = device.upgrade() {
+            device.output_has_room();
+        }
+    }));
+    Ok(console)
+}
+
+struct ConsoleOutput(SerialOutput);
+
+impl Output for ConsoleOutput {
+    fn try_write(&self, bytes: &[u8]) -> usize {
+        self.0.try_send(bytes)
+    }
+}
+
+/// The guest's end of the virtio console, for the back end's input.
+pub(super) struct ConsoleInput(pub(super) Arc<Console>);
+
+impl SerialInput for ConsoleInput {
+    fn room(&self) -> usize {
+        self.0.room()
+    }
+
+    fn push(&self, bytes: &[u8]) {
+        self.0.receive(bytes);
+    }
 }

@@ -28,9 +28,11 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
-use std::io;
+use std::{fmt, io};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
 
 use super::activation::Activation;
 use super::notifier::Notifier;
@@ -62,7 +64,7 @@ const QUEUES: usize = 5;
 const QUEUE_SIZE: u16 = 128;
 
 /// What a balloon offers its guest beside being inflated.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Options {
     /// Free pages are dropped as the guest reports them.
     pub free_page_reporting: bool,
@@ -70,6 +72,20 @@ pub struct Options {
     pub free_page_hint: bool,
     /// A guest that runs out of memory may take pages back.
     pub deflate_on_oom: bool,
+}
+
+/// As on QEMU's command line: `free-page-reporting=on,…`.
+impl fmt::Display for Options {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let on = |on| if on { "on" } else { "off" };
+        write!(
+            f,
+            "free-page-reporting={},free-page-hint={},deflate-on-oom={}",
+            on(self.free_page_reporting),
+            on(self.free_page_hint),
+            on(self.deflate_on_oom)
+        )
+    }
 }
 
 /// What is called when the guest has changed the balloon's size.
@@ -183,12 +199,18 @@ impl Balloon {
         *lock(&self.on_change) = Some(on_change);
     }
 
-    /// Asks the guest for free pages. False if it gives none: its driver doesn't, or fills free
-    /// pages with something that the destination's must hold as well.
-    pub fn start_hints(&self) -> bool {
-        let gives = lock(&self.activation).as_ref().is_some_and(|activation| {
+    /// Whether the guest can be asked for free pages. It can't if its driver doesn't know that,
+    /// or fills free pages with something that the destination's must hold as well.
+    pub fn gives_hints(&self) -> bool {
+        lock(&self.activation).as_ref().is_some_and(|activation| {
             activation.has(F_FREE_PAGE_HINT) && !self.shared.poisons(activation)
-        });
+        })
+    }
+
+    /// Asks the guest for free pages; false if it [gives none](Self::gives_hints). See [`hints`]
+    /// for what must be done before.
+    pub fn start_hints(&self) -> bool {
+        let gives = self.gives_hints();
         if gives {
             let mut hints = lock(&self.shared.hints);
             self.shared.space().hint_command = hints.begin();
