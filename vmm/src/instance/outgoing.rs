@@ -7,11 +7,12 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use migration::bitmap::PageBitmap;
+use devices::virtio::balloon::hints::FreePages;
+use migration::bitmap::{PageBitmap, PageRun};
 use migration::cancel::Cancel;
 use migration::clock::MonotonicClock;
 use migration::convergence::Costs;
-use migration::layout::{GuestRam, Layout};
+use migration::layout::{GuestRam, Layout, PAGE_SIZE};
 use migration::link::Deadlines;
 use migration::progress::{Observer, Progress, Status};
 use migration::section::Section;
@@ -19,6 +20,7 @@ use migration::source::{self, Guest, Job, Outcome, Peer};
 use migration::uri::Uri;
 use migration::vm::{Blob, Offer, Pause, SourceVm, VmError};
 use tracing::{debug, error};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::offer::{FileIdentity, INITRD, KERNEL, MovingMachine};
 use super::{Shared, info};
@@ -193,13 +195,37 @@ impl SourceVm for Source {
     }
 
     fn start_dirty_log(&mut self) -> Result<(), VmError> {
-        let mut log = self.guest.vm().dirty_log()?;
-        log.start(self.guest.vm())?;
-        self.log = Some(log);
+        let vm = self.guest.vm();
+        let mut log = vm.dirty_log()?;
+        log.start(vm)?;
+        let log = self.log.insert(log);
+        if let Some(balloon) = self.guest.devices().balloon()
+            && balloon.gives_hints()
+        {
+            // Armed for all of the RAM before the guest is asked: see `hints` of the balloon.
+            let pages = Layout::of(vm.ram())?.pages();
+            let all = PageBitmap::full(pages);
+            for first in (0..pages).step_by(ARM_PAGES as usize) {
+                log.protect(vm, &all, first, ARM_PAGES.min(pages - first))?;
+            }
+            balloon.start_hints();
+        }
         Ok(())
     }
 
+    fn free_pages(&mut self) -> Vec<PageRun> {
+        let Some(balloon) = self.guest.devices().balloon() else {
+            return Vec::new();
+        };
+        let hints = balloon.take_hints();
+        hints
+            .iter()
+            .flat_map(|hint| page_runs(self.guest.ram(), hint))
+            .collect()
+    }
+
     fn harvest_dirty(&mut self, dirty: &mut PageBitmap) -> Result<(), VmError> {
+        self.stop_hints();
         let log = self.log.as_mut().ok_or(LOG_IS_OFF)?;
         Ok(log.harvest(self.guest.vm(), dirty)?)
     }
@@ -263,11 +289,43 @@ impl SourceVm for Source {
     }
 
     fn stop_dirty_log(&mut self) {
+        self.stop_hints();
         if let Some(mut log) = self.log.take() {
             log.stop(self.guest.vm());
         }
     }
 }
+
+impl Source {
+    fn stop_hints(&self) {
+        if let Some(balloon) = self.guest.devices().balloon() {
+            balloon.stop_hints();
+        }
+    }
+}
+
+/// The numbers of free pages, which may lie in more than one region.
+fn page_runs(ram: &GuestRam, free: &FreePages) -> Vec<PageRun> {
+    let mut runs = Vec::new();
+    let mut first = 0;
+    for region in ram.iter() {
+        let start = region.start_addr().0;
+        let from = free.address.max(start);
+        let to = (free.address + free.len).min(start + region.len());
+        if from < to {
+            runs.push(PageRun {
+                first: first + (from - start) / PAGE_SIZE,
+                count: (to - from) / PAGE_SIZE,
+            });
+        }
+        first += region.len() / PAGE_SIZE;
+    }
+    runs
+}
+
+/// How many pages of the log are armed at a time for hints: 1 GiB. KVM holds up page faults
+/// meanwhile.
+const ARM_PAGES: u64 = 1 << 18;
 
 const LOG_IS_OFF: &str = "the dirty log is off";
 const NO_FILES: &str = "the machine has no kernel";
