@@ -11,6 +11,7 @@ mod cancelling;
 mod cuts;
 mod damage;
 mod handover;
+mod hints;
 mod hostile;
 mod machine;
 mod proxy;

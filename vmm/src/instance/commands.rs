@@ -11,9 +11,9 @@ use super::outgoing::Outgoing;
 use super::{Exit, Instance, State, info};
 use crate::control::command::{
     BalloonInfo, CommandError, CommandResult, Control, CpuInfo, ErrorClass, Event, EventKind,
-    FerryBalloonInfo, MigrateRequest,
-    MigrationCapabilityStatus, MigrationInfo, MigrationParameters, MigrationStatus,
-    ParameterChange, RunState, ShutdownCause, StatusInfo, Uri,
+    FerryBalloonInfo, MigrateRequest, MigrationCapabilityStatus, MigrationInfo,
+    MigrationParameters, MigrationStatus, ParameterChange, RunState, ShutdownCause, StatusInfo,
+    Uri,
 };
 use crate::machine::Machine;
 

@@ -126,8 +126,7 @@ impl Shared {
     fn install(&self, state: &mut State, machine: Arc<Machine>) {
         self.console
             .connect_guest(Arc::clone(machine.devices()) as Arc<dyn SerialInput>);
-        if let (Some(host), Some(input)) =
-            (&self.virtio_console, machine.devices().console_input())
+        if let (Some(host), Some(input)) = (&self.virtio_console, machine.devices().console_input())
         {
             host.connect_guest(input);
         }

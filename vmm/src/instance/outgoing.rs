@@ -195,22 +195,14 @@ impl SourceVm for Source {
     }
 
     fn start_dirty_log(&mut self) -> Result<(), VmError> {
-        let vm = self.guest.vm();
-        let mut log = vm.dirty_log()?;
-        log.start(vm)?;
-        let log = self.log.insert(log);
-        if let Some(balloon) = self.guest.devices().balloon()
-            && balloon.gives_hints()
-        {
-            // Armed for all of the RAM before the guest is asked: see `hints` of the balloon.
-            let pages = Layout::of(vm.ram())?.pages();
-            let all = PageBitmap::full(pages);
-            for first in (0..pages).step_by(ARM_PAGES as usize) {
-                log.protect(vm, &all, first, ARM_PAGES.min(pages - first))?;
-            }
-            balloon.start_hints();
+        let mut log = self.guest.vm().dirty_log()?;
+        log.start(self.guest.vm())?;
+        self.log = Some(log);
+        let hints = self.start_hints();
+        if hints.is_err() {
+            self.stop_dirty_log();
         }
-        Ok(())
+        hints
     }
 
     fn free_pages(&mut self) -> Vec<PageRun> {
@@ -297,6 +289,23 @@ impl SourceVm for Source {
 }
 
 impl Source {
+    /// Asks the guest for pages that need not be sent, if it gives such.
+    fn start_hints(&mut self) -> Result<(), VmError> {
+        let (Some(log), Some(balloon)) = (&mut self.log, self.guest.devices().balloon()) else {
+            return Ok(());
+        };
+        if balloon.gives_hints() {
+            // Armed for all of the RAM before the guest is asked: see `hints` of the balloon.
+            let pages = Layout::of(self.guest.ram())?.pages();
+            let all = PageBitmap::full(pages);
+            for first in (0..pages).step_by(ARM_PAGES as usize) {
+                log.protect(self.guest.vm(), &all, first, ARM_PAGES.min(pages - first))?;
+            }
+            balloon.start_hints();
+        }
+        Ok(())
+    }
+
     fn stop_hints(&self) {
         if let Some(balloon) = self.guest.devices().balloon() {
             balloon.stop_hints();

@@ -140,8 +140,9 @@ impl Given {
                 _ => None,
             });
             match there {
-                None => differences
-                    .push("--balloon is given at the destination, but not at the source".to_owned()),
+                None => differences.push(
+                    "--balloon is given at the destination, but not at the source".to_owned(),
+                ),
                 Some(there) if there != here => differences.push(format!(
                     "--balloon is \"{here}\" at the destination, but \"{there}\" at the source"
                 )),

@@ -28,9 +28,9 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
-use std::{fmt, io};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{fmt, io};
 
 use serde::{Deserialize, Serialize};
 

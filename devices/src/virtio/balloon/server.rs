@@ -11,9 +11,7 @@ use tracing::warn;
 
 use super::discard::{DiscardError, discard};
 use super::stats::{self, GuestStats};
-use super::{
-    F_FREE_PAGE_HINT, F_PAGE_REPORTING, F_STATS_VQ, NAME, PAGE, QUEUES, Shared, lock,
-};
+use super::{F_FREE_PAGE_HINT, F_PAGE_REPORTING, F_STATS_VQ, NAME, PAGE, QUEUES, Shared, lock};
 use crate::virtio::activation::Activation;
 use crate::virtio::chain::Chain;
 use crate::virtio::worker::Handler;
@@ -200,7 +198,10 @@ impl Handler for Server {
     }
 
     fn drain(&mut self, activation: &Arc<Activation>) {
-        let stats = self.roles.iter().position(|role| *role == Some(Role::Stats));
+        let stats = self
+            .roles
+            .iter()
+            .position(|role| *role == Some(Role::Stats));
         if let (Some(queue), Some(_)) = (stats, self.stats_buffer.take()) {
             activation.put_back(queue);
             self.stats_known = true;
@@ -214,7 +215,10 @@ impl Handler for Server {
     /// Newer statistics are wanted.
     fn source_ready(&mut self, activation: &Arc<Activation>, _source: usize) {
         self.shared.wake.consume();
-        let stats = self.roles.iter().position(|role| *role == Some(Role::Stats));
+        let stats = self
+            .roles
+            .iter()
+            .position(|role| *role == Some(Role::Stats));
         if self.shared.stats_wanted.load(Ordering::SeqCst)
             && let (Some(queue), Some(buffer)) = (stats, self.stats_buffer.take())
         {

@@ -198,7 +198,11 @@ fn statistics_come_when_they_are_wanted() {
         }
         std::thread::yield_now();
     };
-    let first = driver.add(STATS, &[&stats(&[(4, 100), (5, 200), (77, 1), (4, 101)])], &[]);
+    let first = driver.add(
+        STATS,
+        &[&stats(&[(4, 100), (5, 200), (77, 1), (4, 101)])],
+        &[],
+    );
     driver.notify(STATS);
     assert_eq!(
         figures(&balloon),
@@ -302,7 +306,10 @@ fn hints_count_only_in_answer_to_the_last_request() {
 
     balloon.stop_hints();
     driver.transport.write(0x10c, &1u32.to_le_bytes());
-    assert!(!balloon.start_hints(), "free pages must keep their contents");
+    assert!(
+        !balloon.start_hints(),
+        "free pages must keep their contents"
+    );
     let (without, _driver) = running(F_STATS_VQ);
     assert!(!without.start_hints());
 }
@@ -388,7 +395,9 @@ fn every_field_is_checked() {
     for (field, corrupt) in ways {
         let mut bad = good.clone();
         corrupt(&mut bad);
-        let error = balloon.restore(1, &encode(NAME, &bad).unwrap()).unwrap_err();
+        let error = balloon
+            .restore(1, &encode(NAME, &bad).unwrap())
+            .unwrap_err();
         let expected = format!("virtio-balloon: saved field '{field}' is ");
         assert!(error.to_string().starts_with(&expected), "{error}");
         assert_eq!(saved(&balloon), good, "after an error it is as it was");

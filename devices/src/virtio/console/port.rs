@@ -74,9 +74,7 @@ impl Port {
         while done < chain.readable_len() {
             let mut piece = [0; PIECE];
             let len = chain.read(activation.memory(), done, &mut piece);
-            let taken = self
-                .output
-                .try_write(piece.get(..len).unwrap_or_default());
+            let taken = self.output.try_write(piece.get(..len).unwrap_or_default());
             done += taken as u64;
             transmitted.store(done, Ordering::SeqCst);
             if taken < len {

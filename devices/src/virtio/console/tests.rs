@@ -218,7 +218,9 @@ fn every_field_is_checked() {
     for (field, corrupt) in ways {
         let mut bad = good.clone();
         corrupt(&mut bad);
-        let error = console.restore(1, &encode(NAME, &bad).unwrap()).unwrap_err();
+        let error = console
+            .restore(1, &encode(NAME, &bad).unwrap())
+            .unwrap_err();
         let expected = format!("virtio-console: saved field '{field}' is ");
         assert!(error.to_string().starts_with(&expected), "{error}");
         assert_eq!(saved(&console), good, "after an error it is as it was");
@@ -228,7 +230,19 @@ fn every_field_is_checked() {
     endless[..8].fill(0xff);
     assert!(console.restore(1, &endless).is_err());
     // A request that is shorter than what was sent of it has been sent.
-    console.restore(1, &encode(NAME, &SavedConsole { input: vec![], transmitted: 99 }).unwrap()).unwrap();
+    console
+        .restore(
+            1,
+            &encode(
+                NAME,
+                &SavedConsole {
+                    input: vec![],
+                    transmitted: 99,
+                },
+            )
+            .unwrap(),
+        )
+        .unwrap();
     let driver = TestDriver::new(console.clone());
     driver.start(0);
     driver.run();
