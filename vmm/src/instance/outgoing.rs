@@ -210,6 +210,10 @@ impl SourceVm for Source {
             return Vec::new();
         };
         let hints = balloon.take_hints();
+        if !hints.is_empty() {
+            let bytes: u64 = hints.iter().map(|hint| hint.len).sum();
+            debug!(hints = hints.len(), bytes, "the guest has free pages");
+        }
         hints
             .iter()
             .flat_map(|hint| page_runs(self.guest.ram(), hint))

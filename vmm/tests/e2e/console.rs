@@ -137,7 +137,7 @@ fn a_guest_brings_a_console_that_is_connected_to_nothing() {
     let dir = scratch();
     let log = dir.path().join("log");
     let file = format!("file:{}", log.display());
-    let mut source = Ferry::run(
+    let source = Ferry::run(
         dir.path(),
         "src",
         &guest(500, Wait::Poll),
