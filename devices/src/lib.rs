@@ -8,6 +8,7 @@
 
 pub mod bus;
 pub mod cmos;
+pub mod disk;
 pub mod i8042;
 pub mod image;
 pub mod power;

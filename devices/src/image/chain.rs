@@ -8,8 +8,9 @@ use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
 
 use super::file::HostFile;
-use super::header::{self, Qcow2Header};
+use super::header::Qcow2Header;
 use super::lock::{self, Use};
+use super::probe;
 use super::storage::FileStorage;
 use super::{Cache, Error, Format, Result};
 
@@ -29,7 +30,7 @@ impl Layer {
     pub(super) fn new(file: FileStorage, format: Option<Format>) -> Result<Self> {
         let format = match format {
             Some(format) => format,
-            None => header::probe(&file)?,
+            None => probe::probe(&file)?,
         };
         let header = match format {
             Format::Raw => None,
@@ -55,40 +56,37 @@ impl Layer {
 /// Opens the files under `top`, each for reading only, and returns the whole chain, `top` first.
 pub(super) fn open_backing(top: Layer, cache: Cache) -> Result<Vec<Layer>> {
     let mut layers = vec![top];
-    while let Some((above, name, format)) = next_backing(&layers)? {
+    while let Some(above) = layers.last()
+        && let Some((path, format)) = backing_of(above)?
+    {
         let failed = |source| Error::Backing {
-            path: above.to_owned(),
+            path: above.file.path.clone(),
             source: Box::new(source),
         };
         if layers.len() >= MAX_LAYERS {
-            let reason =
-                format!("is backing file number {MAX_LAYERS} of a chain: it probably loops");
-            return Err(failed(Error::format(&name, reason)));
+            let reason = format!("is file {MAX_LAYERS} below the image: the chain probably loops");
+            return Err(failed(Error::format(&path, reason)));
         }
-        let file = HostFile::open(&name, false, cache, false).map_err(failed)?;
+        let file = HostFile::open(&path, false, cache, false).map_err(failed)?;
         let file = FileStorage(Arc::new(file));
         let layer = match format {
-            Some(format) => Layer::new(file, Some(format)).map_err(failed)?,
-            None => unrecorded(file).map_err(failed)?,
+            Some(format) => Layer::new(file, Some(format)),
+            None => unrecorded(file),
         };
-        layers.push(layer);
+        layers.push(layer.map_err(failed)?);
     }
     Ok(layers)
 }
 
-/// The backing file of the lowest layer: whose it is, its path and its recorded format.
-#[allow(clippy::type_complexity)]
-fn next_backing(layers: &[Layer]) -> Result<Option<(PathBuf, PathBuf, Option<Format>)>> {
-    let Some(lowest) = layers.last() else {
-        return Ok(None);
-    };
-    let Some(header) = &lowest.header else {
+/// Path and recorded format of a layer's backing file, if it has one.
+fn backing_of(layer: &Layer) -> Result<Option<(PathBuf, Option<Format>)>> {
+    let Some(header) = &layer.header else {
         return Ok(None);
     };
     let Some(name) = &header.backing else {
         return Ok(None);
     };
-    let above = lowest.file.path.clone();
+    let image = &layer.file.path;
     let format = match header.backing_format.as_deref() {
         None | Some("") => None,
         Some("raw" | "file" | "host_device") => Some(Format::Raw),
@@ -96,11 +94,10 @@ fn next_backing(layers: &[Layer]) -> Result<Option<(PathBuf, PathBuf, Option<For
         Some(other) => {
             let reason =
                 format!("has a backing file of format {other:?}; raw and qcow2 are supported");
-            return Err(Error::format(&above, reason));
+            return Err(Error::format(image, reason));
         }
     };
-    let path = resolve(&above, name)?;
-    Ok(Some((above, path, format)))
+    Ok(Some((resolve(image, name)?, format)))
 }
 
 /// A backing file is looked for where the image that names it is, not where the process runs.
@@ -123,7 +120,7 @@ pub(super) fn resolve(image: &Path, name: &str) -> Result<PathBuf> {
 /// its backing file.
 fn unrecorded(file: FileStorage) -> Result<Layer> {
     let layer = Layer::new(file, Some(Format::Raw))?;
-    if let Some(name) = header::recognise_file(&layer.file)? {
+    if let Some(name) = probe::recognise_file(&layer.file)? {
         let reason = format!(
             "looks like a {name} image, but its format is not recorded in the image above it; if it is right, \
              record it with `qemu-img rebase -u -b FILE -F {name} IMAGE`"

@@ -11,7 +11,7 @@ use super::chain::{self, Layer};
 use super::file::HostFile;
 use super::lock::{self, Use};
 use super::storage::FileStorage;
-use super::{Cache, Error, Format, Image, ImageConfig, Result, header};
+use super::{Cache, Error, Format, Image, ImageConfig, Result, probe};
 
 /// Sizes that imago's L1 table can hold with clusters of 64 KiB, and that file offsets can.
 const MAX_QCOW2: u64 = 1 << 50;
@@ -62,7 +62,7 @@ impl Image {
         let result = fill(&file, format, capacity, backing).and_then(|()| {
             let path = path.to_owned();
             let image = Image::from_file(
-                file,
+                file.clone(),
                 &ImageConfig {
                     path,
                     format: Some(format),
@@ -73,9 +73,12 @@ impl Image {
             image.lock()?;
             Ok(image)
         });
-        if result.is_err() && is_new {
-            // What is left of it is of no use; that it can't be removed adds nothing to the error.
-            let _ = fs::remove_file(path);
+        if result.is_err() {
+            if is_new {
+                // What is left is of no use; that it can't be removed adds nothing to the error.
+                let _ = fs::remove_file(path);
+            }
+            lock::release(&file);
         }
         result
     }
@@ -122,7 +125,7 @@ fn check_same(
             reason,
         })
     };
-    let found = header::recognise_file(file)?;
+    let found = probe::recognise_file(file)?;
     match (format, found) {
         (Format::Raw, None) | (Format::Qcow2, Some("qcow2")) => {}
         (_, found) => {

@@ -2,8 +2,9 @@
 
 use std::io;
 
-use imago::{Mapping, ShallowMapping};
+use imago::{FormatAccess, Mapping, ShallowMapping};
 
+use super::storage::FileStorage;
 use super::{Error, Image, Result};
 
 /// What a part of a disk holds.
@@ -51,92 +52,57 @@ impl Image {
                 capacity,
             });
         }
-        let extent = self.map(offset, max, scope);
-        let extent = extent.map_err(|source| self.failed(op, offset, max, source))??;
-        // Nothing must come to nothing: who asks goes on by what it gets.
-        match extent.len {
-            0 => Err(self.failed(op, offset, max, io::ErrorKind::InvalidData.into())),
-            _ => Ok(extent),
+        let file = &self.top()?.file;
+        let extent = match &self.state().qcow2 {
+            None => data_or_hole(file, offset, max),
+            Some(qcow2) if scope == Scope::Chain => map_chain(qcow2, offset, max),
+            Some(qcow2) => map_image(qcow2, offset, max),
+        };
+        match extent {
+            // Who asks goes on by what it gets: nothing would be an endless loop.
+            Ok(extent) if extent.len > 0 => Ok(extent),
+            Ok(_) => Err(self.failed(op, offset, max, io::ErrorKind::InvalidData.into())),
+            Err(source) => Err(self.failed(op, offset, max, source)),
         }
-    }
-
-    fn map(&self, offset: u64, max: u64, scope: Scope) -> io::Result<Result<Extent>> {
-        let state = self.state();
-        let Some(qcow2) = &state.qcow2 else {
-            let file = match self.top() {
-                Ok(top) => &top.file,
-                Err(error) => return Ok(Err(error)),
-            };
-            let (data, len) = file.is_data(offset, max)?;
-            return Ok(Ok(Extent {
-                kind: kind(data),
-                len,
-            }));
-        };
-        // Data that the file has no space for is zero: preallocated, or punched out.
-        let extent = if scope == Scope::Chain {
-            match qcow2.get_mapping(offset, max)? {
-                (
-                    Mapping::Raw {
-                        storage,
-                        offset: at,
-                        ..
-                    },
-                    len,
-                ) => {
-                    let (data, len) = storage.is_data(at, len)?;
-                    Extent {
-                        kind: kind(data),
-                        len,
-                    }
-                }
-                (Mapping::Zero { .. }, len) => Extent {
-                    kind: ExtentKind::Zero,
-                    len,
-                },
-                (_, len) => Extent {
-                    kind: ExtentKind::Data,
-                    len,
-                },
-            }
-        } else {
-            match qcow2.get_shallow_mapping(offset, max)? {
-                (
-                    ShallowMapping::Raw {
-                        storage,
-                        offset: at,
-                        ..
-                    },
-                    len,
-                ) => {
-                    let (data, len) = storage.is_data(at, len)?;
-                    Extent {
-                        kind: kind(data),
-                        len,
-                    }
-                }
-                (ShallowMapping::Zero { .. }, len) => Extent {
-                    kind: ExtentKind::Zero,
-                    len,
-                },
-                (ShallowMapping::Indirect { .. }, len) => Extent {
-                    kind: ExtentKind::Absent,
-                    len,
-                },
-                (_, len) => Extent {
-                    kind: ExtentKind::Data,
-                    len,
-                },
-            }
-        };
-        Ok(Ok(extent))
     }
 }
 
-fn kind(data: bool) -> ExtentKind {
-    if data {
+fn map_chain(qcow2: &FormatAccess<FileStorage>, offset: u64, max: u64) -> io::Result<Extent> {
+    let (mapping, len) = qcow2.get_mapping(offset, max)?;
+    let kind = match mapping {
+        Mapping::Raw {
+            storage,
+            offset: at,
+            ..
+        } => return data_or_hole(storage, at, len),
+        Mapping::Zero { .. } => ExtentKind::Zero,
+        _ => ExtentKind::Data,
+    };
+    Ok(Extent { kind, len })
+}
+
+fn map_image(qcow2: &FormatAccess<FileStorage>, offset: u64, max: u64) -> io::Result<Extent> {
+    let (mapping, len) = qcow2.get_shallow_mapping(offset, max)?;
+    let kind = match mapping {
+        ShallowMapping::Raw {
+            storage,
+            offset: at,
+            ..
+        } => return data_or_hole(storage, at, len),
+        ShallowMapping::Zero { .. } => ExtentKind::Zero,
+        ShallowMapping::Indirect { .. } => ExtentKind::Absent,
+        _ => ExtentKind::Data,
+    };
+    Ok(Extent { kind, len })
+}
+
+/// Data that the file has no space for is zero: never written, preallocated, or punched out.
+fn data_or_hole(file: &FileStorage, offset: u64, max: u64) -> io::Result<Extent> {
+    let (data, len) = file.is_data(offset, max)?;
+    let kind = if data {
         ExtentKind::Data
     } else {
         ExtentKind::Zero
-    }
+    };
+    Ok(Extent { kind, len })
 }

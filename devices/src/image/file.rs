@@ -21,6 +21,10 @@ const MAX_BUFFERS: usize = 1024;
 /// for all file systems and disks that Linux knows.
 const SAFE_ALIGNMENT: usize = 4096;
 
+/// Nobody looks for a hole in data of up to this size: where a file system walks through all the
+/// data that follows to find one, a copy piece by piece would take the square of the time.
+const SHORT: u64 = 4 << 20;
+
 /// An open file. All positions are given with the request, so that threads do not disturb each
 /// other.
 #[derive(Debug)]
@@ -258,6 +262,7 @@ impl HostFile {
         // Two questions at most. The file's own position moves, but nothing here uses it.
         match seek(&self.file, SeekFrom::Data(offset)) {
             Ok(data) if data > offset => Ok((false, until(data))),
+            Ok(_) if max <= SHORT => Ok((true, max)),
             Ok(_) => match seek(&self.file, SeekFrom::Hole(offset)) {
                 Ok(hole) if hole > offset => Ok((true, until(hole))),
                 // Changed in between by another thread; data is never wrong.

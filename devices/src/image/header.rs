@@ -1,60 +1,10 @@
-//! What the first bytes of an image say, checked before anything believes them.
+//! The header of a qcow2 image, checked before anything believes it.
 
 use imago::StorageExt;
 
+use super::probe::QCOW2_MAGIC;
 use super::storage::FileStorage;
-use super::{Error, Format, Result};
-
-/// How much of the beginning tells the format.
-pub(super) const PROBED: usize = 512;
-
-const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
-
-/// Formats that QEMU recognises by their beginning: offset, magic and name.
-const MAGICS: [(usize, &[u8], &str); 11] = [
-    (0, QCOW2_MAGIC, "qcow2"),
-    (0, b"QED\0", "qed"),
-    (0, b"KDMV", "vmdk"),
-    (0, b"COWD", "vmdk"),
-    (0, b"# Disk DescriptorFile", "vmdk"),
-    (0, b"vhdxfile", "vhdx"),
-    (0, b"conectix", "vpc"),
-    (0, b"LUKS\xba\xbe", "luks"),
-    (0, b"WithoutFreeSpace", "parallels"),
-    (0, b"WithouFreSpacExt", "parallels"),
-    (64, &[0x7f, 0x10, 0xda, 0xbe], "vdi"),
-];
-
-/// The format that the beginning of a file says it has, none for a raw image.
-pub(super) fn recognise(start: &[u8]) -> Option<&'static str> {
-    let known = MAGICS.iter().find(|(offset, magic, _)| {
-        start
-            .get(*offset..)
-            .is_some_and(|bytes| bytes.starts_with(magic))
-    });
-    known.map(|(_, _, name)| *name)
-}
-
-/// [`recognise`] for an open file.
-pub(super) fn recognise_file(file: &FileStorage) -> Result<Option<&'static str>> {
-    Ok(recognise(&read(file, 0, PROBED)?))
-}
-
-/// The format of a file of which nobody has said it: raw or qcow2. Other formats are refused: a
-/// guest that took one for a raw disk would destroy it.
-pub(super) fn probe(file: &FileStorage) -> Result<Format> {
-    match recognise_file(file)? {
-        None => Ok(Format::Raw),
-        Some("qcow2") => Ok(Format::Qcow2),
-        Some(other) => Err(Error::format(
-            &file.path,
-            format!(
-                "is a {other} image; Ferry knows raw and qcow2: convert it, or give format=raw to use its \
-                 bytes as a disk"
-            ),
-        )),
-    }
-}
+use super::{Error, Result};
 
 /// What Ferry needs to know of a qcow2 header.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -231,37 +181,64 @@ fn check_table(
     present: u64,
     cluster_size: u64,
 ) -> Result<()> {
-    let size = file.size();
-    let truncated = |what: &str, at: u64| {
-        let reason = format!(
-            "broken qcow2 image: {what} is at {at}, but the file ends at {size}; was it truncated?"
-        );
-        Error::format(&file.path, reason)
-    };
     if bytes == 0 {
         return Ok(());
     }
     if !offset.is_multiple_of(cluster_size) || offset == 0 {
-        return Err(Error::format(
-            &file.path,
-            format!("broken qcow2 image: {name} at offset {offset}"),
-        ));
-    }
-    if offset.saturating_add(present) > size {
-        return Err(truncated(name, offset));
+        let reason = format!("broken qcow2 image: {name} at offset {offset}");
+        return Err(Error::format(&file.path, reason));
     }
     let entries = read(file, offset, bytes as usize)?;
-    for entry in entries.chunks_exact(8) {
-        let target = be64(entry, 0) & OFFSET_MASK;
-        if target >= size {
-            return Err(truncated(&format!("a table that {name} points to"), target));
-        }
+    // After the entries: a process that still writes the image makes the file longer first.
+    let size = file
+        .refresh_size()
+        .map_err(|source| Error::whole(&file.path, "ask for the file's size", source))?;
+    let truncated = |what: &str, at: u64| {
+        let reason = format!(
+            "broken qcow2 image: {what} is at {at}, but the file ends at {size}; was it truncated?"
+        );
+        Err(Error::format(&file.path, reason))
+    };
+    if offset.saturating_add(present) > size {
+        return truncated(name, offset);
     }
-    Ok(())
+    let targets = entries
+        .chunks_exact(8)
+        .map(|entry| be64(entry, 0) & OFFSET_MASK);
+    match targets.max().filter(|target| *target >= size) {
+        Some(target) => truncated(&format!("a table that {name} points to"), target),
+        None => Ok(()),
+    }
+}
+
+/// Where the last cluster in use begins, if the file ends before: it was truncated, or the host
+/// stopped before all was on its disk. The lost data reads as zeroes. Only for images with
+/// reference counts of 16 bits, which are the usual ones, and whose header has been checked.
+pub(super) fn lost_cluster(file: &FileStorage) -> Result<Option<u64>> {
+    let start = read(file, 0, 104)?;
+    let cluster_size = 1u64 << be32(&start, 20).min(21);
+    let table_bytes = u64::from(be32(&start, 56)) * cluster_size;
+    if (be32(&start, 4) == 3 && be32(&start, 96) != 4) || table_bytes > MAX_REFCOUNT_TABLE_BYTES {
+        return Ok(None);
+    }
+    let table = read(file, be64(&start, 48), table_bytes as usize)?;
+    let used = |entry: &[u8]| be64(entry, 0) & OFFSET_MASK != 0;
+    let Some(last) = table.chunks_exact(8).rposition(used) else {
+        return Ok(None);
+    };
+    let block = be64(&table, last * 8) & OFFSET_MASK;
+    let counts = read(file, block, cluster_size as usize)?;
+    let counts = counts.chunks_exact(2);
+    let per_block = counts.len() as u64;
+    let Some(cluster) = counts.into_iter().rposition(|count| count != [0, 0]) else {
+        return Ok(None);
+    };
+    let offset = (last as u64 * per_block + cluster as u64).saturating_mul(cluster_size);
+    Ok(Some(offset).filter(|offset| *offset >= file.size()))
 }
 
 /// Reads a piece whose length has been checked; beyond the end of the file it is zero.
-fn read(file: &FileStorage, offset: u64, len: usize) -> Result<Vec<u8>> {
+pub(super) fn read(file: &FileStorage, offset: u64, len: usize) -> Result<Vec<u8>> {
     let mut bytes = vec![0; len];
     let io = |source| Error::Io {
         path: file.path.clone(),

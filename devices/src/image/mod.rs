@@ -16,16 +16,18 @@
 
 mod chain;
 mod create;
+mod discard;
 mod error;
 mod extent;
 mod file;
 mod header;
 mod identity;
 mod lock;
+mod probe;
 mod request;
 mod storage;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -99,8 +101,7 @@ pub struct Image {
     state: RwLock<State>,
     /// Held by a write to the guarded sector 0.
     sector_zero: Mutex<()>,
-    /// The image's file first, then its backing files. After `state`, which is written when it is
-    /// dropped and must not be once the files are closed and thereby unlocked.
+    /// The image's file first, then its backing files.
     layers: Vec<Layer>,
 }
 
@@ -192,10 +193,10 @@ impl Image {
         }
         let writable = !self.readonly;
         chain::lock(&self.layers, writable)?;
-        match self
+        let loaded = self
             .check_unchanged()
-            .and_then(|()| chain::load(&self.layers, writable))
-        {
+            .and_then(|()| chain::load(&self.layers, writable));
+        match loaded {
             Ok(qcow2) => {
                 *state = State {
                     locked: true,
@@ -224,6 +225,13 @@ impl Image {
             let now = header::Qcow2Header::read(&top.file)?;
             if now != *header {
                 return Err(changed("its header says something else".to_owned()));
+            }
+            if let Some(offset) = header::lost_cluster(&top.file)? {
+                let (path, size) = (self.path.display(), top.file.size());
+                tracing::warn!(
+                    "{path}: uses a cluster at {offset}, but the file ends at {size}: was it \
+                     truncated? What is lost reads as zeroes"
+                );
             }
         }
         match top.capacity() {
@@ -272,6 +280,24 @@ impl Image {
 
     fn top(&self) -> Result<&Layer> {
         top(&self.layers, &self.path)
+    }
+}
+
+impl Drop for Image {
+    /// As [`Image::unlock`], but it gives the locks away in any case.
+    fn drop(&mut self) {
+        if let Err(error) = self.flush() {
+            tracing::error!("{error}");
+        }
+        let state = self.state.get_mut();
+        let state = state.unwrap_or_else(PoisonError::into_inner);
+        // It may write what a failed flush left, so it goes first.
+        state.qcow2 = None;
+        if state.locked {
+            // Closing the files is not enough: a child process that is just being started has
+            // them too.
+            chain::unlock(&self.layers);
+        }
     }
 }
 

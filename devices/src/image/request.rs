@@ -1,18 +1,14 @@
-//! Reading and writing the disk.
+//! Reading, writing and flushing the disk.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::sync::PoisonError;
 
+use imago::StorageExt;
 use imago::io_buffers::{IoVector, IoVectorMut};
-use imago::{FormatAccess, ShallowMapping, StorageExt};
 
 use super::file::total;
-use super::header::{self, PROBED};
-use super::storage::FileStorage;
+use super::probe::{self, PROBED};
 use super::{Error, Image, Result, State};
-
-/// Zeroes that are written one by one where the host has no better way come in pieces of this.
-const ZEROES: usize = 64 << 10;
 
 impl Image {
     /// Fills the buffers from the disk, beginning at `offset` bytes. They may be the guest's
@@ -47,7 +43,7 @@ impl Image {
         self.write(&state, bufs, offset)
     }
 
-    fn write(&self, state: &State, bufs: &[IoSlice<'_>], offset: u64) -> Result<()> {
+    pub(super) fn write(&self, state: &State, bufs: &[IoSlice<'_>], offset: u64) -> Result<()> {
         let result = match &state.qcow2 {
             Some(qcow2) => qcow2.writev(IoVector::from(bufs.to_vec()), offset),
             None => {
@@ -85,7 +81,7 @@ impl Image {
             copied += len;
             IoSlice::advance_slices(&mut rest, len);
         }
-        if let Some(format) = header::recognise(&sector) {
+        if let Some(format) = probe::recognise(&sector) {
             return Err(Error::ForeignHeader {
                 path: self.path.clone(),
                 format,
@@ -96,79 +92,6 @@ impl Image {
             .and_then(|room| room.get(..copied));
         self.write(state, &[IoSlice::new(head.unwrap_or_default())], offset)?;
         self.write(state, rest, offset + copied as u64)
-    }
-
-    /// Makes a part of the disk read as zeroes. With `may_unmap` its space is given back to the
-    /// host where possible; otherwise it stays allocated where the host can do that.
-    pub fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<()> {
-        let op = "write zeroes over";
-        let state = self.writable(op, offset, len)?;
-        let result = match &state.qcow2 {
-            Some(_) if may_unmap => {
-                drop(state);
-                self.exclusively(op, offset, len, |qcow2| {
-                    punch_mapped(qcow2, offset, len)?;
-                    qcow2.discard_to_zero(offset, len)
-                })?
-            }
-            Some(qcow2) => qcow2.write_zeroes(offset, len),
-            None => {
-                let file = &self.top()?.file;
-                let _guard = file.weak_write_blocker(offset..offset + len);
-                let hole = if may_unmap {
-                    file.punch_hole(offset, len)
-                } else {
-                    Err(unsupported())
-                };
-                hole.or_else(|error| match error.kind() {
-                    io::ErrorKind::Unsupported => file.zero(offset, len),
-                    _ => Err(error),
-                })
-            }
-        };
-        match result {
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
-                let state = self.writable(op, offset, len)?;
-                self.write_plain_zeroes(&state, offset, len)
-            }
-            result => result.map_err(|source| self.failed(op, offset, len, source)),
-        }
-    }
-
-    fn write_plain_zeroes(&self, state: &State, mut offset: u64, mut len: u64) -> Result<()> {
-        let zeroes = vec![0; usize::try_from(len).unwrap_or(ZEROES).min(ZEROES)];
-        while len > 0 {
-            let piece = zeroes
-                .get(..len.min(ZEROES as u64) as usize)
-                .unwrap_or_default();
-            self.write(state, &[IoSlice::new(piece)], offset)?;
-            offset += piece.len() as u64;
-            len -= piece.len() as u64;
-        }
-        Ok(())
-    }
-
-    /// Tells that the contents of a part of the disk are no longer needed. Its space is given back
-    /// to the host where possible; what it reads as afterwards is not defined (in practice zeroes,
-    /// or what it was).
-    pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        let op = "discard";
-        let state = self.writable(op, offset, len)?;
-        let result = if state.qcow2.is_some() {
-            drop(state);
-            self.exclusively(op, offset, len, |qcow2| {
-                punch_mapped(qcow2, offset, len)?;
-                qcow2.discard_to_any(offset, len)
-            })?
-        } else {
-            let file = &self.top()?.file;
-            let _guard = file.weak_write_blocker(offset..offset + len);
-            file.punch_hole(offset, len)
-        };
-        match result {
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
-            result => result.map_err(|source| self.failed(op, offset, len, source)),
-        }
     }
 
     /// Makes everything written so far durable: data, and the metadata that is needed to find it.
@@ -188,24 +111,7 @@ impl Image {
         result.map_err(|source| Error::whole(&self.path, "flush", source))
     }
 
-    /// Frees clusters of a qcow2 image. Nobody else may be in a request: it could go on writing to
-    /// a cluster that has become someone else's.
-    fn exclusively(
-        &self,
-        op: &'static str,
-        offset: u64,
-        len: u64,
-        change: impl FnOnce(&mut FormatAccess<FileStorage>) -> io::Result<()>,
-    ) -> Result<io::Result<()>> {
-        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
-        self.check_writable(&state, op, offset, len)?;
-        Ok(state
-            .qcow2
-            .as_mut()
-            .map_or_else(|| Err(unsupported()), change))
-    }
-
-    fn writable(
+    pub(super) fn writable(
         &self,
         op: &'static str,
         offset: u64,
@@ -216,7 +122,13 @@ impl Image {
         Ok(state)
     }
 
-    fn check_writable(&self, state: &State, op: &'static str, offset: u64, len: u64) -> Result<()> {
+    pub(super) fn check_writable(
+        &self,
+        state: &State,
+        op: &'static str,
+        offset: u64,
+        len: u64,
+    ) -> Result<()> {
         if self.readonly {
             return Err(Error::ReadOnly {
                 path: self.path.clone(),
@@ -262,40 +174,6 @@ impl Image {
             source,
         }
     }
-}
-
-/// imago frees clusters for its own use only. The part's data is taken out of the file first, so
-/// that the host gets the space back; a crash in between leaves zeroes there, which is right.
-fn punch_mapped(
-    qcow2: &FormatAccess<FileStorage>,
-    mut offset: u64,
-    mut len: u64,
-) -> io::Result<()> {
-    while len > 0 {
-        let (mapping, run) = qcow2.get_shallow_mapping(offset, len)?;
-        // What is shared with a snapshot is not writable.
-        if let ShallowMapping::Raw {
-            storage,
-            offset: at,
-            writable: true,
-            ..
-        } = mapping
-        {
-            match storage.discard(at, run) {
-                Err(error) if error.kind() != io::ErrorKind::Unsupported => return Err(error),
-                _ => {}
-            }
-        }
-        if run == 0 {
-            break;
-        }
-        (offset, len) = (offset + run, len - run);
-    }
-    Ok(())
-}
-
-fn unsupported() -> io::Error {
-    io::ErrorKind::Unsupported.into()
 }
 
 /// The same buffers for imago, which wants a list of its own.

@@ -8,6 +8,7 @@
 
 pub mod activation;
 pub mod balloon;
+pub mod blk;
 pub mod chain;
 pub mod console;
 pub mod interrupt;

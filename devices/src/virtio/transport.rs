@@ -291,6 +291,13 @@ impl VirtioMmio {
     }
 
     #[cfg(test)]
+    pub(super) fn skip_available(&self, queue: usize) {
+        let mut ring = self.queues[queue].ring();
+        let next = ring.next_avail().wrapping_add(1);
+        ring.set_next_avail(next);
+    }
+
+    #[cfg(test)]
     pub(super) fn activation_for_tests(&self) -> Arc<Activation> {
         Arc::new(self.activation(&self.registers()))
     }

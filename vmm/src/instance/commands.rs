@@ -15,7 +15,7 @@ use crate::control::command::{
     MigrationParameters, MigrationStatus, ParameterChange, RunState, ShutdownCause, StatusInfo,
     Uri,
 };
-use crate::machine::Machine;
+use crate::machine::{Machine, backends};
 
 /// The one capability of migrations.
 const EVENTS: &str = "events";
@@ -283,7 +283,9 @@ impl Control for Instance {
 
 impl Instance {
     fn run(&self, state: &mut State) -> CommandResult<()> {
-        state.guest()?;
+        let guest = state.guest()?;
+        // They may have been given away to a migration.
+        backends::lock(guest.disks()).map_err(|err| CommandError::generic(err.to_string()))?;
         state
             .run_guest(&self.0)
             .map_err(|err| CommandError::generic(format!("the guest can't run: {err}")))

@@ -23,7 +23,7 @@ use super::offer::{INITRD, KERNEL, MovingMachine};
 use super::{Exit, Shared, info as show};
 use crate::control::command::{EventKind, MigrationInfo, RunState, ShutdownCause};
 use crate::cpuid::HostCpu;
-use crate::machine::backends::Backends;
+use crate::machine::backends;
 use crate::machine::{BootFiles, Machine};
 
 /// A process that waits for a guest, receives one, or has received it.
@@ -205,7 +205,7 @@ impl DestinationVm for Destination {
         if !objections.is_empty() {
             return Err(objections.join("\n").into());
         }
-        let backends = Backends::open(&shared.settings.given)?;
+        let backends = shared.open_backends()?;
         let machine = shared.build(moving.config.clone(), Some(&moving.cpu), backends)?;
         let here = machine.devices().inventory();
         if here != moving.devices {
@@ -246,6 +246,11 @@ impl DestinationVm for Destination {
         let Arriving {
             moving, machine, ..
         } = self.arriving.take().ok_or("no machine was prepared")?;
+        // The source has given them away, and waits.
+        for disk in machine.disks() {
+            disk.image().drop_page_cache()?;
+        }
+        backends::lock(machine.disks())?;
         let mut state = self.shared.state();
         if start.run && state.autostart {
             machine.start(start.stopped_for)?;

@@ -17,6 +17,7 @@ mod outgoing;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use devices::virtio::blk::errors::ErrorSink;
 use migration::listener::ListenError;
 use migration::uri::Uri;
 use tokio::sync::{Notify, broadcast, watch};
@@ -29,7 +30,7 @@ use crate::console::{Console, SerialInput};
 use crate::control::command::{Event, EventKind, RunState, ShutdownCause};
 use crate::cpuid::GuestCpu;
 use crate::kvm::Kvm;
-use crate::machine::backends::Backends;
+use crate::machine::backends::{self, BackendError, Backends};
 use crate::machine::config::{Given, MachineConfig};
 use crate::machine::{BootFiles, Machine, MachineError};
 use crate::vcpu::EventSink;
@@ -107,6 +108,12 @@ impl Shared {
     fn emit(&self, kind: EventKind) {
         // Without a subscriber there is nobody to tell.
         let _ = self.events.send(Event::now(kind));
+    }
+
+    /// Opens what the command line says about the host's side of the devices.
+    fn open_backends(&self) -> Result<Backends, BackendError> {
+        let errors = Arc::clone(&self.guest_events) as Arc<dyn ErrorSink>;
+        Backends::open(&self.settings.given, errors)
     }
 
     /// Builds a machine, for a guest that has `seen` its processor already if it arrives.
@@ -223,8 +230,10 @@ impl Instance {
     pub fn boot(&self, files: BootFiles) -> Result<(), MachineError> {
         let shared = &*self.0;
         let given = &shared.settings.given;
-        let backends = Backends::open(given)?;
-        let machine = shared.build(given.configuration(), None, backends)?;
+        let backends = shared.open_backends()?;
+        // Before anything is read of them.
+        backends::lock(backends.disks())?;
+        let machine = shared.build(given.configuration(&backends), None, backends)?;
         machine.set_files(files);
         machine.boot()?;
         let mut state = shared.state();

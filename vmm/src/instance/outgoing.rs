@@ -27,6 +27,7 @@ use super::{Shared, info};
 use crate::control::command::{CommandError, CommandResult, EventKind, MigrationInfo, RunState};
 use crate::kvm::DirtyLog;
 use crate::machine::Machine;
+use crate::machine::backends;
 
 /// About as many bytes of state do the devices have, and each vCPU (with AVX-512).
 const STATE_BYTES: u64 = 4 << 10;
@@ -80,7 +81,10 @@ impl Outgoing {
                 } = outcome
                 {
                     error!("the guest can't run on after the migration failed: {err}");
-                    source.shared.state().run = RunState::InternalError;
+                    let mut state = source.shared.state();
+                    if state.run == RunState::FinishMigrate {
+                        state.run = RunState::InternalError;
+                    }
                 }
             })?;
         Ok(Self {
@@ -174,6 +178,7 @@ impl SourceVm for Source {
             layout: Layout::of(guest.ram())?,
             configuration: machine.to_sections()?,
             blobs,
+            disks: Vec::new(),
         })
     }
 
@@ -222,6 +227,10 @@ impl SourceVm for Source {
 
     fn harvest_dirty(&mut self, dirty: &mut PageBitmap) -> Result<(), VmError> {
         self.stop_hints();
+        if self.shared.state().run != RunState::FinishMigrate {
+            // The images must be durable at the hand-over: what is left for it shall be little.
+            backends::flush(self.guest.disks())?;
+        }
         let log = self.log.as_mut().ok_or(LOG_IS_OFF)?;
         Ok(log.harvest(self.guest.vm(), dirty)?)
     }
@@ -265,12 +274,16 @@ impl SourceVm for Source {
     }
 
     fn release(&mut self) -> Result<(), VmError> {
-        // Nothing yet that only one side may hold.
-        Ok(())
+        Ok(backends::unlock(self.guest.disks())?)
     }
 
     fn resume(&mut self, pause: Pause) -> Result<(), VmError> {
         let mut state = self.shared.state();
+        if let Err(error) = backends::lock(self.guest.disks()) {
+            // Somebody else writes to them: `cont` tries again.
+            state.run = RunState::Paused;
+            return Err(error.into());
+        }
         if pause.was_running {
             self.guest.run_on()?;
             state.set_running(&self.shared);

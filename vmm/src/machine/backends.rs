@@ -3,23 +3,113 @@
 
 use std::sync::Arc;
 
-use super::config::Given;
+use devices::disk::Disk;
+use devices::image::{self, Image, ImageConfig};
+use devices::virtio::blk::errors::ErrorSink;
+
+use super::config::{BlockConfig, DiskOptions, Given};
 use crate::console::Console;
 
 /// Why something of the host can't be used.
 #[derive(Debug, thiserror::Error)]
-pub enum BackendError {}
+pub enum BackendError {
+    /// A disk image.
+    #[error("disk '{id}': {source}")]
+    Image {
+        /// The disk.
+        id: String,
+        /// Why.
+        source: image::Error,
+    },
+}
 
-/// The host's side of the devices, in the order of the command line.
-#[derive(Debug, Default)]
+/// The host's side of the devices.
 pub struct Backends {
+    /// The disks, in the order of the command line.
+    disks: Vec<Arc<Disk>>,
+    /// Where disks' errors are told.
+    pub(super) errors: Arc<dyn ErrorSink>,
     /// What the virtio console is connected to; without one its output is thrown away.
     pub console: Option<Arc<Console>>,
 }
 
 impl Backends {
-    /// Opens what the command line names.
-    pub fn open(_given: &Given) -> Result<Self, BackendError> {
-        Ok(Self { console: None })
+    /// Opens what the command line names. Disk images are not locked: see [`lock`].
+    pub fn open(given: &Given, errors: Arc<dyn ErrorSink>) -> Result<Self, BackendError> {
+        let disks = given
+            .disks
+            .iter()
+            .enumerate()
+            .map(|(index, options)| open_disk(index, options).map(Arc::new))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            disks,
+            errors,
+            console: None,
+        })
+    }
+
+    /// The disks.
+    pub fn disks(&self) -> &[Arc<Disk>] {
+        &self.disks
+    }
+
+    /// The disk of a device.
+    pub(super) fn disk(&self, config: &BlockConfig) -> Option<&Arc<Disk>> {
+        self.disks.iter().find(|disk| disk.id() == config.id)
+    }
+}
+
+fn open_disk(index: usize, options: &DiskOptions) -> Result<Disk, BackendError> {
+    let id = options.id(index);
+    let config = ImageConfig {
+        path: options.file.clone(),
+        format: options.format,
+        readonly: options.readonly,
+        cache: options.cache,
+    };
+    match Image::open(&config) {
+        Ok(image) => Ok(Disk::new(id, image)),
+        Err(source) => Err(BackendError::Image { id, source }),
+    }
+}
+
+/// Takes the locks of all images, or of none.
+pub fn lock(disks: &[Arc<Disk>]) -> Result<(), BackendError> {
+    for disk in disks {
+        if let Err(source) = disk.image().lock() {
+            // What the first ones hold is of no use without the rest.
+            if let Err(error) = unlock(disks) {
+                tracing::error!("{error}");
+            }
+            return Err(image_error(disk, source));
+        }
+    }
+    Ok(())
+}
+
+/// Gives the locks of all images away, with all that was written on the disk. On failure some may
+/// still be held.
+pub fn unlock(disks: &[Arc<Disk>]) -> Result<(), BackendError> {
+    for disk in disks {
+        let unlocked = disk.image().unlock();
+        unlocked.map_err(|source| image_error(disk, source))?;
+    }
+    Ok(())
+}
+
+/// Makes all that was written durable.
+pub fn flush(disks: &[Arc<Disk>]) -> Result<(), BackendError> {
+    for disk in disks.iter().filter(|disk| !disk.image().readonly()) {
+        let flushed = disk.image().flush();
+        flushed.map_err(|source| image_error(disk, source))?;
+    }
+    Ok(())
+}
+
+fn image_error(disk: &Disk, source: image::Error) -> BackendError {
+    BackendError::Image {
+        id: disk.id().to_owned(),
+        source,
     }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use devices::state::{SaveRestore, StateError};
 use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::Balloon;
+use devices::virtio::blk::Block;
 use devices::virtio::console::{Console, Output};
 use devices::virtio::rng::Rng;
 use devices::virtio::transport::{MMIO_LEN, QUEUE_NOTIFY, VirtioMmio};
@@ -35,6 +36,14 @@ pub enum VirtioError {
         /// Why.
         source: io::Error,
     },
+    /// A disk without an image.
+    #[error("disk {id:?} of {capacity} bytes has no image of that size here")]
+    NoImage {
+        /// The disk.
+        id: String,
+        /// Its size in bytes.
+        capacity: u64,
+    },
     /// KVM.
     #[error(transparent)]
     Ioctl(#[from] IoctlError),
@@ -60,7 +69,7 @@ impl VirtioDevices {
     pub(super) fn new(
         vm: &Vm,
         configs: &[VirtioConfig],
-        mut backends: Backends,
+        backends: &Backends,
     ) -> Result<Self, VirtioError> {
         let mut slots = Vec::new();
         let mut handles = Handles::default();
@@ -70,7 +79,7 @@ impl VirtioDevices {
                 device: config.kind_name(),
                 source,
             };
-            let device = device(config, vm, &mut backends, &mut handles).map_err(failed)?;
+            let device = device(config, vm, backends, &mut handles)?;
             let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(failed)?;
             vm.register_irqfd(&irqfd, place.gsi)?;
             let transport =
@@ -185,19 +194,35 @@ fn section(name: &str, state: &dyn SaveRestore) -> Result<Section, StateError> {
 fn device(
     config: &VirtioConfig,
     vm: &Vm,
-    backends: &mut Backends,
+    backends: &Backends,
     handles: &mut Handles,
-) -> io::Result<Arc<dyn VirtioDevice>> {
+) -> Result<Arc<dyn VirtioDevice>, VirtioError> {
+    let failed = |source| VirtioError::Device {
+        device: config.kind_name(),
+        source,
+    };
     Ok(match config {
-        VirtioConfig::Rng => Arc::new(Rng::new()?),
+        VirtioConfig::Rng => Arc::new(Rng::new().map_err(failed)?),
+        VirtioConfig::Block(config) => {
+            let disk = backends
+                .disk(config)
+                .filter(|disk| disk.image().capacity() == config.capacity)
+                .ok_or_else(|| VirtioError::NoImage {
+                    id: config.id.clone(),
+                    capacity: config.capacity,
+                })?;
+            let errors = Arc::clone(&backends.errors);
+            let block = Block::new(Arc::clone(disk), &config.serial, errors);
+            Arc::new(block.map_err(failed)?)
+        }
         VirtioConfig::Balloon(options) => {
             let ram = vm.ram().iter().map(|region| region.len()).sum();
-            let balloon = Arc::new(Balloon::new(*options, ram)?);
+            let balloon = Arc::new(Balloon::new(*options, ram).map_err(failed)?);
             handles.balloon = Some(Arc::clone(&balloon));
             balloon
         }
         VirtioConfig::Console => {
-            let console = console(backends.console.take())?;
+            let console = console(backends.console.clone()).map_err(failed)?;
             handles.console = Some(Arc::clone(&console));
             console
         }

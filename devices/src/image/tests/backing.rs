@@ -67,7 +67,7 @@ fn an_overlay_reads_through_and_leaves_its_backing_file_alone() {
             std::fs::read(&base).unwrap() == before,
             "the backing file was written"
         );
-        if let Some(qemu) = Qemu::find() {
+        if let Some(qemu) = Qemu::find_for("in part: ") {
             qemu.check(&top);
             qemu.io(
                 &top,

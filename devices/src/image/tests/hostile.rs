@@ -2,6 +2,7 @@
 //! allocation that the file does not pay for.
 
 use super::*;
+use crate::image::NewBacking;
 
 /// Uses what of it can be used.
 fn exercise(path: &Path) {
@@ -15,7 +16,7 @@ fn exercise(path: &Path) {
         4096,
         65_536 - 512,
         MIB,
-        capacity / 2 & !511,
+        (capacity / 2) & !511,
         capacity.saturating_sub(4096),
     ];
     for offset in places {
@@ -38,36 +39,18 @@ fn exercise(path: &Path) {
     let _ = image.unlock();
 }
 
-#[test]
-fn mutated_images_are_survived() {
-    let dir = tempfile::tempdir().unwrap();
-    let (base, path) = (dir.path().join("base"), dir.path().join("disk"));
-    drop(create(&base, Format::Raw, MIB));
-    let backing = super::super::NewBacking {
-        name: "base".to_owned(),
-        format: Format::Raw,
-    };
-    let image = Image::create(
-        &path,
-        Format::Qcow2,
-        2 * MIB,
-        Some(&backing),
-        Cache::Writeback,
-    )
-    .unwrap();
-    write(&image, 0, &[1; 70_000]);
-    drop(image);
-    let good = std::fs::read(&path).unwrap();
-    let mut random = Random(0x5eed_0001);
-    // The header, the refcount table and block, the L1 table, the L2 table: the beginnings of
-    // the first clusters.
-    for n in 0..3000 {
+/// Changes a few bytes of the header and of the beginnings of the first clusters, where the
+/// tables are, and uses what comes of it.
+fn mutate(path: &Path, cluster: u64, seed: u64, times: u32) {
+    let good = std::fs::read(path).unwrap();
+    let mut random = Random(seed);
+    for n in 0..times {
         let mut bytes = good.clone();
         for _ in 0..1 + random.below(3) {
             let at = match random.below(3) {
                 0 => random.below(160),
-                1 => random.below(6) * 65_536 + random.below(32),
-                _ => random.below(6) * 65_536 + random.below(16) * 8,
+                1 => random.below(8) * cluster + random.below(32),
+                _ => random.below(8) * cluster + random.below(16) * 8,
             };
             let value = match random.below(4) {
                 0 => 0xff,
@@ -82,7 +65,44 @@ fn mutated_images_are_survived() {
         if n % 16 == 0 {
             bytes.truncate(random.below(good.len() as u64) as usize);
         }
-        std::fs::write(&path, &bytes).unwrap();
-        exercise(&path);
+        std::fs::write(path, &bytes).unwrap();
+        exercise(path);
+    }
+}
+
+#[test]
+fn mutated_images_are_survived() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, path) = (dir.path().join("base"), dir.path().join("disk"));
+    drop(create(&base, Format::Raw, MIB));
+    let backing = NewBacking {
+        name: "base".to_owned(),
+        format: Format::Raw,
+    };
+    let image = Image::create(
+        &path,
+        Format::Qcow2,
+        2 * MIB,
+        Some(&backing),
+        Cache::Writeback,
+    );
+    write(&image.unwrap(), 0, &[1; 70_000]);
+    mutate(&path, 65_536, 0x5eed_0001, 1500);
+}
+
+#[test]
+fn mutated_images_of_qemu_are_survived() {
+    let Some(qemu) = Qemu::find() else { return };
+    let (_dir, path) = dir();
+    for (seed, options, cluster) in [
+        (0x5eed_0002, "cluster_size=512", 512),
+        (0x5eed_0003, "compat=0.10", 65_536),
+        (0x5eed_0004, "cluster_size=4k,refcount_bits=1", 4096),
+    ] {
+        let args = ["create", "-q", "-f", "qcow2", "-o", options];
+        qemu.img(&[args.as_slice(), &[text(&path), "2M"]].concat());
+        let commands = ["write -c -P 1 0 128k", "write -P 2 1M 64k", "flush"];
+        qemu.io(&path, Format::Qcow2, &commands);
+        mutate(&path, cluster, seed, 500);
     }
 }

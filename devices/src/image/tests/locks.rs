@@ -112,9 +112,7 @@ fn what_changed_before_the_hand_over_is_seen_after_it() {
             assert_eq!(read(&source, 8 * MIB, 70_000), [round; 70_000]);
         }
         drop((source, destination));
-        if let (Format::Qcow2, Some(qemu)) = (format, Qemu::find()) {
-            qemu.check(&path);
-        }
+        check(&path, format);
         std::fs::remove_file(&path).unwrap();
     }
 }

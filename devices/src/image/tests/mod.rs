@@ -7,7 +7,7 @@ mod locks;
 mod model;
 mod open;
 mod qemu;
-mod space;
+pub(crate) mod space;
 
 use std::io::{IoSlice, IoSliceMut};
 use std::path::{Path, PathBuf};
@@ -76,17 +76,19 @@ struct Qemu;
 
 impl Qemu {
     fn find() -> Option<Qemu> {
-        let missing = ["qemu-img", "qemu-io"]
-            .into_iter()
-            .find(|tool| Command::new(tool).arg("--version").output().is_err());
-        match missing {
-            None => Some(Qemu),
-            Some(tool) => {
-                let reason = format!("no {tool}; install the package qemu-utils");
-                guest_tests::driver::skip(&reason);
-                None
-            }
-        }
+        Qemu::find_for("")
+    }
+
+    /// For a part of a test.
+    fn find_for(part: &str) -> Option<Qemu> {
+        let tools = ["qemu-img", "qemu-io"];
+        let missing = |tool: &&str| Command::new(tool).arg("--version").output().is_err();
+        let Some(tool) = tools.into_iter().find(missing) else {
+            return Some(Qemu);
+        };
+        let reason = format!("{part}no {tool}; install the package qemu-utils");
+        guest_tests::driver::skip(&reason);
+        None
     }
 
     fn run(&self, tool: &str, args: &[&str]) -> Output {
@@ -117,6 +119,15 @@ impl Qemu {
     /// The image is without errors and leaks.
     fn check(&self, path: &Path) {
         self.img(&["check", "-f", "qcow2", text(path)]);
+    }
+}
+
+/// Lets QEMU check a qcow2 image, where there is one.
+fn check(path: &Path, format: Format) {
+    if format == Format::Qcow2
+        && let Some(qemu) = Qemu::find_for("in part: check of the image: ")
+    {
+        qemu.check(path);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::image::Error;
+use crate::image::header::lost_cluster;
 
 fn refusal(path: &Path, format: Option<Format>) -> String {
     Image::open(&config(path, format)).unwrap_err().to_string()
@@ -46,6 +47,26 @@ fn images_of_unknown_features_say_which() {
     assert!(refusal(&path, None).contains("truncated"));
     std::fs::write(&path, &good).unwrap();
     open(&path, Format::Qcow2);
+}
+
+#[test]
+fn lost_data_at_the_end_is_noticed() {
+    let (_dir, path) = dir();
+    let image = create(&path, Format::Qcow2, 16 * MIB);
+    for n in (0..256).rev() {
+        write(&image, n * 65_536, &[1; 512]);
+        if n % 16 == 0 {
+            image.flush().unwrap();
+            assert_eq!(lost_cluster(&image.top().unwrap().file).unwrap(), None);
+        }
+    }
+    drop(image);
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    let len = file.metadata().unwrap().len();
+    file.set_len(len - MIB).unwrap();
+    let image = lock(&path, Format::Qcow2);
+    let lost = lost_cluster(&image.top().unwrap().file).unwrap();
+    assert_eq!(lost, Some((len - 1) / 65_536 * 65_536));
 }
 
 #[test]
@@ -166,5 +187,64 @@ fn more_buffers_than_a_system_call_takes_are_split() {
         assert!(back == bytes);
         drop(image);
         std::fs::remove_file(&path).unwrap();
+    }
+}
+
+/// A block device over a file, taken away at the end.
+struct Loop(String);
+
+impl Loop {
+    fn over(path: &Path) -> Option<Loop> {
+        let output = Command::new("losetup")
+            .args(["-f", "--show", text(path)])
+            .output();
+        match output {
+            Ok(output) if output.status.success() => {
+                let name = String::from_utf8(output.stdout).unwrap();
+                Some(Loop(name.trim().to_owned()))
+            }
+            _ => {
+                guest_tests::driver::skip("cannot make a loop device; needs root and losetup");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).output();
+    }
+}
+
+#[test]
+fn a_block_device_is_a_raw_disk() {
+    let (_dir, path) = dir();
+    drop(create(&path, Format::Raw, 4 * MIB));
+    let Some(device) = Loop::over(&path) else {
+        return;
+    };
+    for cache in [Cache::Writeback, Cache::None] {
+        let image = Image::open(&ImageConfig {
+            cache,
+            ..config(Path::new(&device.0), Some(Format::Raw))
+        });
+        let image = image.unwrap();
+        assert_eq!(image.capacity(), 4 * MIB);
+        image.lock().unwrap();
+        write(&image, 512, &[1; 200_000]);
+        write(&image, 4 * MIB - 512, &[2; 512]);
+        // Aligned and unaligned to its sectors.
+        image.write_zeroes(65_536, 65_536, true).unwrap();
+        image.write_zeroes(1000, 3, false).unwrap();
+        image.discard(4 * MIB - 8192, 4096).unwrap();
+        image.flush().unwrap();
+        assert_eq!(read(&image, 999, 5), [1, 0, 0, 0, 1]);
+        assert_eq!(read(&image, 65_535, 65_538)[1..65_537], [0; 65_536]);
+        assert_eq!(read(&image, 4 * MIB - 512, 512), [2; 512]);
+        assert_eq!(
+            extents(&image, Scope::Chain),
+            [(ExtentKind::Data, 0, 4 * MIB)]
+        );
     }
 }

@@ -191,6 +191,7 @@ fn settings(options: &RunOptions) -> Settings {
             command_line: options.append.clone(),
             kernel: options.kernel.clone(),
             initrd: options.initrd.clone(),
+            disks: options.disk.clone(),
             rng: options.rng,
             balloon: options.balloon,
             console: options.console.is_some(),
