@@ -198,7 +198,7 @@ impl Control for Instance {
         if !blockers.is_empty() {
             return Err(CommandError::generic(blockers.join("\n")));
         }
-        let outgoing = Outgoing::start(Arc::clone(&self.0), guest, request.address)
+        let outgoing = Outgoing::start(Arc::clone(&self.0), guest, request)
             .map_err(|err| CommandError::generic(format!("can't start a migration: {err}")))?;
         state.outgoing = Some(outgoing);
         Ok(())

@@ -7,16 +7,19 @@
 //! There is one lock, on [`State`]. It is held for short, bounded work only: pausing the vCPUs is
 //! the longest. Nobody waits for a peer under it.
 
+mod arriving_disk;
 mod commands;
 mod guest_events;
 mod incoming;
 mod info;
+mod leaving_disk;
 mod offer;
 mod outgoing;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use devices::image::Image;
 use devices::virtio::blk::errors::ErrorSink;
 use migration::listener::ListenError;
 use migration::uri::Uri;
@@ -114,6 +117,15 @@ impl Shared {
     fn open_backends(&self) -> Result<Backends, BackendError> {
         let errors = Arc::clone(&self.guest_events) as Arc<dyn ErrorSink>;
         Backends::open(&self.settings.given, errors)
+    }
+
+    /// The same for a guest that arrives, where `arriving` opens the images that come with it.
+    fn open_backends_for(
+        &self,
+        arriving: impl FnMut(&str) -> Option<Image>,
+    ) -> Result<Backends, BackendError> {
+        let errors = Arc::clone(&self.guest_events) as Arc<dyn ErrorSink>;
+        Backends::open_for(&self.settings.given, errors, arriving)
     }
 
     /// Builds a machine, for a guest that has `seen` its processor already if it arrives.
@@ -299,6 +311,10 @@ impl Instance {
         let state = shared.state();
         if let Some(guest) = &state.guest {
             guest.pause();
+            // What the guest has not flushed is not lost with the process.
+            if let Err(error) = backends::unlock(guest.disks()) {
+                error!("{error}");
+            }
         }
         info!("the process ends");
     }

@@ -7,24 +7,28 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use devices::disk::Disk;
 use devices::virtio::balloon::hints::FreePages;
 use migration::bitmap::{PageBitmap, PageRun};
 use migration::cancel::Cancel;
 use migration::clock::MonotonicClock;
 use migration::convergence::Costs;
+use migration::disk::SourceDisk;
 use migration::layout::{GuestRam, Layout, PAGE_SIZE};
 use migration::link::Deadlines;
 use migration::progress::{Observer, Progress, Status};
 use migration::section::Section;
 use migration::source::{self, Guest, Job, Outcome, Peer};
-use migration::uri::Uri;
 use migration::vm::{Blob, Offer, Pause, SourceVm, VmError};
 use tracing::{debug, error};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use super::leaving_disk::{self, LeavingDisk};
 use super::offer::{FileIdentity, INITRD, KERNEL, MovingMachine};
 use super::{Shared, info};
-use crate::control::command::{CommandError, CommandResult, EventKind, MigrationInfo, RunState};
+use crate::control::command::{
+    CommandError, CommandResult, EventKind, MigrateRequest, MigrationInfo, RunState, StorageCopy,
+};
 use crate::kvm::DirtyLog;
 use crate::machine::Machine;
 use crate::machine::backends;
@@ -43,7 +47,12 @@ pub(super) struct Outgoing {
 
 impl Outgoing {
     /// Starts to migrate `guest` on a thread of its own.
-    pub(super) fn start(shared: Arc<Shared>, guest: Arc<Machine>, uri: Uri) -> io::Result<Self> {
+    pub(super) fn start(
+        shared: Arc<Shared>,
+        guest: Arc<Machine>,
+        request: MigrateRequest,
+    ) -> io::Result<Self> {
+        let MigrateRequest { address, copy } = request;
         let cancel = Cancel::new()?;
         let observer = StatusObserver(Arc::clone(&shared));
         let progress = Arc::new(Progress::new(
@@ -66,10 +75,12 @@ impl Outgoing {
                 let mut source = Source {
                     shared,
                     guest,
+                    copy,
+                    leaving: Vec::new(),
                     log: None,
                     before: RunState::Running,
                 };
-                let outcome = source::migrate(&mut source, Peer::Uri(uri), &job);
+                let outcome = source::migrate(&mut source, Peer::Uri(address), &job);
                 debug!(?outcome, "the migration has ended");
                 if let Outcome::Failed {
                     guest: Guest::Stuck(err),
@@ -147,6 +158,9 @@ impl Observer for StatusObserver {
 struct Source {
     shared: Arc<Shared>,
     guest: Arc<Machine>,
+    copy: StorageCopy,
+    /// The disks that travel, in the order of the offer.
+    leaving: Vec<Arc<dyn SourceDisk>>,
     log: Option<DirtyLog>,
     /// The run state before the guest was stopped.
     before: RunState,
@@ -167,18 +181,32 @@ impl SourceVm for Source {
                 len: file.len,
             })
             .collect();
+        let moving = leaving_disk::leaving(guest.disks(), self.copy)?;
+        let mut disks = Vec::new();
+        for moving in &moving {
+            let find = |disk: &&Arc<Disk>| disk.id() == moving.id;
+            let disk = guest.disks().iter().find(find).ok_or("a disk is gone")?;
+            disks.push(migration::disk::Disk {
+                name: moving.id.clone(),
+                capacity: disk.image().capacity(),
+            });
+            let incremental = moving.backing.is_some();
+            let leaving = LeavingDisk::new(Arc::clone(disk), incremental);
+            self.leaving.push(Arc::new(leaving));
+        }
         let machine = MovingMachine {
             name: self.shared.state().name.clone(),
             config: guest.config().clone(),
             devices: guest.devices().inventory(),
             files: identities,
             cpu: guest.cpu().clone(),
+            disks: moving,
         };
         Ok(Offer {
             layout: Layout::of(guest.ram())?,
             configuration: machine.to_sections()?,
             blobs,
-            disks: Vec::new(),
+            disks,
         })
     }
 
@@ -193,6 +221,11 @@ impl SourceVm for Source {
             file: file.try_clone()?,
             offset: 0,
         }))
+    }
+
+    fn open_disk(&mut self, index: usize) -> Result<Arc<dyn SourceDisk>, VmError> {
+        let disk = self.leaving.get(index);
+        Ok(Arc::clone(disk.ok_or("there is no such disk")?))
     }
 
     fn ram(&self) -> GuestRam {

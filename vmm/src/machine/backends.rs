@@ -36,12 +36,24 @@ pub struct Backends {
 impl Backends {
     /// Opens what the command line names. Disk images are not locked: see [`lock`].
     pub fn open(given: &Given, errors: Arc<dyn ErrorSink>) -> Result<Self, BackendError> {
-        let disks = given
-            .disks
-            .iter()
-            .enumerate()
-            .map(|(index, options)| open_disk(index, options).map(Arc::new))
-            .collect::<Result<_, _>>()?;
+        Self::open_for(given, errors, |_| None)
+    }
+
+    /// As [`open`](Self::open), but for a disk for which `opened` has an image it takes that one.
+    pub fn open_for(
+        given: &Given,
+        errors: Arc<dyn ErrorSink>,
+        mut opened: impl FnMut(&str) -> Option<Image>,
+    ) -> Result<Self, BackendError> {
+        let mut disks = Vec::new();
+        for (index, options) in given.disks.iter().enumerate() {
+            let id = options.id(index);
+            let disk = match opened(&id) {
+                Some(image) => Disk::new(id, image),
+                None => open_disk(id, options)?,
+            };
+            disks.push(Arc::new(disk));
+        }
         Ok(Self {
             disks,
             errors,
@@ -60,8 +72,7 @@ impl Backends {
     }
 }
 
-fn open_disk(index: usize, options: &DiskOptions) -> Result<Disk, BackendError> {
-    let id = options.id(index);
+fn open_disk(id: String, options: &DiskOptions) -> Result<Disk, BackendError> {
     let config = ImageConfig {
         path: options.file.clone(),
         format: options.format,

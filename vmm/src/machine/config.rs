@@ -71,6 +71,9 @@ pub struct DiskOptions {
     pub id: Option<String>,
     /// The serial number that the guest reads.
     pub serial: Option<String>,
+    /// When its contents arrive with a guest: room for what they take is enough, though the guest
+    /// may write more later.
+    pub overcommit: bool,
 }
 
 impl DiskOptions {

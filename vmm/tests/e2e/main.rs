@@ -13,6 +13,7 @@ mod balloon;
 mod boot;
 mod console;
 mod control;
+mod disk;
 mod failure;
 mod frames;
 mod guests;
