@@ -38,6 +38,9 @@ impl VirtQueue {
     }
 }
 
+/// How many requests [`Activation::serve`] does in a row.
+const BATCH: usize = 16;
+
 /// What a device works with from the moment that its driver is ready until it is reset.
 #[derive(Debug)]
 pub struct Activation {
@@ -139,17 +142,28 @@ impl Activation {
 
     /// Does `work` on every request in a queue until there is none. It returns how many bytes it
     /// wrote, from the beginning of what the driver let it write.
+    ///
+    /// After [`BATCH`] requests it returns all the same, with the queue notified again: a driver
+    /// that never ends must not keep the device's thread from a pause or a reset.
     pub fn serve(&self, queue: usize, mut work: impl FnMut(&Chain) -> u32) {
         loop {
             self.want_notifications(queue, false);
-            let mut any = false;
-            while let Some(chain) = self.pop(queue) {
+            let mut done = 0;
+            while done < BATCH
+                && let Some(chain) = self.pop(queue)
+            {
                 let written = work(&chain);
                 self.complete(queue, chain.head, written);
-                any = true;
+                done += 1;
             }
-            if any {
+            if done > 0 {
                 self.notify(queue);
+            }
+            if done == BATCH {
+                if let Some(notifier) = self.notifier(queue) {
+                    notifier.notify();
+                }
+                return;
             }
             if !self.want_notifications(queue, true) {
                 return;

@@ -7,8 +7,10 @@
 //! for the queues' notifications, and stands still, with nothing in flight, when the machine does.
 
 pub mod activation;
+pub mod balloon;
 pub mod blk;
 pub mod chain;
+pub mod console;
 pub mod interrupt;
 pub mod notifier;
 pub mod rng;

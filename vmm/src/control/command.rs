@@ -7,6 +7,7 @@ use tokio::sync::broadcast;
 pub use migration::uri::Uri;
 
 pub use super::address::SocketAddress;
+pub use super::balloon::{BalloonInfo, FerryBalloonInfo};
 pub use super::event::{Event, EventKind, ShutdownCause};
 pub use super::migration::{
     BytesByKind, DowntimeParts, FerryMigrationInfo, MigrateRequest, MigrationCapabilityStatus,
@@ -50,6 +51,14 @@ pub trait Control: Send + Sync {
     /// Presses the machine's power button: what follows is the guest's to decide. Sends
     /// [`EventKind::Powerdown`].
     fn system_powerdown(&self) -> CommandResult<()>;
+
+    /// The memory balloon. Fails if there is none. What the guest tells of its memory is asked for
+    /// anew, for the next call.
+    fn balloon(&self) -> CommandResult<BalloonInfo>;
+
+    /// Asks the guest to give memory back, or to take it, until `bytes` are left to it. Fails if
+    /// there is no balloon. Sends [`EventKind::BalloonChange`] when the guest does so.
+    fn set_balloon(&self, bytes: u64) -> CommandResult<()>;
 
     /// Ends the process, soon: the answer to this command is still delivered.
     fn quit(&self, cause: ShutdownCause);

@@ -17,6 +17,7 @@ pub(crate) struct State {
     pub(crate) info: MigrationInfo,
     pub(crate) parameters: MigrationParameters,
     pub(crate) events_capability: bool,
+    pub(crate) balloon: BalloonInfo,
     /// The commands that arrived, in words.
     pub(crate) calls: Vec<String>,
     /// What the next command that can fail fails with.
@@ -31,6 +32,10 @@ impl FakeMachine {
             info: MigrationInfo::default(),
             parameters: MigrationParameters::default(),
             events_capability: true,
+            balloon: BalloonInfo {
+                actual: 512 << 20,
+                ferry: None,
+            },
             calls: Vec::new(),
             failure: None,
         };
@@ -117,6 +122,14 @@ impl Control for FakeMachine {
         self.call("system_powerdown")?;
         self.send(EventKind::Powerdown);
         Ok(())
+    }
+
+    fn balloon(&self) -> CommandResult<BalloonInfo> {
+        Ok(self.state().balloon.clone())
+    }
+
+    fn set_balloon(&self, bytes: u64) -> CommandResult<()> {
+        self.call(format!("balloon {bytes}"))
     }
 
     fn quit(&self, cause: ShutdownCause) {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use devices::virtio::balloon::Balloon;
 use tokio::sync::broadcast;
 use tracing::warn;
 
@@ -9,9 +10,10 @@ use super::incoming::Incoming;
 use super::outgoing::Outgoing;
 use super::{Exit, Instance, State, info};
 use crate::control::command::{
-    CommandError, CommandResult, Control, CpuInfo, Event, EventKind, MigrateRequest,
-    MigrationCapabilityStatus, MigrationInfo, MigrationParameters, MigrationStatus,
-    ParameterChange, RunState, ShutdownCause, StatusInfo, Uri,
+    BalloonInfo, CommandError, CommandResult, Control, CpuInfo, ErrorClass, Event, EventKind,
+    FerryBalloonInfo, MigrateRequest, MigrationCapabilityStatus, MigrationInfo,
+    MigrationParameters, MigrationStatus, ParameterChange, RunState, ShutdownCause, StatusInfo,
+    Uri,
 };
 use crate::machine::{Machine, backends};
 
@@ -129,6 +131,35 @@ impl Control for Instance {
             _ => {
                 guest.devices().press_power_button();
                 self.0.emit(EventKind::Powerdown);
+                Ok(())
+            }
+        }
+    }
+
+    fn balloon(&self) -> CommandResult<BalloonInfo> {
+        let state = self.0.state();
+        let balloon = balloon(&state)?;
+        let ferry = balloon.guest_stats().map(|stats| FerryBalloonInfo {
+            guest_stats: stats.iter().collect(),
+            guest_stats_age: u64::try_from(stats.at().elapsed().as_millis()).unwrap_or(u64::MAX),
+        });
+        Ok(BalloonInfo {
+            actual: balloon.actual(),
+            ferry,
+        })
+    }
+
+    fn set_balloon(&self, bytes: u64) -> CommandResult<()> {
+        let state = self.0.state();
+        let balloon = balloon(&state)?;
+        match state.run {
+            RunState::FinishMigrate => Err(handing_over("balloon")),
+            RunState::Postmigrate => Err(CommandError::generic(
+                "the guest is not here any more: its balloon is at the destination",
+            )),
+            _ if bytes == 0 => Err(CommandError::generic("Parameter 'value' expects a size")),
+            _ => {
+                balloon.set_target(bytes);
                 Ok(())
             }
         }
@@ -258,6 +289,16 @@ impl Instance {
         state
             .run_guest(&self.0)
             .map_err(|err| CommandError::generic(format!("the guest can't run: {err}")))
+    }
+}
+
+fn balloon(state: &State) -> CommandResult<&Balloon> {
+    match state.guest()?.devices().balloon() {
+        Some(balloon) => Ok(balloon),
+        None => Err(CommandError::new(
+            ErrorClass::DeviceNotActive,
+            "No balloon device has been activated",
+        )),
     }
 }
 

@@ -17,12 +17,13 @@ mod offer;
 mod outgoing;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use devices::image::Image;
 use devices::virtio::blk::errors::ErrorSink;
 use migration::listener::ListenError;
 use migration::uri::Uri;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{Notify, broadcast, watch};
 use tracing::{error, info};
 
 use self::guest_events::GuestEvents;
@@ -39,6 +40,9 @@ use crate::vcpu::EventSink;
 
 /// How many events a subscriber may lag behind.
 const EVENT_BACKLOG: usize = 1024;
+
+/// The least time between two BALLOON_CHANGE events.
+const BALLOON_EVENT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How a process behaves, beside what its machine is made of.
 #[derive(Clone, Debug, Default)]
@@ -72,8 +76,12 @@ struct Shared {
     settings: Settings,
     kvm: Kvm,
     console: Arc<Console>,
+    /// The host's end of the virtio console, if it was given.
+    virtio_console: Option<Arc<Console>>,
     state: Mutex<State>,
     guest_events: Arc<GuestEvents>,
+    /// The guest has changed its balloon's size.
+    balloon_changed: Arc<Notify>,
     events: broadcast::Sender<Event>,
     parameters: Arc<migration::parameters::Parameters>,
     exit: watch::Sender<Option<Exit>>,
@@ -125,8 +133,9 @@ impl Shared {
         &self,
         config: MachineConfig,
         seen: Option<&GuestCpu>,
-        backends: Backends,
+        mut backends: Backends,
     ) -> Result<Arc<Machine>, MachineError> {
+        backends.console = self.virtio_console.clone();
         let events = Arc::clone(&self.guest_events) as Arc<dyn EventSink>;
         let machine = Machine::new(&self.kvm, config, seen, &self.console, backends, &events)?;
         Ok(Arc::new(machine))
@@ -136,6 +145,14 @@ impl Shared {
     fn install(&self, state: &mut State, machine: Arc<Machine>) {
         self.console
             .connect_guest(Arc::clone(machine.devices()) as Arc<dyn SerialInput>);
+        if let (Some(host), Some(input)) = (&self.virtio_console, machine.devices().console_input())
+        {
+            host.connect_guest(input);
+        }
+        if let Some(balloon) = machine.devices().balloon() {
+            let changed = Arc::clone(&self.balloon_changed);
+            balloon.on_change(Box::new(move || changed.notify_one()));
+        }
         state.guest = Some(machine);
     }
 
@@ -189,7 +206,12 @@ impl State {
 impl Instance {
     /// A process without a guest yet: follow with [`boot`](Self::boot) or
     /// [`wait_for_guest`](Self::wait_for_guest).
-    pub fn new(settings: Settings, kvm: Kvm, console: Arc<Console>) -> Self {
+    pub fn new(
+        settings: Settings,
+        kvm: Kvm,
+        console: Arc<Console>,
+        virtio_console: Option<Arc<Console>>,
+    ) -> Self {
         let (events, _) = broadcast::channel(EVENT_BACKLOG);
         let (exit, _) = watch::channel(None);
         let state = State {
@@ -205,8 +227,10 @@ impl Instance {
             settings,
             kvm,
             console,
+            virtio_console,
             state: Mutex::new(state),
             guest_events: Arc::default(),
+            balloon_changed: Arc::default(),
             events,
             parameters: Arc::default(),
             exit,
@@ -241,8 +265,26 @@ impl Instance {
         }
     }
 
-    /// Does what guests' own resets and power-offs ask for, as they come. Never returns.
+    /// Does what guests' own resets and power-offs ask for, as they come, and tells of their
+    /// balloons. Never returns.
     pub async fn serve_guest_events(&self) {
+        tokio::join!(self.serve_vcpu_events(), self.tell_balloon_changes());
+    }
+
+    /// A guest could fill the events' queue: they come once a second at most, as in QEMU.
+    async fn tell_balloon_changes(&self) {
+        loop {
+            self.0.balloon_changed.notified().await;
+            let guest = self.0.state().guest.clone();
+            if let Some(balloon) = guest.as_ref().and_then(|guest| guest.devices().balloon()) {
+                let actual = balloon.actual();
+                self.0.emit(EventKind::BalloonChange { actual });
+            }
+            tokio::time::sleep(BALLOON_EVENT_INTERVAL).await;
+        }
+    }
+
+    async fn serve_vcpu_events(&self) {
         loop {
             self.0.guest_events.arrived().await;
             let mut state = self.0.state();

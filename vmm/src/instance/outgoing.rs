@@ -8,18 +8,20 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use devices::disk::Disk;
-use migration::bitmap::PageBitmap;
+use devices::virtio::balloon::hints::FreePages;
+use migration::bitmap::{PageBitmap, PageRun};
 use migration::cancel::Cancel;
 use migration::clock::MonotonicClock;
 use migration::convergence::Costs;
 use migration::disk::SourceDisk;
-use migration::layout::{GuestRam, Layout};
+use migration::layout::{GuestRam, Layout, PAGE_SIZE};
 use migration::link::Deadlines;
 use migration::progress::{Observer, Progress, Status};
 use migration::section::Section;
 use migration::source::{self, Guest, Job, Outcome, Peer};
 use migration::vm::{Blob, Offer, Pause, SourceVm, VmError};
 use tracing::{debug, error};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::leaving_disk::{self, LeavingDisk};
 use super::offer::{FileIdentity, INITRD, KERNEL, MovingMachine};
@@ -234,10 +236,30 @@ impl SourceVm for Source {
         let mut log = self.guest.vm().dirty_log()?;
         log.start(self.guest.vm())?;
         self.log = Some(log);
-        Ok(())
+        let hints = self.start_hints();
+        if hints.is_err() {
+            self.stop_dirty_log();
+        }
+        hints
+    }
+
+    fn free_pages(&mut self) -> Vec<PageRun> {
+        let Some(balloon) = self.guest.devices().balloon() else {
+            return Vec::new();
+        };
+        let hints = balloon.take_hints();
+        if !hints.is_empty() {
+            let bytes: u64 = hints.iter().map(|hint| hint.len).sum();
+            debug!(hints = hints.len(), bytes, "the guest has free pages");
+        }
+        hints
+            .iter()
+            .flat_map(|hint| page_runs(self.guest.ram(), hint))
+            .collect()
     }
 
     fn harvest_dirty(&mut self, dirty: &mut PageBitmap) -> Result<(), VmError> {
+        self.stop_hints();
         if self.shared.state().run != RunState::FinishMigrate {
             // The images must be durable at the hand-over: what is left for it shall be little.
             backends::flush(self.guest.disks())?;
@@ -309,11 +331,60 @@ impl SourceVm for Source {
     }
 
     fn stop_dirty_log(&mut self) {
+        self.stop_hints();
         if let Some(mut log) = self.log.take() {
             log.stop(self.guest.vm());
         }
     }
 }
+
+impl Source {
+    /// Asks the guest for pages that need not be sent, if it gives such.
+    fn start_hints(&mut self) -> Result<(), VmError> {
+        let (Some(log), Some(balloon)) = (&mut self.log, self.guest.devices().balloon()) else {
+            return Ok(());
+        };
+        if balloon.gives_hints() {
+            // Armed for all of the RAM before the guest is asked: see `hints` of the balloon.
+            let pages = Layout::of(self.guest.ram())?.pages();
+            let all = PageBitmap::full(pages);
+            for first in (0..pages).step_by(ARM_PAGES as usize) {
+                log.protect(self.guest.vm(), &all, first, ARM_PAGES.min(pages - first))?;
+            }
+            balloon.start_hints();
+        }
+        Ok(())
+    }
+
+    fn stop_hints(&self) {
+        if let Some(balloon) = self.guest.devices().balloon() {
+            balloon.stop_hints();
+        }
+    }
+}
+
+/// The numbers of free pages, which may lie in more than one region.
+fn page_runs(ram: &GuestRam, free: &FreePages) -> Vec<PageRun> {
+    let mut runs = Vec::new();
+    let mut first = 0;
+    for region in ram.iter() {
+        let start = region.start_addr().0;
+        let from = free.address.max(start);
+        let to = (free.address + free.len).min(start + region.len());
+        if from < to {
+            runs.push(PageRun {
+                first: first + (from - start) / PAGE_SIZE,
+                count: (to - from) / PAGE_SIZE,
+            });
+        }
+        first += region.len() / PAGE_SIZE;
+    }
+    runs
+}
+
+/// How many pages of the log are armed at a time for hints: 1 GiB. KVM holds up page faults
+/// meanwhile.
+const ARM_PAGES: u64 = 1 << 18;
 
 const LOG_IS_OFF: &str = "the dirty log is off";
 const NO_FILES: &str = "the machine has no kernel";

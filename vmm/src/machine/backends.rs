@@ -8,6 +8,7 @@ use devices::image::{self, Image, ImageConfig};
 use devices::virtio::blk::errors::ErrorSink;
 
 use super::config::{BlockConfig, DiskOptions, Given};
+use crate::console::Console;
 
 /// Why something of the host can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +29,8 @@ pub struct Backends {
     disks: Vec<Arc<Disk>>,
     /// Where disks' errors are told.
     pub(super) errors: Arc<dyn ErrorSink>,
+    /// What the virtio console is connected to; without one its output is thrown away.
+    pub console: Option<Arc<Console>>,
 }
 
 impl Backends {
@@ -51,7 +54,11 @@ impl Backends {
             };
             disks.push(Arc::new(disk));
         }
-        Ok(Self { disks, errors })
+        Ok(Self {
+            disks,
+            errors,
+            console: None,
+        })
     }
 
     /// The disks.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use devices::image::{Cache, Format};
+pub use devices::virtio::balloon::Options as BalloonOptions;
 use serde::{Deserialize, Serialize};
 
 use super::backends::Backends;
@@ -36,6 +37,10 @@ pub enum VirtioConfig {
     Rng,
     /// A disk.
     Block(BlockConfig),
+    /// A memory balloon.
+    Balloon(BalloonOptions),
+    /// A console.
+    Console,
 }
 
 /// A disk, as its guest sees it.
@@ -84,6 +89,8 @@ impl VirtioConfig {
         match self {
             Self::Rng => "virtio-rng",
             Self::Block(_) => "virtio-blk",
+            Self::Balloon(_) => "virtio-balloon",
+            Self::Console => "virtio-console",
         }
     }
 }
@@ -108,6 +115,10 @@ pub struct Given {
     pub disks: Vec<DiskOptions>,
     /// `--rng`.
     pub rng: bool,
+    /// `--balloon`.
+    pub balloon: Option<BalloonOptions>,
+    /// Whether `--console` was given. What it is connected to is the host's matter.
+    pub console: bool,
 }
 
 impl Given {
@@ -137,6 +148,10 @@ impl Given {
             .collect();
         if self.rng {
             virtio.push(VirtioConfig::Rng);
+        }
+        virtio.extend(self.balloon.map(VirtioConfig::Balloon));
+        if self.console {
+            virtio.push(VirtioConfig::Console);
         }
         virtio
     }
@@ -172,6 +187,25 @@ impl Given {
         compare("--append", self.command_line.clone(), command_line.clone());
         if self.rng && !virtio.contains(&VirtioConfig::Rng) {
             differences.push("--rng is given at the destination, but not at the source".to_owned());
+        }
+        if self.console && !virtio.contains(&VirtioConfig::Console) {
+            differences
+                .push("--console is given at the destination, but not at the source".to_owned());
+        }
+        if let Some(here) = self.balloon {
+            let there = virtio.iter().find_map(|device| match device {
+                VirtioConfig::Balloon(there) => Some(*there),
+                _ => None,
+            });
+            match there {
+                None => differences.push(
+                    "--balloon is given at the destination, but not at the source".to_owned(),
+                ),
+                Some(there) if there != here => differences.push(format!(
+                    "--balloon is \"{here}\" at the destination, but \"{there}\" at the source"
+                )),
+                Some(_) => {}
+            }
         }
         differences.extend(self.disk_differences(virtio));
         differences
@@ -242,7 +276,10 @@ mod tests {
             vcpus: 2,
             cpu: "host".to_owned(),
             command_line: "rate=5".to_owned(),
-            virtio: vec![],
+            virtio: vec![VirtioConfig::Balloon(BalloonOptions {
+                deflate_on_oom: true,
+                ..BalloonOptions::default()
+            })],
         };
         assert!(Given::default().differences(&arriving).is_empty());
         let given = Given {
@@ -250,6 +287,8 @@ mod tests {
             vcpus: Some(4),
             command_line: Some(String::new()),
             rng: true,
+            console: true,
+            balloon: Some(BalloonOptions::default()),
             ..Given::default()
         };
         assert_eq!(
@@ -258,6 +297,10 @@ mod tests {
                 "--smp is \"4\" at the destination, but \"2\" at the source",
                 "--append is \"\" at the destination, but \"rate=5\" at the source",
                 "--rng is given at the destination, but not at the source",
+                "--console is given at the destination, but not at the source",
+                "--balloon is \"free-page-reporting=off,free-page-hint=off,deflate-on-oom=off\" at \
+                 the destination, but \
+                 \"free-page-reporting=off,free-page-hint=off,deflate-on-oom=on\" at the source",
             ]
         );
     }

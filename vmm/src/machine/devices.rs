@@ -9,12 +9,13 @@ use devices::i8042::I8042;
 use devices::power::{self, Pm1, ResetPort};
 use devices::serial::{self, Serial};
 use devices::state::StateError;
+use devices::virtio::balloon::Balloon;
 use devices::{InterruptLine, LevelLine};
 use migration::section::{Section, SectionError, Sections};
 
 use super::backends::Backends;
 use super::config::VirtioConfig;
-use super::virtio::{VirtioDevices, VirtioError};
+use super::virtio::{ConsoleInput, VirtioDevices, VirtioError};
 use crate::boot::VirtioMmioSlot;
 use crate::console::SerialInput;
 use crate::kvm::Vm;
@@ -127,6 +128,17 @@ impl Devices {
             device.reset();
         }
         self.virtio.reset();
+    }
+
+    /// The memory balloon, if there is one.
+    pub fn balloon(&self) -> Option<&Arc<Balloon>> {
+        self.virtio.handles().balloon.as_ref()
+    }
+
+    /// Where the virtio console takes input, if there is one.
+    pub fn console_input(&self) -> Option<Arc<dyn SerialInput>> {
+        let console = Arc::clone(self.virtio.handles().console.as_ref()?);
+        Some(Arc::new(ConsoleInput(console)))
     }
 
     /// Where the virtio devices are.

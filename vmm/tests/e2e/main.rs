@@ -9,7 +9,9 @@
     reason = "tests: a failure is a panic"
 )]
 
+mod balloon;
 mod boot;
+mod console;
 mod control;
 mod disk;
 mod failure;

@@ -83,6 +83,20 @@ impl From<CommandError> for Failure {
 /// Every command, by name.
 pub const COMMANDS: &[Command] = &[
     Command {
+        names: &["balloon"],
+        parameters: "value",
+        help: "ask the guest to have that much memory, in MiB or with a unit (1G)",
+        completion: Completion::None,
+        run: |session, mut words| {
+            let word = words.required()?;
+            words.finish()?;
+            let bytes = parse_size(&word, 1 << 20)
+                .map_err(|error| CommandError::generic(error.to_string()))?;
+            session.machine().set_balloon(bytes)?;
+            Ok(Reply::nothing())
+        },
+    },
+    Command {
         names: &["cont", "c"],
         parameters: "",
         help: "run the guest, or run it on",

@@ -22,6 +22,12 @@ pub struct Topic {
 /// All that `info` shows, by name.
 pub const TOPICS: &[Topic] = &[
     Topic {
+        name: "balloon",
+        parameters: "",
+        help: "the memory that the guest has with its balloon, and what it tells of it",
+        show: balloon,
+    },
+    Topic {
         name: "cpus",
         parameters: "",
         help: "the vCPUs and their threads",
@@ -109,6 +115,18 @@ fn status(session: &Session, _: &mut Words) -> Result<String, Failure> {
         RunState::Paused => "VM status: paused\n".to_owned(),
         state => format!("VM status: paused ({state})\n"),
     })
+}
+
+fn balloon(session: &Session, _: &mut Words) -> Result<String, Failure> {
+    let info = session.machine().balloon()?;
+    let mut text = format!("balloon: actual={}\n", info.actual >> 20);
+    if let Some(told) = info.ferry {
+        let _ = writeln!(text, "guest statistics, {} ms old:", told.guest_stats_age);
+        for (name, value) in told.guest_stats {
+            let _ = writeln!(text, "  {name}: {value}");
+        }
+    }
+    Ok(text)
 }
 
 fn cpus(session: &Session, _: &mut Words) -> Result<String, Failure> {

@@ -16,6 +16,7 @@ type Handler = fn(&Arc<dyn Control>, Arguments) -> CommandResult<Value>;
 
 /// Every command but `qmp_capabilities`, which only opens a session.
 const COMMANDS: &[(&str, Handler)] = &[
+    ("balloon", balloon),
     ("cont", |machine, arguments| {
         nothing(arguments, || machine.cont())
     }),
@@ -27,6 +28,11 @@ const COMMANDS: &[(&str, Handler)] = &[
     ("migrate-incoming", migrate_incoming),
     ("migrate-set-capabilities", migrate_set_capabilities),
     ("migrate-set-parameters", migrate_set_parameters),
+    ("query-balloon", |machine, arguments| {
+        arguments.finish()?;
+        let info = machine.balloon()?;
+        serde_json::to_value(info).map_err(|error| CommandError::generic(error.to_string()))
+    }),
     ("query-commands", query_commands),
     ("query-cpus-fast", query_cpus_fast),
     ("query-migrate", |machine, arguments| {
@@ -91,6 +97,12 @@ fn nothing(
 fn query<T: Serialize>(arguments: Arguments, get: impl FnOnce() -> T) -> CommandResult<Value> {
     arguments.finish()?;
     serde_json::to_value(get()).map_err(|error| CommandError::generic(error.to_string()))
+}
+
+fn balloon(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResult<Value> {
+    let value = arguments.unsigned("value")?;
+    let value = arguments.required("value", value)?;
+    nothing(arguments, || machine.set_balloon(value))
 }
 
 fn query_commands(_: &Arc<dyn Control>, arguments: Arguments) -> CommandResult<Value> {

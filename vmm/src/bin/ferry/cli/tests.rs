@@ -88,6 +88,29 @@ fn qemus_forms_of_memory_serial_and_monitor_are_read() {
 }
 
 #[test]
+fn a_balloon_has_what_is_not_switched_off() {
+    let balloon = |line: &str| {
+        let options = run(&format!("--kernel k {line}")).balloon.unwrap();
+        (
+            options.free_page_reporting,
+            options.free_page_hint,
+            options.deflate_on_oom,
+        )
+    };
+    assert_eq!(balloon("--balloon"), (true, true, true));
+    assert_eq!(balloon("--balloon --paused"), (true, true, true));
+    assert_eq!(
+        balloon("--balloon free-page-hint=off,deflate-on-oom=on"),
+        (true, false, true)
+    );
+    assert_eq!(
+        balloon("--balloon=free-page-reporting=off,deflate-on-oom=off"),
+        (false, true, false)
+    );
+    assert_eq!(run("--kernel k").balloon, None);
+}
+
+#[test]
 fn what_is_wrong_is_named() {
     for (line, part) in [
         ("run", "there is nothing to run"),
@@ -116,6 +139,26 @@ fn what_is_wrong_is_named() {
         ),
         (
             "run --kernel k --qmp unix:/a --monitor unix:/a",
+            "more than one socket",
+        ),
+        (
+            "run --kernel k --balloon free-page-reporting=maybe",
+            "'free-page-reporting' is on or off, not 'maybe'",
+        ),
+        (
+            "run --kernel k --balloon size=1G",
+            "'size' is not known: expected free-page-reporting",
+        ),
+        (
+            "run --kernel k --console tcp::1",
+            "expected stdio, file:PATH",
+        ),
+        (
+            "run --kernel k --console stdio --serial stdio",
+            "can't both be on stdio",
+        ),
+        (
+            "run --kernel k --console unix:/a --qmp unix:/a",
             "more than one socket",
         ),
         (

@@ -10,6 +10,7 @@ use vmm::control::command::{ParameterChange, Uri};
 use vmm::control::size::parse_size;
 
 use vmm::kvm::MAX_VCPUS;
+use vmm::machine::config::BalloonOptions;
 use vmm::memory::MIN_RAM;
 
 /// `--serial`.
@@ -23,6 +24,35 @@ pub(crate) fn serial(text: &str) -> Result<SerialBackend, String> {
         Some(("unix", rest)) => Ok(SerialBackend::Unix(unix_socket(rest)?)),
         _ => Err("expected stdio, file:PATH, unix:PATH, pty or none".into()),
     }
+}
+
+/// `--balloon`: what is not named is on.
+pub(crate) fn balloon(text: &str) -> Result<BalloonOptions, String> {
+    let mut options = BalloonOptions {
+        free_page_reporting: true,
+        free_page_hint: true,
+        deflate_on_oom: true,
+    };
+    for field in text.split(',').filter(|_| !text.is_empty()) {
+        let (name, value) = field.split_once('=').unwrap_or((field, "on"));
+        let option = match name {
+            "free-page-reporting" => &mut options.free_page_reporting,
+            "free-page-hint" => &mut options.free_page_hint,
+            "deflate-on-oom" => &mut options.deflate_on_oom,
+            _ => {
+                return Err(format!(
+                    "'{name}' is not known: expected free-page-reporting, free-page-hint or \
+                     deflate-on-oom"
+                ));
+            }
+        };
+        *option = match value {
+            "on" => true,
+            "off" => false,
+            _ => return Err(format!("'{name}' is on or off, not '{value}'")),
+        };
+    }
+    Ok(options)
 }
 
 /// `--monitor`.

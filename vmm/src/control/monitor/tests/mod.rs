@@ -48,6 +48,8 @@ fn actions_reach_the_machine_under_both_names() {
         "c",
         "system_reset",
         "system_powerdown",
+        "balloon 256",
+        "balloon 1G",
         "migrate_cancel",
         "quit",
         "q",
@@ -65,6 +67,8 @@ fn actions_reach_the_machine_under_both_names() {
             "cont",
             "system_reset",
             "system_powerdown",
+            "balloon 268435456",
+            "balloon 1073741824",
             "migrate_cancel",
             "quit HostQmpQuit",
             "quit HostQmpQuit"
@@ -158,6 +162,15 @@ fn every_command_and_topic_has_help() {
 #[test]
 fn info_shows_the_machine() {
     let (machine, mut session) = session();
+    assert_eq!(done(&mut session, "info balloon"), "balloon: actual=512\n");
+    machine.state().balloon.ferry = Some(FerryBalloonInfo {
+        guest_stats: vec![("stat-free-memory", 4096)],
+        guest_stats_age: 7,
+    });
+    assert_eq!(
+        done(&mut session, "info balloon"),
+        "balloon: actual=512\nguest statistics, 7 ms old:\n  stat-free-memory: 4096\n"
+    );
     assert_eq!(done(&mut session, "info name"), "fake\n");
     assert_eq!(done(&mut session, "info status"), "VM status: running\n");
     machine.state().run_state = RunState::Paused;

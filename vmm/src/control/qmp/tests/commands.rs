@@ -15,6 +15,7 @@ async fn queries_answer_in_the_shape_of_the_schema() {
             "query-status",
             json!({"running": true, "status": "running"}),
         ),
+        ("query-balloon", json!({"actual": 512 << 20})),
         ("query-migrate", json!({})),
         (
             "query-migrate-parameters",
@@ -72,6 +73,7 @@ async fn every_listed_command_exists_and_refuses_unknown_arguments() {
     for name in names.into_iter().filter(|name| *name != "qmp_capabilities") {
         // What a command needs, so that the unknown argument is all that is wrong.
         let mut arguments = match name {
+            "balloon" => json!({"value": 1}),
             "migrate" | "migrate-incoming" => json!({"uri": "tcp:h:1"}),
             "migrate-set-capabilities" => json!({"capabilities": []}),
             "human-monitor-command" => json!({"command-line": "stop"}),
