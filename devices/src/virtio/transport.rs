@@ -298,7 +298,7 @@ impl VirtioMmio {
     fn reset_with(&self, registers: &mut Registers) {
         self.device.reset();
         for queue in self.queues.iter() {
-            queue.ring().reset();
+            queue.reset();
             queue.notifier().consume();
         }
         self.interrupt.restore(0, 0);
@@ -354,15 +354,20 @@ impl SaveRestore for VirtioMmio {
             .iter()
             .map(|queue| queue.ring().max_size())
             .collect();
+        let missing = saved.driver_features & !self.features();
         let restored = saved.check(
             &self.name,
             self.device.kind() as u32,
             self.features(),
+            self.device.explain_missing(missing).as_deref(),
             &sizes,
             &self.memory,
         )?;
         let mut registers = self.registers();
-        self.reset_with(&mut registers);
+        // A device as after power-on has taken on its own state, which a reset would undo.
+        if *registers != Registers::default() {
+            self.reset_with(&mut registers);
+        }
         *registers = restored.registers;
         for (queue, ring) in self.queues.iter().zip(restored.rings) {
             *queue.ring() = ring;

@@ -13,6 +13,7 @@ pub use super::migration::{
     MigrationInfo, MigrationParameters, MigrationRound, MigrationStats, MigrationStatus,
     ParameterChange,
 };
+pub use super::network::{AnnounceChange, AnnounceParameters, AnnounceRequest, NetworkInfo};
 pub use super::run_state::{CpuInfo, RunState, StatusInfo};
 
 /// The result of a command.
@@ -50,6 +51,15 @@ pub trait Control: Send + Sync {
     /// Presses the machine's power button: what follows is the guest's to decide. Sends
     /// [`EventKind::Powerdown`].
     fn system_powerdown(&self) -> CommandResult<()>;
+
+    /// The network cards, in their order. Empty while a destination does not know them yet.
+    fn networks(&self) -> Vec<NetworkInfo>;
+
+    /// Plugs a network card's cable in or out.
+    fn set_link(&self, name: &str, up: bool) -> CommandResult<()>;
+
+    /// Tells the network where the guest is, in the background.
+    fn announce_self(&self, request: AnnounceRequest) -> CommandResult<()>;
 
     /// Ends the process, soon: the answer to this command is still delivered.
     fn quit(&self, cause: ShutdownCause);

@@ -9,9 +9,9 @@ use super::incoming::Incoming;
 use super::outgoing::Outgoing;
 use super::{Exit, Instance, State, info};
 use crate::control::command::{
-    CommandError, CommandResult, Control, CpuInfo, Event, EventKind, MigrateRequest,
-    MigrationCapabilityStatus, MigrationInfo, MigrationParameters, MigrationStatus,
-    ParameterChange, RunState, ShutdownCause, StatusInfo, Uri,
+    AnnounceRequest, CommandError, CommandResult, Control, CpuInfo, Event, EventKind,
+    MigrateRequest, MigrationCapabilityStatus, MigrationInfo, MigrationParameters, MigrationStatus,
+    NetworkInfo, ParameterChange, RunState, ShutdownCause, StatusInfo, Uri,
 };
 use crate::machine::Machine;
 
@@ -134,6 +134,18 @@ impl Control for Instance {
         }
     }
 
+    fn networks(&self) -> Vec<NetworkInfo> {
+        self.network_info()
+    }
+
+    fn set_link(&self, name: &str, up: bool) -> CommandResult<()> {
+        self.plug_link(name, up)
+    }
+
+    fn announce_self(&self, request: AnnounceRequest) -> CommandResult<()> {
+        self.announce(request)
+    }
+
     fn quit(&self, cause: ShutdownCause) {
         self.0.exit(cause, Exit::Success);
     }
@@ -217,11 +229,12 @@ impl Control for Instance {
     }
 
     fn parameters(&self) -> MigrationParameters {
-        info::parameters(&self.0.parameters)
+        info::parameters(&self.0.parameters, self.0.state().announce)
     }
 
     fn set_parameters(&self, change: ParameterChange) -> CommandResult<()> {
         change.check()?;
+        change.announce.apply(&mut self.0.state().announce);
         info::change(&self.0.parameters, change)
     }
 
@@ -259,7 +272,7 @@ impl Instance {
     }
 }
 
-fn handing_over(command: &str) -> CommandError {
+pub(super) fn handing_over(command: &str) -> CommandError {
     CommandError::generic(format!(
         "the guest is being handed over to the destination: '{command}' is possible before or \
          after that"

@@ -7,10 +7,12 @@
 //! There is one lock, on [`State`]. It is held for short, bounded work only: pausing the vCPUs is
 //! the longest. Nobody waits for a peer under it.
 
+mod announce;
 mod commands;
 mod guest_events;
 mod incoming;
 mod info;
+mod network;
 mod offer;
 mod outgoing;
 
@@ -21,11 +23,12 @@ use migration::uri::Uri;
 use tokio::sync::{broadcast, watch};
 use tracing::{error, info};
 
+use self::announce::Announcement;
 use self::guest_events::GuestEvents;
 use self::incoming::Incoming;
 use self::outgoing::Outgoing;
 use crate::console::{Console, SerialInput};
-use crate::control::command::{Event, EventKind, RunState, ShutdownCause};
+use crate::control::command::{AnnounceParameters, Event, EventKind, RunState, ShutdownCause};
 use crate::cpuid::GuestCpu;
 use crate::kvm::Kvm;
 use crate::machine::backends::Backends;
@@ -85,6 +88,10 @@ struct State {
     outgoing: Option<Outgoing>,
     /// The migration to here, for a process that was started with `--incoming`.
     incoming: Option<Incoming>,
+    /// How a guest that has arrived is announced to the network.
+    announce: AnnounceParameters,
+    /// The announcement under way, or the last one.
+    announcement: Option<Announcement>,
     /// Whether an arriving guest is to run.
     autostart: bool,
     /// QEMU's capability of that name: whether MIGRATION and MIGRATION_PASS are sent.
@@ -179,6 +186,8 @@ impl Instance {
             guest: None,
             outgoing: None,
             incoming: None,
+            announce: AnnounceParameters::default(),
+            announcement: None,
             autostart: !settings.paused,
             migration_events: true,
         };
@@ -200,7 +209,8 @@ impl Instance {
         let shared = &*self.0;
         let given = &shared.settings.given;
         let backends = Backends::open(given)?;
-        let machine = shared.build(given.configuration(), None, backends)?;
+        let config = given.configuration(&backends)?;
+        let machine = shared.build(config, None, backends)?;
         machine.set_files(files);
         machine.boot()?;
         let mut state = shared.state();
@@ -245,7 +255,8 @@ impl Instance {
                 error!("a migration thread panicked");
             }
         }
-        let state = shared.state();
+        let mut state = shared.state();
+        state.announcement = None;
         if let Some(guest) = &state.guest {
             guest.pause();
         }

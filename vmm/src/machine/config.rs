@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
+use devices::virtio::net::{MacAddress, NetConfig};
 use serde::{Deserialize, Serialize};
+
+use super::backends::{BackendError, Backends};
 
 /// The RAM of a machine whose user didn't say, in bytes: 128 MiB, as in QEMU.
 pub const DEFAULT_MEMORY: u64 = 128 << 20;
@@ -31,6 +34,8 @@ pub struct MachineConfig {
 pub enum VirtioConfig {
     /// An entropy source.
     Rng,
+    /// A network card.
+    Net(NetConfig),
 }
 
 impl VirtioConfig {
@@ -38,7 +43,27 @@ impl VirtioConfig {
     pub fn kind_name(&self) -> &'static str {
         match self {
             Self::Rng => "virtio-rng",
+            Self::Net(_) => "virtio-net",
         }
+    }
+}
+
+/// A network card, as given with `--net`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GivenNet {
+    /// `ifname`: the host's tap interface; `%d` in it stands for a number.
+    pub ifname: String,
+    /// `mac`.
+    pub mac: Option<MacAddress>,
+    /// `id`: how commands call it.
+    pub id: Option<String>,
+}
+
+impl GivenNet {
+    /// How commands call the network card of that index.
+    pub fn id_at(&self, index: usize) -> String {
+        let id = self.id.clone();
+        id.unwrap_or_else(|| format!("net{index}"))
     }
 }
 
@@ -60,27 +85,30 @@ pub struct Given {
     pub initrd: Option<PathBuf>,
     /// `--rng`.
     pub rng: bool,
+    /// `--net`, each time.
+    pub net: Vec<GivenNet>,
 }
 
 impl Given {
-    /// The configuration of a machine that is started here.
-    pub fn configuration(&self) -> MachineConfig {
-        MachineConfig {
+    /// The configuration of a machine that is started here, with these back ends.
+    pub fn configuration(&self, backends: &Backends) -> Result<MachineConfig, BackendError> {
+        Ok(MachineConfig {
             memory: self.memory.unwrap_or(DEFAULT_MEMORY),
             vcpus: self.vcpus.unwrap_or(1),
             cpu: self.cpu.clone().unwrap_or_else(|| DEFAULT_CPU.to_owned()),
             command_line: self.command_line.clone().unwrap_or_default(),
-            virtio: self.virtio(),
-        }
+            virtio: self.virtio(backends)?,
+        })
     }
 
     /// The virtio devices of a machine that is started here.
-    fn virtio(&self) -> Vec<VirtioConfig> {
+    fn virtio(&self, backends: &Backends) -> Result<Vec<VirtioConfig>, BackendError> {
         let mut virtio = Vec::new();
         if self.rng {
             virtio.push(VirtioConfig::Rng);
         }
-        virtio
+        virtio.extend(backends.net_configs(self)?);
+        Ok(virtio)
     }
 
     /// What was given here and differs from the machine that arrives: a sentence each.
@@ -114,6 +142,39 @@ impl Given {
         compare("--append", self.command_line.clone(), command_line.clone());
         if self.rng && !virtio.contains(&VirtioConfig::Rng) {
             differences.push("--rng is given at the destination, but not at the source".to_owned());
+        }
+        differences.extend(self.net_differences(virtio));
+        differences
+    }
+
+    /// Taps are the host's own, so that each side must say which.
+    fn net_differences(&self, arriving: &[VirtioConfig]) -> Vec<String> {
+        let arriving: Vec<_> = arriving
+            .iter()
+            .filter_map(|config| match config {
+                VirtioConfig::Net(net) => Some(net),
+                _ => None,
+            })
+            .collect();
+        let mut differences = Vec::new();
+        if self.net.len() != arriving.len() {
+            differences.push(format!(
+                "the guest's network devices are {} in number, but --net is given {} times at the \
+                 destination: give it once for each, in their order (--net tap,ifname=NAME)",
+                arriving.len(),
+                self.net.len()
+            ));
+        }
+        for (index, (here, there)) in self.net.iter().zip(arriving).enumerate() {
+            if let Some(mac) = here.mac
+                && mac != there.mac
+            {
+                differences.push(format!(
+                    "the MAC address of network device {index} is {mac} at the destination, but \
+                     {} at the source",
+                    there.mac
+                ));
+            }
         }
         differences
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use devices::state::{SaveRestore, StateError};
 use devices::virtio::VirtioDevice;
+use devices::virtio::net::Net;
 use devices::virtio::rng::Rng;
 use devices::virtio::transport::{MMIO_LEN, QUEUE_NOTIFY, VirtioMmio};
 use migration::section::{Section, Sections};
@@ -41,6 +42,8 @@ const _: () = assert!(MMIO_LEN == VirtioMmioSlot::LEN);
 /// The virtio devices by slot.
 pub(super) struct VirtioDevices {
     slots: Vec<VirtioMmio>,
+    /// The network cards among them, by their names in commands.
+    nets: Vec<(String, Arc<Net>)>,
 }
 
 impl VirtioDevices {
@@ -51,13 +54,14 @@ impl VirtioDevices {
         mut backends: Backends,
     ) -> Result<Self, VirtioError> {
         let mut slots = Vec::new();
+        let mut nets = Vec::new();
         for (slot, config) in configs.iter().enumerate() {
             let place = VirtioMmioSlot::of(slot).ok_or(VirtioError::TooMany(configs.len()))?;
             let failed = |source| VirtioError::Device {
                 device: config.kind_name(),
                 source,
             };
-            let device = device(config, &mut backends).map_err(failed)?;
+            let device = device(config, &mut backends, &mut nets).map_err(failed)?;
             let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(failed)?;
             vm.register_irqfd(&irqfd, place.gsi)?;
             let transport =
@@ -67,7 +71,12 @@ impl VirtioDevices {
             }
             slots.push(transport);
         }
-        Ok(Self { slots })
+        Ok(Self { slots, nets })
+    }
+
+    /// The network cards by their names in commands.
+    pub(super) fn nets(&self) -> &[(String, Arc<Net>)] {
+        &self.nets
     }
 
     /// Where they are.
@@ -164,8 +173,22 @@ fn section(name: &str, state: &dyn SaveRestore) -> Result<Section, StateError> {
 }
 
 /// Makes the device that `config` describes, out of what it uses of the host.
-fn device(config: &VirtioConfig, _backends: &mut Backends) -> io::Result<Arc<dyn VirtioDevice>> {
+fn device(
+    config: &VirtioConfig,
+    backends: &mut Backends,
+    nets: &mut Vec<(String, Arc<Net>)>,
+) -> io::Result<Arc<dyn VirtioDevice>> {
     Ok(match config {
         VirtioConfig::Rng => Arc::new(Rng::new()?),
+        VirtioConfig::Net(config) => {
+            // As many as there are cards, which was checked when a guest arrived.
+            let (id, tap) = backends
+                .net
+                .pop_front()
+                .ok_or_else(|| io::Error::other("there is no tap for it"))?;
+            let net = Arc::new(Net::new(nets.len(), *config, tap)?);
+            nets.push((id, Arc::clone(&net)));
+            net
+        }
     })
 }

@@ -18,6 +18,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 pub(crate) use values::{Incoming, MonitorSpec, QmpSpec};
 use vmm::console::SerialBackend;
 use vmm::cpuid::Model;
+use vmm::machine::config::GivenNet;
 
 /// What is logged unless the user says otherwise: what went wrong, and what becomes of the guest.
 const DEFAULT_LOG: &str = "warn,vmm::instance=info";
@@ -96,6 +97,16 @@ pub(crate) struct RunOptions {
     /// Give the guest an entropy source (virtio-rng)
     #[arg(long, help_heading = "Devices")]
     pub(crate) rng: bool,
+    /// Give the guest a network card (virtio-net) on a tap interface of the host's, which is
+    /// created if it isn't there; can be given several times
+    /// [default: a random MAC address; id net0, net1, …]
+    #[arg(
+        long,
+        value_name = "tap,ifname=NAME[,mac=MAC][,id=ID]",
+        value_parser = values::net,
+        help_heading = "Devices"
+    )]
+    pub(crate) net: Vec<GivenNet>,
 
     /// The guest's serial port: stdio, file:PATH, unix:PATH, pty or none [default: stdio]
     #[arg(
@@ -206,6 +217,7 @@ impl RunOptions {
         {
             return Err("--monitor stdio was given more than once".into());
         }
+        values::check_nets(&self.net)?;
         let mut paths: Vec<&PathBuf> = self.monitor.iter().filter_map(MonitorSpec::path).collect();
         paths.extend(self.qmp.iter().filter_map(QmpSpec::path));
         if let Some(SerialBackend::Unix(path)) = &self.serial {

@@ -157,6 +157,7 @@ fn settings(options: &RunOptions) -> Settings {
             kernel: options.kernel.clone(),
             initrd: options.initrd.clone(),
             rng: options.rng,
+            net: options.net.clone(),
         },
         paused: options.paused,
         no_reboot: options.no_reboot,
