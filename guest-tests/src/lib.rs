@@ -26,9 +26,13 @@
 //! What each guest does, and how to add one, is in `docs/guests.md`.
 
 pub mod driver;
+pub mod image;
 mod serial;
 
-pub use guests::{Hex, Malformed, Maybe, Name, Size, boot, clock, dirtier, echo, fault, state};
+pub use guests::{
+    Hex, Malformed, Maybe, Name, Size, block, boot, clock, dirtier, disk, echo, fault, mmio, net,
+    state, virtio,
+};
 pub use serial::{Event, MAX_LINE, Reader};
 
 macro_rules! image {
@@ -45,6 +49,12 @@ pub const STATE: &[u8] = image!("state");
 pub const CLOCK: &[u8] = image!("clock");
 /// Echoes what it receives: see [`echo`].
 pub const ECHO: &[u8] = image!("echo");
+/// Writes virtio-blk disks and verifies what it wrote, or measures them: see [`disk`].
+pub const DISK: &[u8] = image!("disk");
+/// Answers ARP, pings and UDP, and sends numbered datagrams: see [`net`].
+pub const NET: &[u8] = image!("net");
+/// Uses a virtio-rng, a virtio-console and a virtio-balloon: see [`virtio`].
+pub const VIRTIO: &[u8] = image!("virtio");
 /// Says how it was booted: see [`boot`].
 pub const BOOT: &[u8] = image!("boot");
 /// The same without a PVH note, for the 64-bit boot protocol of Linux.
@@ -80,6 +90,9 @@ mod tests {
             (STATE, true),
             (CLOCK, true),
             (ECHO, true),
+            (DISK, true),
+            (NET, true),
+            (VIRTIO, true),
             (BOOT, true),
             (BOOT_LINUX64, false),
         ] {

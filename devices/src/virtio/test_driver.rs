@@ -240,6 +240,14 @@ impl TestDriver {
             .unwrap();
     }
 
+    /// Says after which index of the used ring to interrupt.
+    pub(crate) fn set_used_event(&self, index: usize, event: u16) {
+        let size = self.state.lock().unwrap().queues[index].size;
+        let rings = RINGS + index as u64 * RING_LEN;
+        let place = GuestAddress(rings + AVAILABLE + 4 + 2 * u64::from(size));
+        self.memory.write_obj(event, place).unwrap();
+    }
+
     pub(crate) fn notify(&self, queue: usize) {
         self.set(QUEUE_NOTIFY, queue as u32);
     }

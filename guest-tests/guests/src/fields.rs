@@ -231,6 +231,10 @@ macro_rules! options {
             pub fn parse(text: &str) -> Result<Self, crate::Malformed<'_>> {
                 let mut options = Self::default();
                 for word in text.split_ascii_whitespace() {
+                    // Where the VMM has put its devices: no option of a guest.
+                    if word.starts_with(crate::mmio::PREFIX) {
+                        continue;
+                    }
                     let (key, value) = word.split_once('=').ok_or(crate::Malformed::Unknown(word))?;
                     match key {
                         $(stringify!($field) => {

@@ -13,13 +13,13 @@ const LANES: usize = 4;
 
 /// Four generators side by side (xorshift128+, Vigna 2014), so that SSE2 can run them: a page
 /// takes a fraction of a microsecond.
-struct Stream {
+pub(crate) struct Stream {
     a: [u64; LANES],
     b: [u64; LANES],
 }
 
 /// SplitMix64 (Steele, Lea and Flood 2014): spreads a seed over all bits.
-fn spread(seed: &mut u64) -> u64 {
+pub(crate) fn spread(seed: &mut u64) -> u64 {
     *seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut mixed = *seed;
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -28,8 +28,7 @@ fn spread(seed: &mut u64) -> u64 {
 }
 
 impl Stream {
-    fn new(page: u64, generation: u32) -> Self {
-        let mut seed = (page << 32) ^ u64::from(generation);
+    pub(crate) fn new(mut seed: u64) -> Self {
         let mut stream = Self {
             a: [0; LANES],
             b: [0; LANES],
@@ -41,7 +40,7 @@ impl Stream {
     }
 
     #[inline(always)]
-    fn next(&mut self) -> [u64; LANES] {
+    pub(crate) fn next(&mut self) -> [u64; LANES] {
         let mut words = [0; LANES];
         for (word, (a, b)) in words.iter_mut().zip(self.a.iter_mut().zip(&mut self.b)) {
             let (mut x, y) = (*a, *b);
@@ -78,7 +77,7 @@ const VOCABULARY: [[u8; 8]; 16] = [
 /// Calls `each` with every four words of the page, in order.
 #[inline(always)]
 fn generate(data: Data, page: u64, generation: u32, mut each: impl FnMut(usize, [u64; LANES])) {
-    let mut stream = Stream::new(page, generation);
+    let mut stream = Stream::new((page << 32) ^ u64::from(generation));
     for group in 0..512 / LANES {
         let words = match data {
             Data::Random => stream.next(),

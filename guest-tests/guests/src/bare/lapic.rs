@@ -41,3 +41,15 @@ pub fn broadcast_init() {
 pub fn broadcast_startup(page: u8) {
     broadcast(0x4600 | u32::from(page));
 }
+
+/// Starts the timer: an interrupt every so many ns (KVM's local APIC counts ns).
+pub fn start_timer(vector: u8, ns: u32) {
+    const LVT_TIMER: u32 = 0x320;
+    const INITIAL_COUNT: u32 = 0x380;
+    const DIVIDE: u32 = 0x3e0;
+    const BY_ONE: u32 = 0xb;
+    const PERIODIC: u32 = 1 << 17;
+    write(DIVIDE, BY_ONE);
+    write(LVT_TIMER, PERIODIC | u32::from(vector));
+    write(INITIAL_COUNT, ns);
+}

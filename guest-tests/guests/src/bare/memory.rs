@@ -58,6 +58,12 @@ pub(crate) fn map(regions: &[Region]) {
     }
 }
 
+/// Whether an address is in the GiB where devices are, all of which is mapped.
+#[must_use]
+pub fn is_device(address: u64) -> bool {
+    address / GIB == DEVICES
+}
+
 fn map_gib(gib: u64) {
     if gib == 0 {
         return;

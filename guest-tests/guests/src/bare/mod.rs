@@ -7,8 +7,11 @@
 )]
 
 pub mod boot;
+pub mod console;
 pub mod cpu;
+pub mod dma;
 mod entry;
+pub mod heap;
 pub mod interrupts;
 pub mod intrinsics;
 pub mod lapic;
@@ -17,9 +20,13 @@ pub mod port;
 pub mod power;
 pub mod privileged;
 pub mod pvclock;
+pub mod random;
 pub mod serial;
 pub mod smp;
+pub mod timer;
 pub mod tsc;
+pub mod virtio;
+pub mod waiter;
 
 pub use entry::start;
 

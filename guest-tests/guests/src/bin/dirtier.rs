@@ -7,6 +7,8 @@
 use core::fmt::Display;
 
 use guests::bare::boot::Boot;
+use guests::bare::random::Random;
+use guests::bare::timer::Timer;
 use guests::bare::{give_up, memory, power, privileged, serial, tsc};
 use guests::dirtier::{HEARTBEAT, Options, Pattern, Rate, Report, command};
 use guests::page::{self, Page};
@@ -103,7 +105,7 @@ struct Dirtier {
     /// The next page in order, of the working set and of all.
     next: u64,
     next_sweep: u64,
-    random: u64,
+    random: Random,
     written: u64,
     swept: u64,
     heartbeats: u64,
@@ -114,30 +116,6 @@ struct Dirtier {
     poll: Timer,
     beat: Timer,
     beats_to_poll: u32,
-}
-
-/// Something to do at an interval.
-#[derive(Clone, Copy)]
-struct Timer {
-    /// 0: never.
-    interval: u64,
-    due: u64,
-}
-
-impl Timer {
-    fn new(interval: u64) -> Self {
-        Self { interval, due: 0 }
-    }
-
-    /// Whether it is time. The next time stays on the grid of intervals, unless this one is more
-    /// than `backlog` late.
-    fn fires(&mut self, now: u64, backlog: u64) -> bool {
-        if self.interval == 0 || now < self.due {
-            return false;
-        }
-        self.due = self.due.max(now.saturating_sub(backlog)) + self.interval;
-        true
-    }
 }
 
 impl Dirtier {
@@ -156,7 +134,7 @@ impl Dirtier {
             memory,
             next: 0,
             next_sweep: 0,
-            random: 0x2545_f491_4f6c_dd1d,
+            random: Random::new(0),
             written: 0,
             swept: 0,
             heartbeats: 0,
@@ -276,14 +254,6 @@ impl Dirtier {
         self.last_turn = tsc::now();
     }
 
-    fn random(&mut self, below: u64) -> u64 {
-        // xorshift64 (Marsaglia 2003)
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        ((u128::from(self.random) * u128::from(below)) >> 64) as u64
-    }
-
     fn rewrite_next(&mut self) {
         let number = match self.options.pattern {
             Pattern::Sequential => {
@@ -291,10 +261,10 @@ impl Dirtier {
                 self.next = (number + 1) % self.working_set;
                 number
             }
-            Pattern::Random => self.random(self.working_set),
+            Pattern::Random => self.random.below(self.working_set),
             Pattern::Hot => {
-                let hot = self.random(10) != 0;
-                self.random(if hot {
+                let hot = self.random.below(10) != 0;
+                self.random.below(if hot {
                     self.working_set.div_ceil(10)
                 } else {
                     self.working_set
