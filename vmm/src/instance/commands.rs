@@ -93,7 +93,10 @@ impl Control for Instance {
                          destination, it now runs twice"
                     ),
                 }
-                self.run(&mut state)
+                self.run(&mut state)?;
+                // The network may have heard of it from the destination.
+                state.announce();
+                Ok(())
             }
             RunState::Paused | RunState::Prelaunch | RunState::IoError | RunState::Debug => {
                 self.run(&mut state)

@@ -185,6 +185,51 @@ mod tests {
     use super::*;
 
     #[test]
+    fn taps_are_given_for_all_cards_and_addresses_are_the_guests() {
+        let mac = |last| MacAddress([0x52, 0x54, 0, 0, 0, last]);
+        let card = |last| {
+            VirtioConfig::Net(NetConfig {
+                mac: mac(last),
+                mtu: None,
+            })
+        };
+        let arriving = MachineConfig {
+            memory: 1 << 30,
+            vcpus: 1,
+            cpu: "host".to_owned(),
+            command_line: String::new(),
+            virtio: vec![card(1), VirtioConfig::Rng, card(2)],
+        };
+        let tap = |mac| GivenNet {
+            ifname: "tap0".to_owned(),
+            mac,
+            id: None,
+        };
+        let differences = |net: Vec<GivenNet>| {
+            let given = Given {
+                net,
+                ..Given::default()
+            };
+            given.differences(&arriving)
+        };
+        assert!(differences(vec![tap(None), tap(Some(mac(2)))]).is_empty());
+        assert_eq!(
+            differences(vec![tap(None)]),
+            [
+                "the guest's network devices are 2 in number, but --net is given 1 times at the \
+                 destination: give it once for each, in their order (--net tap,ifname=NAME)"
+            ]
+        );
+        assert_eq!(
+            differences(vec![tap(Some(mac(9))), tap(None)]),
+            [
+                "the MAC address of network device 0 is 52:54:00:00:00:09 at the destination, but \
+                 52:54:00:00:00:01 at the source"
+            ]
+        );
+    }
+
+    #[test]
     fn only_what_was_given_is_compared() {
         let arriving = MachineConfig {
             memory: 1 << 30,

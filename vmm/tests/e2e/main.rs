@@ -21,5 +21,6 @@ mod lifecycle;
 mod linux;
 mod migrate;
 mod mutation;
+mod net;
 mod proxy;
 mod terminal;
