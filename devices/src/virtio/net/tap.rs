@@ -3,64 +3,24 @@
 // The crates for taps (tun-rs, tappers) hide the virtio header, which is what we need.
 #![allow(unsafe_code)]
 
-use std::fs::{File, OpenOptions};
+mod interface;
+
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 
 use rustix::io::Errno;
-use rustix::ioctl::{IntegerSetter, Opcode, Setter, Updater, ioctl};
-use rustix::net::{AddressFamily, SocketType, socket};
+use rustix::ioctl::{IntegerSetter, Opcode, ioctl};
 use vm_memory::bitmap::{Bitmap, MS};
 use vm_memory::volatile_memory::PtrGuardMut;
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
+pub use self::interface::{MAX_NAME, TapError};
 use super::spec::{feature, header};
 use crate::virtio::GuestRam;
 use crate::virtio::chain::Buffer;
 
-const TUN: &str = "/dev/net/tun";
-
-/// The most bytes of an interface's name: IFNAMSIZ less the terminating zero.
-pub const MAX_NAME: usize = libc::IFNAMSIZ - 1;
-
 /// The most buffers of one packet. Each may lie across two regions of memory, and IOV_MAX is 1024.
 pub(super) const MAX_BUFFERS: usize = 500;
-
-/// Why a tap can't be used.
-#[derive(Debug, thiserror::Error)]
-pub enum TapError {
-    /// No such name.
-    #[error("'{0}' is no name of an interface: 1 to {MAX_NAME} bytes, without spaces, '/' and ':'")]
-    Name(String),
-    /// The kernel has no taps.
-    #[error("{TUN} is not there: load the kernel's module (modprobe tun)")]
-    NoTun,
-    /// It may not be used.
-    #[error(
-        "no right to use the tap {0}: this takes CAP_NET_ADMIN (root has it), or a tap that was \
-         made for this user (ip tuntap add {0} mode tap user USER)"
-    )]
-    Denied(String),
-    /// Somebody has it.
-    #[error("the tap {0} is in use by another process")]
-    Busy(String),
-    /// An interface of another kind.
-    #[error(
-        "the interface {0} is there, but is no tap with one queue (ip tuntap add {0} mode tap)"
-    )]
-    NotATap(String),
-    /// Anything else.
-    #[error("the tap {name}: {what}: {source}")]
-    Io {
-        /// Which.
-        name: String,
-        /// What failed.
-        what: &'static str,
-        /// Why.
-        source: Errno,
-    },
-}
 
 /// An interface that gives and takes packets.
 #[derive(Debug)]
@@ -88,26 +48,8 @@ impl Tap {
     /// Attaches to the tap of that name, or creates it; `%d` in the name stands for the first
     /// number that is free.
     pub fn open(name: &str) -> Result<Self, TapError> {
-        check_name(name)?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(TUN)
-            .map_err(|err| match err.kind() {
-                io::ErrorKind::NotFound => TapError::NoTun,
-                io::ErrorKind::PermissionDenied => TapError::Denied(name.to_owned()),
-                _ => failed(name, "cannot open /dev/net/tun", errno(&err)),
-            })?;
-        let name = attach(&file, name)?;
-        // SAFETY: the kernel reads an int.
-        let set = unsafe {
-            let length =
-                Setter::<{ libc::TUNSETVNETHDRSZ as Opcode }, _>::new(header::LEN as libc::c_int);
-            ioctl(&file, length)
-        };
-        set.map_err(|err| failed(&name, "cannot set the length of headers", err))?;
-        let mtu = mtu(&name)?;
+        let (file, name) = interface::open(name)?;
+        let mtu = interface::mtu(&name)?;
         let mut tap = Self {
             fd: file.into(),
             name,
@@ -116,7 +58,7 @@ impl Tap {
         };
         tap.offloads = tap.probe();
         tap.set_guest_offloads(0)
-            .map_err(|err| failed(&tap.name, "cannot set offloads", err))?;
+            .map_err(|err| interface::failed(&tap.name, "cannot set offloads", err))?;
         Ok(tap)
     }
 
@@ -309,76 +251,6 @@ fn not_transferred(error: Errno) -> Transfer {
         Errno::BADFD | Errno::BADF => Transfer::Gone,
         // The packet is malformed, or the interface is down.
         _ => Transfer::Lost,
-    }
-}
-
-fn check_name(name: &str) -> Result<(), TapError> {
-    let bad = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '/' | ':');
-    // The kernel takes `%d`, and no other sign of the kind.
-    let percent = name.replacen("%d", "", 1).contains('%');
-    if name.is_empty() || name.len() > MAX_NAME || name.contains(bad) || percent {
-        return Err(TapError::Name(name.to_owned()));
-    }
-    if matches!(name, "." | "..") {
-        return Err(TapError::Name(name.to_owned()));
-    }
-    Ok(())
-}
-
-/// Makes `file` a tap of that name; returns the name that it has.
-fn attach(file: &File, name: &str) -> Result<String, TapError> {
-    let mut request = request(name);
-    request.ifr_ifru.ifru_flags =
-        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-    // SAFETY: the kernel reads and writes a struct ifreq.
-    let attached = unsafe {
-        let update = Updater::<{ libc::TUNSETIFF as Opcode }, _>::new(&mut request);
-        ioctl(file, update)
-    };
-    attached.map_err(|err| match err {
-        Errno::PERM | Errno::ACCESS => TapError::Denied(name.to_owned()),
-        Errno::BUSY => TapError::Busy(name.to_owned()),
-        Errno::INVAL => TapError::NotATap(name.to_owned()),
-        err => failed(name, "cannot attach to it", err),
-    })?;
-    let name = request.ifr_name.iter().map(|&c| c as u8);
-    let name: Vec<u8> = name.take_while(|&c| c != 0).collect();
-    Ok(String::from_utf8_lossy(&name).into_owned())
-}
-
-fn mtu(name: &str) -> Result<u16, TapError> {
-    let what = "cannot read its MTU";
-    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)
-        .map_err(|err| failed(name, what, err))?;
-    let mut request = request(name);
-    // SAFETY: the kernel reads and writes a struct ifreq.
-    let asked = unsafe {
-        let update = Updater::<{ libc::SIOCGIFMTU as Opcode }, _>::new(&mut request);
-        ioctl(&socket, update)
-    };
-    asked.map_err(|err| failed(name, what, err))?;
-    // SAFETY: this is the member that SIOCGIFMTU writes.
-    let mtu = unsafe { request.ifr_ifru.ifru_mtu };
-    u16::try_from(mtu).map_err(|_| failed(name, "its MTU makes no sense", Errno::INVAL))
-}
-
-fn request(name: &str) -> libc::ifreq {
-    let mut bytes = [0; libc::IFNAMSIZ];
-    // All but the last, which stays zero.
-    for (to, from) in bytes.iter_mut().zip(name.bytes().take(MAX_NAME)) {
-        *to = from as libc::c_char;
-    }
-    // SAFETY: all zeroes are a value of this structure of numbers.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    request.ifr_name = bytes;
-    request
-}
-
-fn failed(name: &str, what: &'static str, source: Errno) -> TapError {
-    TapError::Io {
-        name: name.to_owned(),
-        what,
-        source,
     }
 }
 
