@@ -8,7 +8,9 @@
 
 pub mod bus;
 pub mod cmos;
+pub mod disk;
 pub mod i8042;
+pub mod image;
 pub mod power;
 pub mod serial;
 pub mod state;

@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::LevelLine;
 use crate::bus::{MachineRequest, PortDevice};
@@ -121,7 +121,12 @@ impl PortDevice for Pm1 {
         let high = low << 8;
         match port {
             STATUS => self.change(|registers| registers.status &= !low),
-            STATUS_HIGH => self.change(|registers| registers.status &= !high),
+            STATUS_HIGH => self.change(|registers| {
+                if registers.status & high & POWER_BUTTON != 0 {
+                    debug!("the guest has seen the power button pressed");
+                }
+                registers.status &= !high;
+            }),
             ENABLE => self.change(|registers| {
                 registers.enable = registers.enable & 0xff00 | low & EVENTS;
             }),

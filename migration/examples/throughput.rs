@@ -34,6 +34,7 @@ impl SourceVm for Idle {
             layout: Layout::of(&self.0)?,
             configuration: vec![],
             blobs: vec![],
+            disks: vec![],
         })
     }
     fn open_blob(&mut self, _: usize) -> Result<Box<dyn Read + Send>, VmError> {

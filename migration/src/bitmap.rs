@@ -1,4 +1,8 @@
-//! A set of pages.
+//! A set of pages, or of the blocks of a disk.
+
+/// A set of the blocks of a disk, of [`BLOCK_SIZE`](crate::disk::BLOCK_SIZE) bytes each. What is
+/// said here of pages goes for blocks.
+pub type BlockBitmap = PageBitmap;
 
 /// A set of page numbers from 0 up to a fixed number of pages, a bit each.
 ///

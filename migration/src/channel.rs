@@ -114,8 +114,12 @@ pub(crate) struct Channel {
     next_received: u32,
     sent_bytes: u64,
     sent: Bytes,
+    /// Of `sent_bytes`, those of BLOCKS frames.
+    sent_blocks: u64,
     received_bytes: u64,
     received: Bytes,
+    /// Of `received_bytes`, those of BLOCKS frames.
+    received_blocks: u64,
     /// Whether a frame was begun and not finished: nothing more can be sent.
     torn: bool,
     inbox: Vec<u8>,
@@ -139,8 +143,10 @@ impl Channel {
             next_received: 0,
             sent_bytes: 0,
             sent: Bytes::default(),
+            sent_blocks: 0,
             received_bytes: 0,
             received: Bytes::default(),
+            received_blocks: 0,
             torn: false,
             inbox: Vec::with_capacity(INBOX),
             inbox_start: 0,
@@ -170,18 +176,29 @@ impl Channel {
         self.sent_bytes
     }
 
-    /// What was sent, by kind.
+    /// What was sent in BLOCKS frames, in bytes.
+    pub(crate) fn sent_blocks(&self) -> u64 {
+        self.sent_blocks
+    }
+
+    /// What was sent beside the disks, by kind.
     pub(crate) fn sent(&self) -> Bytes {
-        self.sent.of(self.sent_bytes)
+        self.sent.of(self.sent_bytes - self.sent_blocks)
     }
 
     pub(crate) fn received_bytes(&self) -> u64 {
         self.received_bytes
     }
 
-    /// What was received, by kind.
+    /// What was received in BLOCKS frames, in bytes.
+    pub(crate) fn received_blocks(&self) -> u64 {
+        self.received_blocks
+    }
+
+    /// What was received beside the disks, by kind.
     pub(crate) fn received(&self) -> Bytes {
-        self.received.of(self.received_bytes)
+        let others = self.received_bytes.saturating_sub(self.received_blocks);
+        self.received.of(others)
     }
 
     /// The body of the frame that [`receive`](Self::receive) returned last.
@@ -378,6 +395,10 @@ impl Channel {
         self.header = None;
         self.received
             .count(header.kind, header.body_len, header.payload_len);
+        if header.kind == Kind::Blocks {
+            self.received_blocks +=
+                HEADER_LEN as u64 + u64::from(header.body_len) + u64::from(header.payload_len);
+        }
         std::mem::swap(&mut self.body, &mut self.partial);
         self.next_received = self.next_received.wrapping_add(1);
         self.phase = self.phase.after(header.kind)?;
@@ -419,6 +440,33 @@ impl Channel {
                     Ok(_) => self.wait_readable(since)?,
                     Err(error) => return Err(self.broken(error)),
                 },
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives a payload of `len` bytes, which its frame's limit bounds, into `data`.
+    pub(crate) fn receive_data(
+        &mut self,
+        len: usize,
+        data: &mut Vec<u8>,
+    ) -> Result<(), ChannelError> {
+        data.clear();
+        data.resize(len, 0);
+        let there = self.inbox.get(self.inbox_start..).unwrap_or_default();
+        let mut done = there.len().min(len);
+        data[..done].copy_from_slice(&there[..done]);
+        self.inbox_start += done;
+        let mut since = Instant::now();
+        while done < len {
+            match self.link.read(&mut data[done..]) {
+                Ok(Some(count)) => {
+                    done += count;
+                    self.received_bytes += count as u64;
+                    since = Instant::now();
+                }
+                Ok(None) => self.wait_readable(since)?,
+                Err(error) => return Err(self.broken(error)),
             }
         }
         Ok(())

@@ -45,6 +45,38 @@ pub enum DecodeError {
     /// A run of no pages.
     #[error("an empty run of pages at {0:#x}")]
     EmptyRun(u64),
+    /// Disks with other blocks.
+    #[error("the block size of the disks is {0} bytes; only 65536 is supported")]
+    BlockSize(u32),
+    /// A disk that can't be.
+    #[error("the disk '{name}' has {capacity} bytes; it must be a multiple of 512 up to 256 TiB")]
+    Capacity {
+        /// The disk.
+        name: String,
+        /// Its capacity in bytes.
+        capacity: u64,
+    },
+    /// Two disks of one name.
+    #[error("there are two disks named '{0}'")]
+    DuplicateDisk(String),
+    /// A part of a disk that can't be: its kind, its alignment, or its length.
+    #[error("a malformed part of a disk: {len} bytes at {offset}, of kind {kind}")]
+    BlockRun {
+        /// Its kind on the wire.
+        kind: u8,
+        /// Where it begins, in bytes.
+        offset: u64,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// The data of a disk is not as long as the runs say.
+    #[error("the parts of the disk have {stated} bytes of data, but {len} follow")]
+    BlockPayload {
+        /// What the runs say.
+        stated: u64,
+        /// The length of the data.
+        len: u32,
+    },
     /// The page data is not as long as the runs say.
     #[error("the runs have {pages} pages, but {len} bytes of data follow")]
     Payload {

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use crate::disk::BLOCK_SIZE;
 use crate::layout::PAGE_SIZE;
 
 /// What a page costs on the wire: its data, its checksum and its share of a frame.
@@ -15,7 +16,16 @@ pub const STRONG: u64 = 256 << 10;
 /// How many deliveries the bandwidth is estimated from.
 const WINDOW: usize = 5;
 
-/// What a stop costs beside moving memory and state.
+/// What is still to be sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rest {
+    /// Pages.
+    pub pages: u64,
+    /// Bytes of the disks' blocks.
+    pub block_bytes: u64,
+}
+
+/// What a stop costs beside moving blocks, memory and state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Costs {
     /// Stopping the vCPUs and reading the dirty log.
@@ -28,6 +38,8 @@ pub struct Costs {
     pub load: Duration,
     /// Starting the vCPUs there.
     pub start: Duration,
+    /// Flushing a few blocks there, until that has been measured.
+    pub flush: Duration,
 }
 
 impl Default for Costs {
@@ -39,6 +51,7 @@ impl Default for Costs {
             state_bytes: 64 << 10,
             load: Duration::from_millis(2),
             start: Duration::from_micros(500),
+            flush: Duration::from_millis(10),
         }
     }
 }
@@ -113,6 +126,55 @@ impl Bandwidth {
     }
 }
 
+/// A flush of fewer bytes says what any flush costs; one of more, how fast the disks are.
+const LARGE_FLUSH: u64 = 4 << 20;
+
+/// How fast the disks are: reading at the source, flushing at the destination.
+#[derive(Clone, Debug, Default)]
+pub struct DiskSpeed {
+    read: Option<f64>,
+    write: Option<f64>,
+    small_flush: Option<Duration>,
+}
+
+impl DiskSpeed {
+    /// Records that reading `bytes` in one pass took so long.
+    pub fn read(&mut self, bytes: u64, time: Duration) {
+        if bytes > 0 {
+            self.read = Some(bytes as f64 / time.as_secs_f64().max(1e-6));
+        }
+    }
+
+    /// Records that flushing `bytes` took so long.
+    pub fn flushed(&mut self, bytes: u64, time: Duration) {
+        if bytes >= LARGE_FLUSH {
+            self.write = Some(bytes as f64 / time.as_secs_f64().max(1e-6));
+        } else if bytes > 0 {
+            self.small_flush = Some(time);
+        }
+    }
+
+    /// How long reading so much takes.
+    fn read_time(&self, bytes: f64) -> Duration {
+        seconds(self.read.map_or(0.0, |rate| bytes / rate))
+    }
+
+    /// How long flushing so much takes; `small` is the time for little if that is not known.
+    fn flush_time(&self, bytes: f64, small: Duration) -> Duration {
+        if bytes == 0.0 {
+            return Duration::ZERO;
+        }
+        let proportional = seconds(self.write.map_or(0.0, |rate| bytes / rate));
+        self.small_flush
+            .unwrap_or(small)
+            .saturating_add(proportional)
+    }
+}
+
+fn seconds(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+}
+
 /// What to do at the end of a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
@@ -120,7 +182,7 @@ pub enum Decision {
     SwitchOver,
     /// Send what is dirty, with the guest running.
     AnotherRound,
-    /// Even with nothing dirty a stop would take too long: rounds alone will not help.
+    /// Even with next to nothing dirty a stop would take too long: rounds alone will not help.
     NeverFits,
 }
 
@@ -131,8 +193,11 @@ pub struct Convergence {
     pub bandwidth: Bandwidth,
     /// The rest of a stop's costs.
     pub costs: Costs,
+    /// The disks at both ends.
+    pub disks: DiskSpeed,
     round_trip: Option<Duration>,
     dirty_rate: f64,
+    dirty_block_rate: f64,
 }
 
 impl Convergence {
@@ -151,10 +216,11 @@ impl Convergence {
         self.round_trip.unwrap_or_default()
     }
 
-    /// Records that the guest dirtied `pages` in `time`.
-    pub fn dirtied(&mut self, pages: u64, time: Duration) {
+    /// Records what the guest dirtied in `time`.
+    pub fn dirtied(&mut self, dirty: Rest, time: Duration) {
         if !time.is_zero() {
-            self.dirty_rate = pages as f64 / time.as_secs_f64();
+            self.dirty_rate = dirty.pages as f64 / time.as_secs_f64();
+            self.dirty_block_rate = dirty.block_bytes as f64 / time.as_secs_f64();
         }
     }
 
@@ -163,10 +229,15 @@ impl Convergence {
         self.dirty_rate
     }
 
-    /// The downtime if the guest were stopped now with `rest` pages to send. `assumed_bandwidth`,
+    /// Bytes of the disks' blocks that the guest dirties a second, from the last round.
+    pub fn dirty_block_rate(&self) -> f64 {
+        self.dirty_block_rate
+    }
+
+    /// The downtime if the guest were stopped now with `rest` to send. `assumed_bandwidth`,
     /// if not zero, replaces the measured one, in bytes a second. `None` if nothing has been
     /// measured.
-    pub fn expected_downtime(&self, rest: u64, assumed_bandwidth: u64) -> Option<Duration> {
+    pub fn expected_downtime(&self, rest: Rest, assumed_bandwidth: u64) -> Option<Duration> {
         let bandwidth = if assumed_bandwidth > 0 {
             assumed_bandwidth as f64
         } else {
@@ -174,28 +245,48 @@ impl Convergence {
         };
         let costs = &self.costs;
         // The guest goes on writing until it has stopped.
-        let late = self.dirty_rate * costs.pause.as_secs_f64();
-        let late = if rest == 0 { 0.0 } else { late };
-        let bytes = (rest as f64 + late) * PAGE_ON_WIRE as f64 + costs.state_bytes as f64;
-        let transfer = Duration::try_from_secs_f64(bytes / bandwidth).unwrap_or(Duration::MAX);
+        let at_stop = |rest: u64, rate: f64| match rest {
+            0 => 0.0,
+            rest => rest as f64 + rate * costs.pause.as_secs_f64(),
+        };
+        let pages = at_stop(rest.pages, self.dirty_rate);
+        let blocks = at_stop(rest.block_bytes, self.dirty_block_rate);
+        let bytes = pages * PAGE_ON_WIRE as f64 + costs.state_bytes as f64;
+        let transfer = seconds(bytes / bandwidth);
+        // Blocks are read while others are on their way, and all before the first page.
+        let move_blocks = seconds(blocks / bandwidth).max(self.disks.read_time(blocks));
+        let flush = self.disks.flush_time(blocks, costs.flush);
         // The data goes there, READY comes back, GO goes there.
         let latency = self.round_trip() * 3 / 2;
         Some(
-            [costs.pause, costs.save, costs.load, costs.start, latency]
-                .into_iter()
-                .fold(transfer, Duration::saturating_add),
+            [
+                move_blocks,
+                flush,
+                costs.pause,
+                costs.save,
+                costs.load,
+                costs.start,
+                latency,
+            ]
+            .into_iter()
+            .fold(transfer, Duration::saturating_add),
         )
     }
 
-    /// Whether to stop the guest with `rest` pages to send.
-    pub fn decide(&self, rest: u64, limit: Duration, assumed_bandwidth: u64) -> Decision {
+    /// Whether to stop the guest with `rest` to send.
+    pub fn decide(&self, rest: Rest, limit: Duration, assumed_bandwidth: u64) -> Decision {
         let fits = |rest| {
             self.expected_downtime(rest, assumed_bandwidth)
                 .is_some_and(|expected| expected <= limit)
         };
+        // A guest that writes to its disks all the time leaves one block at least.
+        let least = Rest {
+            pages: 0,
+            block_bytes: rest.block_bytes.min(BLOCK_SIZE),
+        };
         if fits(rest) {
             Decision::SwitchOver
-        } else if fits(0) || rest > 0 && self.bandwidth.estimate().is_none() {
+        } else if fits(least) || rest != Rest::default() && self.bandwidth.estimate().is_none() {
             Decision::AnotherRound
         } else {
             Decision::NeverFits

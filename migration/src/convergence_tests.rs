@@ -3,6 +3,13 @@ use super::*;
 const LIMIT: Duration = Duration::from_millis(30);
 const GIB: u64 = (1 << 30) / PAGE_SIZE;
 
+fn pages_only(pages: u64) -> Rest {
+    Rest {
+        pages,
+        block_bytes: 0,
+    }
+}
+
 fn millis(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
@@ -75,9 +82,9 @@ fn simulate(
         let time = now - began;
         let dirtied = ((rate)(now) * time) as u64;
         rest = dirtied.min(set);
-        state.dirtied(rest, Duration::from_secs_f64(time));
-        end.expected = state.expected_downtime(rest, 0);
-        match state.decide(rest, limit, 0) {
+        state.dirtied(pages_only(rest), Duration::from_secs_f64(time));
+        end.expected = state.expected_downtime(pages_only(rest), 0);
+        match state.decide(pages_only(rest), limit, 0) {
             Decision::SwitchOver => {
                 let late = (rate)(now) * costs.pause.as_secs_f64();
                 let last = (rest + late as u64).min(set);
@@ -286,19 +293,122 @@ fn short_deliveries_count_only_for_want_of_longer_ones() {
 #[test]
 fn a_given_bandwidth_replaces_the_measured_one() {
     let mut state = Convergence::default();
-    assert_eq!(state.expected_downtime(0, 0), None);
-    assert_eq!(state.decide(10, LIMIT, 0), Decision::AnotherRound);
+    assert_eq!(state.expected_downtime(pages_only(0), 0), None);
     assert_eq!(
-        state.decide(1000, LIMIT, 1_250_000_000),
+        state.decide(pages_only(10), LIMIT, 0),
+        Decision::AnotherRound
+    );
+    assert_eq!(
+        state.decide(pages_only(1000), LIMIT, 1_250_000_000),
         Decision::SwitchOver
     );
     state
         .bandwidth
         .delivered(1 << 30, Duration::ZERO, millis(500), Duration::ZERO);
-    assert_eq!(state.decide(1000, LIMIT, 0), Decision::SwitchOver);
     assert_eq!(
-        state.decide(1000, LIMIT, 10_000_000),
+        state.decide(pages_only(1000), LIMIT, 0),
+        Decision::SwitchOver
+    );
+    assert_eq!(
+        state.decide(pages_only(1000), LIMIT, 10_000_000),
         Decision::AnotherRound
     );
-    assert_eq!(state.decide(1000, Duration::ZERO, 0), Decision::NeverFits);
+    assert_eq!(
+        state.decide(pages_only(1000), Duration::ZERO, 0),
+        Decision::NeverFits
+    );
+}
+
+/// At 100 MB/s, with the costs of a small guest.
+fn with_disks(block_bytes: u64) -> (Convergence, Rest) {
+    let mut state = Convergence::default();
+    state
+        .bandwidth
+        .delivered(100 << 20, Duration::ZERO, millis(1000), Duration::ZERO);
+    let rest = Rest {
+        pages: 0,
+        block_bytes,
+    };
+    (state, rest)
+}
+
+fn expected(state: &Convergence, rest: Rest) -> Duration {
+    state.expected_downtime(rest, 0).unwrap()
+}
+
+#[test]
+fn blocks_cost_the_slower_of_reading_and_sending_and_then_the_flush() {
+    let (mut state, rest) = with_disks(10 << 20);
+    let nothing = expected(&state, Rest::default());
+    // 100 ms on the way, 10 for a flush of which nothing is known.
+    let unmeasured = expected(&state, rest) - nothing;
+    assert!(
+        unmeasured.abs_diff(millis(110)) < millis(1),
+        "{unmeasured:?}"
+    );
+    // Reading faster than the link costs nothing more; slower, it is what counts.
+    state.disks.read(1 << 30, millis(1000));
+    assert_eq!(expected(&state, rest) - nothing, unmeasured);
+    state.disks.read(10 << 20, millis(400));
+    let slow = expected(&state, rest) - nothing;
+    assert!(slow.abs_diff(millis(410)) < millis(1), "{slow:?}");
+    // The flush is what a small one took, and the bytes at the speed of a large one.
+    state.disks.flushed(1 << 30, millis(1024 * 20));
+    state.disks.flushed(BLOCK_SIZE, millis(30));
+    let flushed = expected(&state, rest) - nothing;
+    assert!(
+        flushed.abs_diff(millis(400 + 30 + 200)) < millis(1),
+        "{flushed:?}"
+    );
+    // Pages come on top, after the blocks.
+    let both = Rest {
+        pages: 2560,
+        ..rest
+    };
+    let more = expected(&state, both) - nothing - flushed;
+    assert!(more.abs_diff(millis(100)) < millis(2), "{more:?}");
+}
+
+#[test]
+fn a_disk_at_rest_costs_nothing() {
+    let (mut state, _) = with_disks(0);
+    let before = expected(&state, Rest::default());
+    state.disks.read(1 << 20, millis(5000));
+    state.disks.flushed(1 << 30, millis(5000));
+    state.disks.flushed(1, millis(900));
+    assert_eq!(expected(&state, Rest::default()), before);
+}
+
+#[test]
+fn what_is_written_until_the_stop_counts() {
+    let (mut state, rest) = with_disks(1 << 20);
+    let before = expected(&state, rest);
+    let written = Rest {
+        pages: 0,
+        block_bytes: 1 << 30,
+    };
+    state.dirtied(written, millis(1000));
+    let late = expected(&state, rest) - before;
+    // Half a millisecond of a GiB a second, at 100 MiB a second.
+    assert!(late.abs_diff(millis(5)) < millis(1), "{late:?}");
+}
+
+#[test]
+fn the_decision_is_over_blocks_and_pages() {
+    let (mut state, rest) = with_disks(1 << 20);
+    assert_eq!(state.decide(rest, millis(30), 0), Decision::SwitchOver);
+    let both = Rest { pages: 500, ..rest };
+    assert_eq!(state.decide(both, millis(30), 0), Decision::AnotherRound);
+    let more = Rest {
+        block_bytes: 4 << 20,
+        ..rest
+    };
+    assert_eq!(state.decide(more, millis(30), 0), Decision::AnotherRound);
+    // A flush alone is above the limit: the guest's next lull is waited for.
+    state.disks.flushed(1, millis(40));
+    assert_eq!(state.decide(rest, millis(30), 0), Decision::NeverFits);
+    assert_eq!(
+        state.decide(Rest::default(), millis(30), 0),
+        Decision::SwitchOver
+    );
 }

@@ -2,11 +2,15 @@
 //! the guest when.
 
 mod blobs;
+mod disks;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use self::disks::DiskError;
+
 use self::blobs::Blobs;
+use self::disks::Disks;
 use crate::cancel::Cancel;
 use crate::channel::{Channel, ChannelError};
 use crate::clock::Clock;
@@ -15,8 +19,8 @@ use crate::guest_io::MemoryError;
 use crate::link::{Deadlines, Link, LinkError};
 use crate::listener::Incoming;
 use crate::message::{
-    Accept, BlobChunk, CAPABILITIES, End, Go, Hello, Id, Ready, Running, Sync, SyncAck,
-    decode_pages, decode_state, decode_zero, encode_reason,
+    Accept, BlobChunk, CAPABILITIES, End, Flush, Flushed, Go, Hello, Id, REQUIRABLE, Ready,
+    Running, Sync, SyncAck, decode_pages, decode_state, decode_zero, encode_reason,
 };
 use crate::placement::{Incomplete, Placement};
 use crate::progress::{Progress, Status};
@@ -112,6 +116,9 @@ pub enum DestinationError {
         /// How many should have.
         stated: u32,
     },
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// Memory is not whole.
     #[error(transparent)]
     Incomplete(#[from] Incomplete),
@@ -206,7 +213,7 @@ impl Destination<'_> {
         channel.receive()?;
         channel.link().set_until(None);
         let hello = channel.decode(Kind::Hello, Hello::decode)?;
-        let unknown = hello.required & !CAPABILITIES;
+        let unknown = hello.required & !REQUIRABLE;
         if unknown != 0 {
             return Err(DestinationError::Capabilities(unknown));
         }
@@ -222,6 +229,7 @@ impl Destination<'_> {
                 error: "its layout is not the one that was offered".into(),
             });
         }
+        let mut disks = Disks::open(self.vm, &hello.offer)?;
         Accept {
             id: hello.id,
             version,
@@ -232,13 +240,18 @@ impl Destination<'_> {
         self.job.progress.update(|snapshot| {
             snapshot.ram.total = hello.offer.layout.bytes();
             snapshot.ram.remaining = hello.offer.layout.bytes();
+            snapshot.disk = disks.counts();
         });
         self.job.progress.set_status(Status::Active);
 
-        let (sections, end) = self.take_in(channel, &hello.offer, &mut placement)?;
+        let (sections, end) = self.take_in(channel, &hello.offer, &mut disks, &mut placement)?;
         self.job.progress.set_status(Status::Device);
         let began = self.clock.now();
         placement.check_complete()?;
+        disks.check_complete()?;
+        // Whatever becomes of this host, what the source gives up with GO is on the disks.
+        disks.flush()?;
+        drop(disks);
         self.vm.load(sections).map_err(vm("loading the state"))?;
         let took = self.clock.now().saturating_sub(began);
         Ready {
@@ -250,11 +263,12 @@ impl Destination<'_> {
         self.start(channel, hello.id, end)
     }
 
-    /// Everything up to END: blobs, memory, state.
+    /// Everything up to END: blobs, disks, memory, state.
     fn take_in(
         &mut self,
         channel: &mut Channel,
         offer: &Offer,
+        disks: &mut Disks,
         placement: &mut Placement,
     ) -> Result<(Vec<Section>, End), DestinationError> {
         let mut blobs = Blobs::default();
@@ -278,6 +292,19 @@ impl Destination<'_> {
                         })?;
                     blobs.write(self.vm, offer, chunk, data)?;
                 }
+                Kind::Blocks => disks.receive(channel, arrived.payload_len)?,
+                Kind::Flush => {
+                    let flush = channel.decode(Kind::Flush, Flush::decode)?;
+                    let began = self.clock.now();
+                    disks.flush()?;
+                    let took = self.clock.now().saturating_sub(began);
+                    tracing::debug!(round = flush.round, us = took.as_micros(), "disks flushed");
+                    Flushed {
+                        flush_ns: nanoseconds(took),
+                    }
+                    .encode(&mut self.body);
+                    channel.send(Kind::Flushed, &self.body)?;
+                }
                 Kind::Pages => {
                     channel.decode(Kind::Pages, |body| {
                         decode_pages(body, arrived.payload_len, &mut runs, &mut crcs)
@@ -299,7 +326,7 @@ impl Destination<'_> {
                         }) => {}
                         result => result?,
                     }
-                    self.tell(channel, placement, sync.round);
+                    self.tell(channel, disks, placement, sync.round);
                 }
                 Kind::State => {
                     let section = channel.decode(Kind::State, decode_state)?;
@@ -314,7 +341,7 @@ impl Destination<'_> {
                 }
                 Kind::End => {
                     let end = channel.decode(Kind::End, End::decode)?;
-                    self.tell(channel, placement, 0);
+                    self.tell(channel, disks, placement, 0);
                     if end.sections as usize != sections.len() {
                         return Err(DestinationError::SectionCount {
                             found: sections.len(),
@@ -378,13 +405,16 @@ impl Destination<'_> {
         Ok(Arrival { id, start })
     }
 
-    fn tell(&self, channel: &Channel, placement: &Placement, round: u64) {
+    fn tell(&self, channel: &Channel, disks: &Disks, placement: &Placement, round: u64) {
         let counts = placement.counts();
         self.job.progress.update(|snapshot| {
             snapshot.round = snapshot.round.max(round);
             snapshot.bytes = channel.received();
+            snapshot.disk = disks.counts();
             let ram = &mut snapshot.ram;
-            ram.transferred = channel.received_bytes();
+            ram.transferred = channel
+                .received_bytes()
+                .saturating_sub(channel.received_blocks());
             ram.normal = counts.pages;
             ram.normal_bytes = counts.pages * crate::layout::PAGE_SIZE;
             ram.duplicate = counts.zero;

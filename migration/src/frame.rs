@@ -14,6 +14,12 @@ pub const MAX_PAGES: u64 = 512;
 /// The most runs in one [`Kind::Zero`] frame.
 pub const MAX_ZERO_RUNS: usize = 4096;
 
+/// The most runs in one [`Kind::Blocks`] frame.
+pub const MAX_BLOCK_RUNS: usize = 512;
+
+/// The most bytes of data in one [`Kind::Blocks`] frame: 1 MiB.
+pub const MAX_BLOCK_DATA: usize = 1 << 20;
+
 /// The most bytes of a blob in one [`Kind::Blob`] frame: 1 MiB.
 pub const MAX_CHUNK: usize = 1 << 20;
 
@@ -48,6 +54,10 @@ pub enum Kind {
     Go = 0x08,
     /// Source: the migration is over, and the guest stays.
     Cancel = 0x09,
+    /// Source: parts of a disk, with their data behind the body.
+    Blocks = 0x0a,
+    /// Source: asks for what was written to the disks to be flushed.
+    Flush = 0x0b,
     /// Destination: the offer is accepted.
     Accept = 0x81,
     /// Destination: the offer is not accepted.
@@ -60,11 +70,13 @@ pub enum Kind {
     Running = 0x85,
     /// Destination: the migration is over; the guest has not run here and never will.
     Failed = 0x86,
+    /// Destination: the disks are flushed.
+    Flushed = 0x87,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 18] = [
         Self::Hello,
         Self::Blob,
         Self::Pages,
@@ -74,12 +86,15 @@ impl Kind {
         Self::End,
         Self::Go,
         Self::Cancel,
+        Self::Blocks,
+        Self::Flush,
         Self::Accept,
         Self::Refuse,
         Self::SyncAck,
         Self::Ready,
         Self::Running,
         Self::Failed,
+        Self::Flushed,
     ];
 
     fn from_code(code: u8) -> Option<Self> {
@@ -98,12 +113,15 @@ impl Kind {
             Self::End => "END",
             Self::Go => "GO",
             Self::Cancel => "CANCEL",
+            Self::Blocks => "BLOCKS",
+            Self::Flush => "FLUSH",
             Self::Accept => "ACCEPT",
             Self::Refuse => "REFUSE",
             Self::SyncAck => "SYNC-ACK",
             Self::Ready => "READY",
             Self::Running => "RUNNING",
             Self::Failed => "FAILED",
+            Self::Flushed => "FLUSHED",
         }
     }
 
@@ -114,10 +132,18 @@ impl Kind {
             Self::Blob => 10 + MAX_CHUNK,
             Self::Pages => 4 + 16 * MAX_PAGES as usize,
             Self::Zero => 4 + 16 * MAX_ZERO_RUNS,
+            Self::Blocks => 6 + 21 * MAX_BLOCK_RUNS,
             Self::State => 128 + MAX_SECTION,
             Self::Refuse | Self::Failed | Self::Cancel => MAX_REASON,
             Self::Sync => MAX_SYNC,
-            Self::End | Self::Go | Self::Accept | Self::SyncAck | Self::Ready | Self::Running => 64,
+            Self::End
+            | Self::Go
+            | Self::Flush
+            | Self::Accept
+            | Self::SyncAck
+            | Self::Ready
+            | Self::Running
+            | Self::Flushed => 64,
         }
     }
 
@@ -125,6 +151,7 @@ impl Kind {
     pub fn max_payload(self) -> usize {
         match self {
             Self::Pages => (MAX_PAGES * PAGE_SIZE) as usize,
+            Self::Blocks => MAX_BLOCK_DATA,
             _ => 0,
         }
     }
@@ -140,8 +167,8 @@ pub struct Header {
     pub sequence: u32,
     /// The length of the body in bytes.
     pub body_len: u32,
-    /// The length of what follows the body, in bytes: page data, which has checksums of its own
-    /// inside the body.
+    /// The length of what follows the body, in bytes: data of pages or blocks, which has checksums
+    /// of its own inside the body.
     pub payload_len: u32,
     /// The CRC32 of the body.
     pub body_crc: u32,

@@ -208,19 +208,20 @@ pub struct PageIo {
 }
 
 impl PageIo {
-    /// Sends `head`, then the pages of `runs`, without the first `skip` bytes of it all; returns
-    /// how many bytes the socket took. Each run is within one region.
+    /// Sends `parts`, then the pages of `runs`, without the first `skip` bytes of it all; returns
+    /// how many bytes the socket took. Each run is within one region. There are no more than
+    /// 1024 parts and runs.
     pub fn send(
         &mut self,
         socket: BorrowedFd<'_>,
-        head: [&[u8]; 2],
+        parts: &[&[u8]],
         memory: Option<&GuestPages>,
         runs: &[PageRun],
         skip: u64,
     ) -> io::Result<usize> {
         self.ranges.clear();
         let mut skip = skip as usize;
-        for part in head {
+        for part in parts {
             let left = part.get(skip..).unwrap_or_default();
             skip = skip.saturating_sub(part.len());
             if !left.is_empty() {
@@ -237,7 +238,7 @@ impl PageIo {
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_iov = self.ranges.as_mut_ptr();
         message.msg_iovlen = self.ranges.len();
-        // SAFETY: every range is memory that lives through the call: parts of `head`, which is
+        // SAFETY: every range is memory that lives through the call: `parts`, which are
         // borrowed, and mapped guest memory, which `memory` keeps. The kernel only reads them. A
         // guest writing meanwhile tears the data, which the checksums show.
         let sent = unsafe {
@@ -357,7 +358,7 @@ mod tests {
         let mut sent = 0;
         while sent < total {
             sent += io
-                .send(a.as_fd(), head, Some(&source), &runs, sent)
+                .send(a.as_fd(), &head, Some(&source), &runs, sent)
                 .unwrap() as u64;
         }
         let mut start = [0; 1010];

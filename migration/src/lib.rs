@@ -4,16 +4,18 @@
 //! The crate knows neither KVM nor any device: it sees the two machines through the traits of
 //! [`vm`]. Read that first, then [`source`] and [`destination`], which tell the story.
 //!
-//! - What the machines and the engine share: [`vm`], [`layout`], [`section`], [`bitmap`],
-//!   [`clock`].
+//! - What the machines and the engine share: [`vm`], [`disk`], [`layout`], [`section`],
+//!   [`bitmap`], [`clock`].
 //! - What users see and set: [`uri`], [`parameters`], [`progress`], [`cancel`].
-//! - The source: [`source`], with its passes over memory (`rounds`, [`pagemap`], `zero`), its
-//!   side of the connection (`session`), and arithmetic ([`convergence`], [`pacing`]).
+//! - The source: [`source`], with its passes over memory (`rounds`, [`pagemap`], `zero`) and over
+//!   disks (`blocks`, `read_ahead`), its side of the connection (`session`), and arithmetic
+//!   ([`convergence`], [`pacing`]).
 //! - The destination: [`listener`], [`destination`], and the arriving memory (`placement`).
 //! - The wire, described in docs/protocol.md: [`protocol`], [`frame`], [`message`], [`codec`],
 //!   `channel`, [`link`], [`connect`], and `guest_io`, which moves memory.
 
 pub mod bitmap;
+mod blocks;
 pub mod cancel;
 pub mod channel;
 pub mod clock;
@@ -21,6 +23,7 @@ pub mod codec;
 pub mod connect;
 pub mod convergence;
 pub mod destination;
+pub mod disk;
 pub mod frame;
 pub mod guest_io;
 pub mod layout;
@@ -33,6 +36,7 @@ pub mod parameters;
 mod placement;
 pub mod progress;
 pub mod protocol;
+pub mod read_ahead;
 mod rounds;
 pub mod section;
 mod session;

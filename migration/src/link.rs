@@ -21,6 +21,8 @@ pub struct Deadlines {
     pub handshake: Duration,
     /// Without a byte going or coming, while one should.
     pub progress: Duration,
+    /// At the source: from FLUSH to FLUSHED, in which the destination waits for its disks.
+    pub flush: Duration,
     /// While the guest is stopped, from the pause to READY, in addition to twice the downtime
     /// limit.
     pub stop_margin: Duration,
@@ -40,6 +42,7 @@ impl Default for Deadlines {
             connect: Duration::from_secs(10),
             handshake: Duration::from_secs(30),
             progress: Duration::from_secs(30),
+            flush: Duration::from_secs(300),
             stop_margin: Duration::from_secs(5),
             go: Duration::from_secs(30),
             running: Duration::from_secs(30),
@@ -182,6 +185,16 @@ impl Link {
     /// No wait goes past `until`, whatever moves.
     pub(crate) fn set_until(&mut self, until: Option<Instant>) {
         self.until = until;
+    }
+
+    /// Sets how long nothing may move, and returns how long that was.
+    pub(crate) fn set_patience(&mut self, patience: Duration) -> Duration {
+        std::mem::replace(&mut self.patience, patience)
+    }
+
+    /// Whether it is later than [`set_until`](Self::set_until) allows.
+    pub(crate) fn is_late(&self) -> bool {
+        self.until.is_some_and(|until| Instant::now() >= until)
     }
 
     /// From here on, cancelling has no effect.

@@ -1,6 +1,11 @@
 //! The bodies of the frames: typed, explicit little-endian, every count and length bounded before
 //! it is believed. See docs/protocol.md.
 
+mod disks;
+
+pub use self::disks::{BlockRun, MAX_DISK, MAX_DISKS, RunKind, decode_blocks, encode_blocks};
+
+use self::disks::{put_disks, take_disks};
 use crate::codec::{DecodeError, Reader, put_name};
 use crate::frame::{MAX_CHUNK, MAX_PAGES, MAX_REASON, MAX_SECTION, MAX_ZERO_RUNS};
 use crate::layout::{Layout, MAX_REGIONS, PAGE_SIZE, Region};
@@ -77,7 +82,8 @@ impl Preamble {
 pub struct Hello {
     /// Names this migration.
     pub id: Id,
-    /// Bits of what the source cannot do without; unknown ones are refused. None in version 1.
+    /// Bits of what the source cannot do without; unknown ones are refused. The offer's disks
+    /// are part of the body if [`BLOCK_MIGRATION`] is set.
     pub required: u32,
     /// Bits of what the source offers beyond the version; the destination picks. None in version 1.
     pub optional: u32,
@@ -85,7 +91,13 @@ pub struct Hello {
     pub offer: Offer,
 }
 
-/// The capabilities that this build knows; see [`Hello::required`].
+/// Required if disks travel with the guest.
+pub const BLOCK_MIGRATION: u32 = 1 << 0;
+
+/// What a source may require of this build; see [`Hello::required`].
+pub const REQUIRABLE: u32 = BLOCK_MIGRATION;
+
+/// What this build can leave alone; see [`Hello::optional`].
 pub const CAPABILITIES: u32 = 0;
 
 impl Hello {
@@ -117,6 +129,9 @@ impl Hello {
             DecodeError::within("bytes of a blob", blob.len, MAX_BLOB)?;
             put_name(&blob.name, out)?;
             out.extend(blob.len.to_le_bytes());
+        }
+        if self.required & BLOCK_MIGRATION != 0 {
+            put_disks(&offer.disks, out)?;
         }
         let limit = crate::frame::Kind::Hello.max_body() as u64;
         DecodeError::within("bytes of HELLO", out.len() as u64, limit)
@@ -155,7 +170,16 @@ impl Hello {
                 Ok(Blob { name, len })
             })
             .collect::<Result<_, DecodeError>>()?;
-        reader.end()?;
+        let disks = if required & BLOCK_MIGRATION != 0 {
+            take_disks(&mut reader)?
+        } else {
+            Vec::new()
+        };
+        // What is required and not known may have brought fields of its own: it is refused by its
+        // bits, which says more than that the body is too long.
+        if required & !REQUIRABLE == 0 {
+            reader.end()?;
+        }
         Ok(Self {
             id,
             required,
@@ -164,6 +188,7 @@ impl Hello {
                 layout,
                 configuration,
                 blobs,
+                disks,
             },
         })
     }
@@ -457,6 +482,22 @@ fixed! {
 }
 
 fixed! {
+    /// FLUSH.
+    Flush {
+        /// The round that it ends; for the log.
+        round: u64,
+    }
+}
+
+fixed! {
+    /// FLUSHED.
+    Flushed {
+        /// How long flushing all disks took, in nanoseconds.
+        flush_ns: u64,
+    }
+}
+
+fixed! {
     /// END.
     End {
         /// How many STATE frames came.
@@ -469,7 +510,8 @@ fixed! {
 fixed! {
     /// READY.
     Ready {
-        /// How long checking completeness and loading the state took, in nanoseconds.
+        /// How long checking completeness, flushing the disks and loading the state took, in
+        /// nanoseconds.
         load_ns: u64,
     }
 }

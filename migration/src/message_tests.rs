@@ -1,4 +1,5 @@
 use super::*;
+use crate::disk::Disk;
 use proptest::prelude::*;
 
 fn hello() -> Hello {
@@ -27,8 +28,32 @@ fn hello() -> Hello {
                 name: "kernel".to_owned(),
                 len: 0x0102_0304,
             }],
+            disks: vec![],
         },
     }
+}
+
+fn disk(name: &str, capacity: u64) -> Disk {
+    Disk {
+        name: name.to_owned(),
+        capacity,
+    }
+}
+
+fn hello_with_disks() -> Hello {
+    let mut hello = hello();
+    hello.required = BLOCK_MIGRATION;
+    hello.offer.disks = vec![disk("vda", 0x0102_0300_0200), disk("vdb", 512)];
+    hello
+}
+
+fn block_runs() -> [BlockRun; 3] {
+    let run = |kind, offset, len| BlockRun { kind, offset, len };
+    [
+        run(RunKind::Data(0x0403_0201), 0x0102_0304_0600, 0x400),
+        run(RunKind::Zero, 0x200, 1 << 40),
+        run(RunKind::Absent, 0, 512),
+    ]
 }
 
 fn encoded(encode: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
@@ -133,6 +158,126 @@ fn the_format_is_fixed() {
     assert_eq!(decode_state(&state).as_ref(), Ok(section));
 }
 
+/// The same of what moves disks.
+#[test]
+fn the_format_of_disks_is_fixed() {
+    let mut expected = encoded(|out| hello().encode(out).unwrap());
+    expected[16] = 1;
+    expected.extend([0, 0, 1, 0, 2, 0]);
+    expected.extend(b"\x03vda\x00\x02\x00\x03\x02\x01\x00\x00");
+    expected.extend(b"\x03vdb\x00\x02\x00\x00\x00\x00\x00\x00");
+    let hello = hello_with_disks();
+    assert_eq!(encoded(|out| hello.encode(out).unwrap()), expected);
+    assert_eq!(Hello::decode(&expected), Ok(hello));
+
+    let body = encoded(|out| encode_blocks(3, &block_runs(), out));
+    let mut expected = vec![3, 0, 3, 0, 0, 0];
+    expected.extend([
+        0, 0, 6, 4, 3, 2, 1, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4,
+    ]);
+    expected.extend([
+        1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0,
+    ]);
+    expected.extend([
+        2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    ]);
+    assert_eq!(body, expected);
+    let mut runs = vec![];
+    assert_eq!(decode_blocks(&body, 0x400, &mut runs), Ok(3));
+    assert_eq!(runs, block_runs());
+
+    let flush = Flush { round: 0x0102 };
+    assert_eq!(encoded(|out| flush.encode(out)), [2, 1, 0, 0, 0, 0, 0, 0]);
+    let flushed = Flushed { flush_ns: 0x0304 };
+    assert_eq!(encoded(|out| flushed.encode(out)), [4, 3, 0, 0, 0, 0, 0, 0]);
+}
+
+#[test]
+fn disks_out_of_bounds_are_refused() {
+    let encode = |disks: Vec<Disk>| {
+        let mut hello = hello_with_disks();
+        hello.offer.disks = disks;
+        let mut out = vec![];
+        hello.encode(&mut out).map(|()| out)
+    };
+    for capacity in [0, 511, 513, MAX_DISK + 512, u64::MAX] {
+        assert!(encode(vec![disk("vda", capacity)]).is_err(), "{capacity}");
+        // The same from a peer that doesn't check.
+        let mut body = encode(vec![disk("vda", 512)]).unwrap();
+        let at = body.len() - 8;
+        body[at..].copy_from_slice(&capacity.to_le_bytes());
+        assert!(Hello::decode(&body).is_err(), "{capacity}");
+    }
+    assert!(encode(vec![disk("vda", MAX_DISK)]).is_ok());
+    let twice = encode(vec![disk("vda", 512), disk("vda", 1024)]);
+    assert_eq!(twice, Err(DecodeError::DuplicateDisk("vda".to_owned())));
+    let names = |count| (0..count).map(|n| disk(&format!("d{n}"), 512)).collect();
+    assert!(encode(names(MAX_DISKS)).is_ok());
+    assert!(encode(names(MAX_DISKS + 1)).is_err());
+    let mut body = encode(names(1)).unwrap();
+    let at = body.len() - 17;
+    assert_eq!(body[at..at + 4], [0, 0, 1, 0]);
+    body[at + 1] = 2;
+    assert!(Hello::decode(&body).is_err());
+
+    // What a later build requires may bring fields that this one doesn't know.
+    let mut later = hello_with_disks();
+    later.required |= 0x80;
+    let mut body = encoded(|out| later.encode(out).unwrap());
+    body.extend(b"more");
+    assert_eq!(Hello::decode(&body), Ok(later));
+    let mut body = encode(names(1)).unwrap();
+    body.push(0);
+    assert_eq!(Hello::decode(&body), Err(DecodeError::Trailing(1)));
+}
+
+#[test]
+fn parts_of_disks_out_of_bounds_are_refused() {
+    let mut runs = vec![];
+    let mut decode = |list: &[BlockRun], payload| {
+        let body = encoded(|out| encode_blocks(0, list, out));
+        decode_blocks(&body, payload, &mut runs)
+    };
+    let run = |kind, offset, len| BlockRun { kind, offset, len };
+    let data = RunKind::Data(7);
+    let block = 64 << 10;
+    assert!(decode(&[run(data, 512, block)], 64 << 10).is_ok());
+    assert!(decode(&[run(RunKind::Zero, 0, MAX_DISK)], 0).is_ok());
+    for bad in [
+        run(data, 512, block + 512),
+        run(data, 512, 0),
+        run(data, 512, 511),
+        run(data, 511, 512),
+        run(RunKind::Zero, 0, 0),
+        run(RunKind::Zero, 1, 512),
+        run(RunKind::Absent, 512, MAX_DISK),
+        run(RunKind::Zero, u64::MAX - 511, 512),
+        run(RunKind::Zero, 0, u64::MAX - 511),
+    ] {
+        let result = decode(&[bad], bad.data_len() as u32);
+        assert!(
+            matches!(result, Err(DecodeError::BlockRun { .. })),
+            "{bad:?}"
+        );
+    }
+    let sixteen: Vec<_> = (0..16).map(|n| run(data, n * block, block)).collect();
+    assert!(decode(&sixteen, 1 << 20).is_ok());
+    let more = [&sixteen[..], &[run(data, 1 << 30, 512)]].concat();
+    assert!(decode(&more, (1 << 20) + 512).is_err());
+    assert!(decode(&sixteen, (1 << 20) - 512).is_err());
+    assert!(decode(&[run(RunKind::Zero, 0, 512)], 512).is_err());
+    let many = vec![run(RunKind::Zero, 0, 512); crate::frame::MAX_BLOCK_RUNS + 1];
+    assert!(decode(&many, 0).is_err());
+
+    let mut body = encoded(|out| encode_blocks(0, &[run(RunKind::Zero, 0, 512)], out));
+    // A kind that there isn't, and a checksum of nothing.
+    for (at, value) in [(6, 3), (body.len() - 1, 1)] {
+        let before = std::mem::replace(&mut body[at], value);
+        assert!(decode_blocks(&body, 0, &mut vec![]).is_err());
+        body[at] = before;
+    }
+}
+
 #[test]
 fn what_is_out_of_bounds_is_refused() {
     let with = |change: fn(&mut Hello)| {
@@ -209,20 +354,37 @@ proptest! {
         let _ = BlobChunk::decode(&body);
         let _ = decode_pages(&body, payload, &mut runs, &mut crcs);
         let _ = decode_zero(&body, &mut runs);
+        let _ = decode_blocks(&body, payload, &mut vec![]);
         let _ = decode_reason(&body);
         let _ = Go::decode(&body);
         let _ = Accept::decode(&body);
     }
 
-    /// A valid HELLO with some bytes changed decodes to something valid, or fails.
+    /// So does a BLOCKS.
     #[test]
-    fn a_damaged_hello_decodes_or_fails(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)) {
-        let mut body = encoded(|out| hello().encode(out).unwrap());
+    fn a_damaged_blocks_decodes_or_fails(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)) {
+        let mut body = encoded(|out| encode_blocks(3, &block_runs(), out));
         for (at, value) in changes {
             let at = at.index(body.len());
             body[at] = value;
         }
-        if let Ok(decoded) = Hello::decode(&body) {
+        let mut runs = vec![];
+        if let Ok(disk) = decode_blocks(&body, 0x400, &mut runs) {
+            prop_assert_eq!(encoded(|out| encode_blocks(disk, &runs, out)), body);
+        }
+    }
+
+    /// A valid HELLO with some bytes changed decodes to something valid, or fails.
+    #[test]
+    fn a_damaged_hello_decodes_or_fails(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)) {
+        let mut body = encoded(|out| hello_with_disks().encode(out).unwrap());
+        for (at, value) in changes {
+            let at = at.index(body.len());
+            body[at] = value;
+        }
+        if let Ok(decoded) = Hello::decode(&body)
+            && decoded.required & !REQUIRABLE == 0
+        {
             prop_assert_eq!(encoded(|out| decoded.encode(out).unwrap()), body);
         }
     }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::clock::Clock;
+use crate::disk::BLOCK_SIZE;
 use crate::frame::Kind;
 use crate::layout::PAGE_SIZE;
 use crate::message::BlobChunk;
@@ -64,7 +65,7 @@ impl Status {
 /// Memory in numbers, as in QEMU's `MigrationRAMStats`.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Ram {
-    /// Bytes sent (at the destination: received), of every kind.
+    /// Bytes sent (at the destination: received), of every kind but those of the disks.
     pub transferred: u64,
     /// Bytes of RAM that are still to be sent.
     pub remaining: u64,
@@ -95,7 +96,41 @@ impl Ram {
     pub const PAGE_SIZE: u64 = PAGE_SIZE;
 }
 
-/// What went over the connection, in bytes by what they were; together [`Ram::transferred`].
+/// The disks that travel in numbers, in bytes unless said otherwise: what QEMU shows as `disk`.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Disk {
+    /// Sent (at the destination: received) for the disks.
+    pub transferred: u64,
+    /// Still to be sent; at the destination, of the first pass only.
+    pub remaining: u64,
+    /// The capacity of all disks.
+    pub total: u64,
+    /// Pieces of up to 64 KiB sent with their data.
+    pub normal: u64,
+    /// Their data.
+    pub normal_bytes: u64,
+    /// Told as zeroes.
+    pub zero_bytes: u64,
+    /// Told as absent: what the destination has already.
+    pub absent_bytes: u64,
+    /// Megabits a second, in the first pass and then in the last round.
+    pub mbps: f64,
+    /// How often the log of writes was harvested for a round.
+    pub dirty_sync_count: u64,
+    /// Written by the guest a second, in whole blocks, in the last round.
+    pub dirty_bytes_rate: u64,
+    /// How long the destination took for its last flush while the guest ran.
+    pub flush: Duration,
+    /// Sent while the guest was stopped.
+    pub downtime_bytes: u64,
+}
+
+impl Disk {
+    /// The size of a block in bytes.
+    pub const BLOCK_SIZE: u64 = BLOCK_SIZE;
+}
+
+/// What went over the connection beside the disks, in bytes by what they were; together [`Ram::transferred`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Bytes {
     /// The contents of pages.
@@ -141,19 +176,19 @@ pub struct Downtime {
     pub total: Duration,
     /// Stopping the vCPUs.
     pub stop: Duration,
-    /// Reading the dirty log and sending the last pages.
+    /// Reading the dirty logs, and sending the last blocks and pages.
     pub last_pages: Duration,
     /// Saving the state.
     pub save: Duration,
     /// Sending the state and what was on its way, and the answer.
     pub send: Duration,
-    /// Checking and loading at the destination.
+    /// Checking, flushing the disks, and loading at the destination.
     pub load: Duration,
     /// Giving up what only one side may hold, GO, and starting the vCPUs.
     pub start: Duration,
 }
 
-/// One pass over the dirty pages.
+/// One pass over the dirty blocks and pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Round {
     /// From 1; the first is over all pages.
@@ -162,12 +197,16 @@ pub struct Round {
     pub pages: u64,
     /// Pages told as zero.
     pub zero: u64,
+    /// Bytes of blocks sent with their data, or told as zeroes.
+    pub block_bytes: u64,
     /// Bytes sent.
     pub bytes: u64,
     /// How long it took.
     pub time: Duration,
     /// Pages that were dirty at its end.
     pub dirty: u64,
+    /// Bytes of blocks that were dirty at its end.
+    pub dirty_block_bytes: u64,
     /// Pages a second that the guest dirtied in it.
     pub dirty_rate: f64,
     /// The bandwidth estimated at its end, in bytes a second; 0 if not known.
@@ -183,6 +222,8 @@ pub struct Snapshot {
     pub error: Option<String>,
     /// Memory.
     pub ram: Ram,
+    /// The disks; `None` if none travel.
+    pub disk: Option<Disk>,
     /// What `ram.transferred` consists of.
     pub bytes: Bytes,
     /// The link's bandwidth as measured, in bytes a second; only at the source.
@@ -299,7 +340,9 @@ impl Progress {
         let seconds = self.snapshot().total_time.as_secs_f64();
         self.update(|snapshot| {
             if seconds > 0.0 {
-                snapshot.ram.mbps = snapshot.ram.transferred as f64 * 8.0 / 1e6 / seconds;
+                let disk = snapshot.disk.map_or(0, |disk| disk.transferred);
+                let bytes = snapshot.ram.transferred + disk;
+                snapshot.ram.mbps = bytes as f64 * 8.0 / 1e6 / seconds;
             }
         });
         self.set_status(Status::Completed);

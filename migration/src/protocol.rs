@@ -20,7 +20,7 @@ pub enum Phase {
     Offered,
     /// Accepted: blobs may come.
     Blobs,
-    /// Memory comes.
+    /// Disks and memory come.
     Ram,
     /// State sections come.
     State,
@@ -54,6 +54,8 @@ impl Phase {
             (Start | Offered, Kind::Refuse) => Over,
             (Blobs, Kind::Blob) => Blobs,
             (Blobs | Ram, Kind::Pages | Kind::Zero | Kind::Sync) => Ram,
+            (Blobs | Ram, Kind::Blocks | Kind::Flush) => Ram,
+            (Ram, Kind::Flushed) => Ram,
             (Ram | State | Ended, Kind::SyncAck) => self,
             (Ram | State, Kind::State) => State,
             (Ram | State, Kind::End) => Ended,
@@ -95,6 +97,9 @@ mod tests {
             Blob,
             Blob,
             Sync,
+            Blocks,
+            Flush,
+            Flushed,
             Pages,
             SyncAck,
             Zero,
@@ -132,7 +137,15 @@ mod tests {
 
     #[test]
     fn no_memory_before_the_offer_is_accepted_or_after_the_state() {
-        for kind in [Kind::Pages, Kind::Zero, Kind::Sync, Kind::Blob] {
+        for kind in [
+            Kind::Pages,
+            Kind::Zero,
+            Kind::Sync,
+            Kind::Blob,
+            Kind::Blocks,
+            Kind::Flush,
+            Kind::Flushed,
+        ] {
             for phase in [Start, Offered, State, Ended, Ready, Going] {
                 assert!(phase.after(kind).is_err(), "{kind:?} in {phase:?}");
             }

@@ -11,7 +11,8 @@ use crate::clock::Clock;
 use crate::convergence::{Convergence, STRONG};
 use crate::frame::{Kind, MAX_PAGES};
 use crate::guest_io::GuestPages;
-use crate::message::{Sync, SyncAck};
+use crate::link::Deadlines;
+use crate::message::{Flush, Flushed, Sync, SyncAck};
 use crate::pacing::{Pacing, pages_per_frame};
 use crate::parameters::Parameters;
 use crate::progress::Snapshot;
@@ -38,11 +39,14 @@ struct Mark {
     began: Duration,
     /// How many bytes had been sent with it.
     bytes: u64,
+    /// How long there was nothing to send, because a disk was slow.
+    starved: Duration,
 }
 
 pub(crate) struct Session {
     pub(crate) channel: Channel,
     pub(crate) convergence: Convergence,
+    deadlines: Deadlines,
     clock: Arc<dyn Clock>,
     parameters: Arc<Parameters>,
     pacing: Pacing,
@@ -53,17 +57,20 @@ pub(crate) struct Session {
     marked_bytes: u64,
     acked_bytes: u64,
     began: Option<Duration>,
+    starved: Duration,
     body: Vec<u8>,
 }
 
 impl Session {
     pub(crate) fn new(
         channel: Channel,
+        deadlines: &Deadlines,
         clock: Arc<dyn Clock>,
         parameters: Arc<Parameters>,
     ) -> Self {
         Self {
             channel,
+            deadlines: deadlines.clone(),
             convergence: Convergence::default(),
             clock,
             parameters,
@@ -75,6 +82,7 @@ impl Session {
             marked_bytes: 0,
             acked_bytes: 0,
             began: None,
+            starved: Duration::ZERO,
             body: Vec::new(),
         }
     }
@@ -82,6 +90,11 @@ impl Session {
     /// From here on the guest is stopped: nothing is held back.
     pub(crate) fn stop_pacing(&mut self) {
         self.paced = false;
+    }
+
+    /// Whether the guest may still run.
+    pub(crate) fn is_paced(&self) -> bool {
+        self.paced
     }
 
     /// How many pages to put in a frame.
@@ -109,6 +122,20 @@ impl Session {
         self.begin();
         let before = self.channel.sent_bytes();
         self.channel.send_pages(body, memory, runs)?;
+        self.sent(before, round)
+    }
+
+    /// Sends a BLOCKS frame with its data, in time.
+    pub(crate) fn send_blocks(
+        &mut self,
+        body: &[u8],
+        data: &[&[u8]],
+        round: u64,
+    ) -> Result<(), ChannelError> {
+        self.pace(round)?;
+        self.begin();
+        let before = self.channel.sent_bytes();
+        self.channel.send_data(Kind::Blocks, body, data)?;
         self.sent(before, round)
     }
 
@@ -153,14 +180,44 @@ impl Session {
             if wait.is_zero() {
                 return Ok(());
             }
-            if self.clock.now().saturating_sub(self.marked_at) >= 5 * MARK_TIME
-                && self.channel.phase() == crate::protocol::Phase::Ram
-            {
-                self.mark(round)?;
-            }
+            self.show_life(round)?;
             self.idle(wait.min(PACE_STEP))?;
         }
         Ok(())
+    }
+
+    /// Sends a mark if nothing was sent for long, so that the peer knows that this side lives.
+    fn show_life(&mut self, round: u64) -> Result<(), ChannelError> {
+        if self.clock.now().saturating_sub(self.marked_at) >= 5 * MARK_TIME
+            && self.channel.phase() == crate::protocol::Phase::Ram
+        {
+            self.mark(round)?;
+        }
+        Ok(())
+    }
+
+    /// For so long there was nothing to send, because a disk is slow: that says nothing about the
+    /// link.
+    pub(crate) fn starved(&mut self, time: Duration) {
+        self.starved += time;
+    }
+
+    /// To be called often while that lasts.
+    pub(crate) fn wait_for_disk(&mut self, round: u64) -> Result<(), ChannelError> {
+        self.channel.check_cancel()?;
+        self.show_life(round)?;
+        self.look_at_answers()
+    }
+
+    /// Lets the destination flush its disks; returns how long that took there.
+    pub(crate) fn flush(&mut self, round: u64) -> Result<Duration, ChannelError> {
+        Flush { round }.encode(&mut self.body);
+        self.channel.send(Kind::Flush, &self.body)?;
+        let patience = self.channel.link().set_patience(self.deadlines.flush);
+        self.receive(Kind::Flushed)?;
+        self.channel.link().set_patience(patience);
+        let flushed = self.channel.decode(Kind::Flushed, Flushed::decode)?;
+        Ok(Duration::from_nanos(flushed.flush_ns))
     }
 
     /// Waits, looking at what the peer says.
@@ -198,6 +255,7 @@ impl Session {
             number,
             began: self.began.take().unwrap_or(now),
             bytes: self.channel.sent_bytes(),
+            starved: std::mem::take(&mut self.starved),
         });
         self.marked_at = now;
         self.marked_bytes = self.channel.sent_bytes();
@@ -226,7 +284,10 @@ impl Session {
 
     /// What this side of the connection knows, into a snapshot.
     pub(crate) fn tell(&self, snapshot: &mut Snapshot) {
-        snapshot.ram.transferred = self.channel.sent_bytes();
+        snapshot.ram.transferred = self.channel.sent_bytes() - self.channel.sent_blocks();
+        if let Some(disk) = &mut snapshot.disk {
+            disk.transferred = self.channel.sent_blocks();
+        }
         snapshot.bytes = self.channel.sent();
         snapshot.bandwidth = self.convergence.bandwidth.estimate();
         snapshot.round_trip = self.convergence.measured_round_trip();
@@ -279,12 +340,12 @@ impl Session {
         let bytes = mark.bytes - self.acked_bytes;
         self.acked_bytes = mark.bytes;
         let round_trip = self.convergence.round_trip();
-        self.convergence.bandwidth.delivered(
-            bytes,
-            mark.began,
-            self.channel.arrived_at(),
-            round_trip,
-        );
+        let arrived_at = self.channel.arrived_at();
+        if mark.starved < arrived_at.saturating_sub(mark.began) / 4 || mark.starved.is_zero() {
+            self.convergence
+                .bandwidth
+                .delivered(bytes, mark.began, arrived_at, round_trip);
+        }
         Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! The source: from the offer to the hand-over. See docs/design.md for who may run the guest when.
 
+mod disks;
 mod precopy;
 mod switchover;
 
@@ -8,18 +9,21 @@ use std::time::Duration;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use crate::blocks::{BlocksError, Disks};
 use crate::cancel::Cancel;
 use crate::channel::{Channel, ChannelError};
 use crate::clock::Clock;
 use crate::codec::DecodeError;
 use crate::connect::{ConnectError, connect};
 use crate::convergence::Costs;
+use crate::disk::SourceDisk;
 use crate::frame::Kind;
 use crate::guest_io::{GuestPages, MemoryError};
 use crate::link::{Deadlines, Link, LinkError, Stream};
 use crate::message::{Id, encode_reason};
 use crate::parameters::Parameters;
-use crate::progress::{Downtime, Progress, Status};
+use crate::progress::{self, Downtime, Progress, Status};
+use crate::read_ahead::ReadError;
 use crate::rounds::{Memory, PassError};
 use crate::session::Session;
 use crate::uri::Uri;
@@ -72,6 +76,9 @@ pub enum SourceError {
     /// The machine offers more than the protocol carries.
     #[error("the guest cannot be described on the wire: {0}")]
     Offer(DecodeError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] ReadError),
     /// A blob's file is shorter than announced, or can't be read.
     #[error("cannot read the blob '{name}': {error}")]
     Blob {
@@ -148,8 +155,10 @@ enum Step {
     Connect,
     Offer,
     Blobs,
+    Disks,
     Rounds,
     Stop,
+    LastBlocks,
     LastPages,
     Save,
     Load,
@@ -167,6 +176,12 @@ enum Owner {
     HandedOver(Pause),
 }
 
+/// What moves while the guest runs.
+struct Contents {
+    disks: Disks,
+    memory: Memory,
+}
+
 struct Source<'a> {
     vm: &'a mut dyn SourceVm,
     job: &'a Job,
@@ -174,6 +189,8 @@ struct Source<'a> {
     session: Option<Session>,
     owner: Owner,
     logging: bool,
+    /// The disks whose writes are logged.
+    logged: Vec<Arc<dyn SourceDisk>>,
     id: Id,
     step: Step,
     step_began: Duration,
@@ -192,6 +209,7 @@ pub fn migrate(vm: &mut dyn SourceVm, peer: Peer, job: &Job) -> Outcome {
         session: None,
         owner: Owner::Running,
         logging: false,
+        logged: Vec::new(),
         id: Id([0; 16]),
         step: Step::Connect,
     };
@@ -213,6 +231,7 @@ impl Source<'_> {
         let channel = Channel::new(link, Arc::clone(&self.clock), true);
         let mut session = Session::new(
             channel,
+            &self.job.deadlines,
             Arc::clone(&self.clock),
             Arc::clone(&self.job.parameters),
         );
@@ -231,25 +250,36 @@ impl Source<'_> {
         for _ in 0..2 {
             session.measure_round_trip()?;
         }
-        let mut memory = Memory::new(GuestPages::new(self.vm.ram())?);
-        self.vm
-            .start_dirty_log()
-            .map_err(vm("switching the dirty log on"))?;
-        self.logging = true;
+        let mut guest = Contents {
+            disks: Disks::open(self.vm, &offer).map_err(vm("opening a disk"))?,
+            memory: Memory::new(GuestPages::new(self.vm.ram())?),
+        };
         self.job.progress.update(|snapshot| {
             session.tell(snapshot);
             snapshot.ram.total = offer.layout.bytes();
             snapshot.ram.remaining = offer.layout.bytes();
+            snapshot.disk = (!guest.disks.is_empty()).then(|| progress::Disk {
+                total: guest.disks.capacity(),
+                remaining: guest.disks.capacity(),
+                ..progress::Disk::default()
+            });
         });
         self.job.progress.set_status(Status::Active);
 
+        self.enter(Step::Disks);
+        self.bulk_pass(session, &mut guest.disks)?;
         self.enter(Step::Rounds);
-        let rounds = self.rounds(session, &mut memory)?;
-        let precopy_bytes = session.channel.sent_bytes();
-        self.job
-            .progress
-            .update(|snapshot| snapshot.ram.precopy_bytes = precopy_bytes);
-        self.switch_over(session, &mut memory, rounds + 1)
+        // Not before the disks have moved: it slows the guest's writes down.
+        self.vm
+            .start_dirty_log()
+            .map_err(vm("switching the dirty log on"))?;
+        self.logging = true;
+        let rounds = self.rounds(session, &mut guest)?;
+        self.job.progress.update(|snapshot| {
+            session.tell(snapshot);
+            snapshot.ram.precopy_bytes = snapshot.ram.transferred;
+        });
+        self.switch_over(session, &mut guest, rounds + 1)
     }
 
     /// Puts the guest where it belongs, tells the peer, and says how it ended.
@@ -346,6 +376,9 @@ impl Source<'_> {
         if std::mem::take(&mut self.logging) {
             self.vm.stop_dirty_log();
         }
+        for disk in self.logged.drain(..) {
+            disk.stop_log();
+        }
     }
 
     fn enter(&mut self, step: Step) {
@@ -365,5 +398,12 @@ fn pass_error(error: PassError) -> SourceError {
     match error {
         PassError::Channel(error) => error.into(),
         PassError::Protect(error) => vm("protecting memory")(error),
+    }
+}
+
+fn blocks_error(error: BlocksError) -> SourceError {
+    match error {
+        BlocksError::Channel(error) => error.into(),
+        BlocksError::Read(error) => error.into(),
     }
 }

@@ -1,12 +1,15 @@
 //! What the engine asks of the two machines: the only way in which it sees a VM.
 //!
-//! `vmm` implements both traits on KVM; this crate's tests implement them on plain memory. The
-//! engine calls them from one thread, in the order that the methods are listed in.
+//! `vmm` implements these traits on KVM; this crate's tests implement them on plain memory. The
+//! engine calls the machines from one thread, in the order that the methods are listed in; their
+//! disks are seen through the traits of [`disk`](crate::disk).
 
 use std::io::{Read, Write};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::bitmap::PageBitmap;
+use crate::disk::{DestinationDisk, Disk, SourceDisk};
 use crate::layout::{GuestRam, Layout};
 use crate::section::Section;
 
@@ -23,6 +26,8 @@ pub struct Offer {
     /// Files that the machine needs beside its RAM (the kernel and the initrd, for a later
     /// reset), sent before the first page.
     pub blobs: Vec<Blob>,
+    /// The disks whose contents travel with the guest. Empty: both sides see the same storage.
+    pub disks: Vec<Disk>,
 }
 
 /// A file that travels with the guest.
@@ -51,6 +56,11 @@ pub trait SourceVm {
     /// Opens the blob of that index in [`Offer::blobs`] for reading, from its start.
     fn open_blob(&mut self, index: usize) -> Result<Box<dyn Read + Send>, VmError>;
 
+    /// The disk of that index in [`Offer::disks`].
+    fn open_disk(&mut self, index: usize) -> Result<Arc<dyn SourceDisk>, VmError> {
+        Err(format!("this machine has no disk {index} that could travel").into())
+    }
+
     /// The guest's memory, which the guest may be writing to at any time.
     fn ram(&self) -> GuestRam;
 
@@ -70,7 +80,8 @@ pub trait SourceVm {
     fn protect(&mut self, dirty: &PageBitmap, first: u64, count: u64) -> Result<(), VmError>;
 
     /// Stops the guest; a guest that is stopped already stays so. In-flight device work is
-    /// finished when this returns: no more writes to RAM until [`resume`](Self::resume).
+    /// finished when this returns: no more writes to RAM or to a disk until
+    /// [`resume`](Self::resume).
     /// After an error it runs on as before.
     fn pause(&mut self) -> Result<Pause, VmError>;
 
@@ -113,6 +124,12 @@ pub trait DestinationVm {
     /// Where to write the blob of that index in [`Offer::blobs`]; the engine writes exactly
     /// [`Blob::len`] bytes and drops the writer.
     fn create_blob(&mut self, index: usize) -> Result<Box<dyn Write + Send>, VmError>;
+
+    /// The disk of that index in [`Offer::disks`], to be filled. The engine drops it, flushed,
+    /// before [`load`](Self::load), and before [`abandon`](Self::abandon) after a failure.
+    fn open_disk(&mut self, index: usize) -> Result<Box<dyn DestinationDisk>, VmError> {
+        Err(format!("this machine has no disk {index} to fill").into())
+    }
 
     /// Loads the state of everything but RAM. Unknown, duplicate, missing, left-over and invalid
     /// sections are errors that name the section. The guest could run when this returns.

@@ -8,7 +8,7 @@ use tracing::warn;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::chain::{Chain, ChainError};
+use super::chain::{Chain, ChainError, Table};
 use super::interrupt::Interrupt;
 use super::notifier::Notifier;
 use super::{F_EVENT_IDX, GuestRam};
@@ -82,15 +82,30 @@ impl Activation {
     /// The next request in a queue. `None` if there is none, or if the driver has broken the
     /// queue: then the device needs a reset, and is given no more requests.
     pub fn pop(&self, queue: usize) -> Option<Chain> {
-        let queue = self.ready(queue)?;
-        let popped = {
-            let mut ring = queue.ring();
+        let ring = self.ready(queue)?;
+        let head = {
+            let mut ring = ring.ring();
             match ring.iter(&self.memory) {
-                Ok(mut available) => available.next().map(Chain::collect),
-                Err(err) => Some(Err(ChainError::Ring(err))),
+                Ok(mut available) => Ok(available.next()?.head_index()),
+                Err(err) => Err(ChainError::Ring(err)),
             }
         };
-        self.checked(popped?)
+        let head = self.checked(head)?;
+        self.chain(queue, head)
+    }
+
+    /// The request that begins at descriptor `head`, which was popped before and has not been
+    /// given back. `None` if the driver has broken it meanwhile.
+    pub fn chain(&self, queue: usize, head: u16) -> Option<Chain> {
+        let queue = self.ready(queue)?;
+        let table = {
+            let ring = queue.ring();
+            Table {
+                address: GuestAddress(ring.desc_table()),
+                len: ring.size().into(),
+            }
+        };
+        self.checked(Chain::follow(&self.memory, table, head))
     }
 
     /// Gives a request back that nothing was done about, the last one that was popped and not

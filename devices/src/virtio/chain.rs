@@ -1,8 +1,12 @@
 //! A request of a driver: a chain of descriptors, checked.
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::GuestRam;
+
+/// The most descriptors that a chain has here, also in an indirect table: the longest queue's.
+const MOST_DESCRIPTORS: u32 = 32768;
 
 /// A piece of guest memory that lies in RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +41,7 @@ pub enum ChainError {
         /// The first descriptor.
         head: u16,
         /// How many of it make sense.
-        descriptors: usize,
+        descriptors: u32,
     },
     /// A buffer outside the guest's memory.
     #[error(
@@ -59,48 +63,95 @@ pub enum ChainError {
     },
 }
 
+/// Descriptors of a queue, to follow chains through.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Table {
+    /// Where it is.
+    pub(super) address: GuestAddress,
+    /// How many descriptors it has.
+    pub(super) len: u32,
+}
+
+impl Table {
+    fn get(&self, memory: &GuestRam, index: u32) -> Option<Descriptor> {
+        let offset = u64::from(index) * size_of::<Descriptor>() as u64;
+        let address = self.address.checked_add(offset)?;
+        (index < self.len)
+            .then(|| memory.read_obj(address).ok())
+            .flatten()
+    }
+}
+
 impl Chain {
-    /// Follows the chain that begins at `descriptors` and checks all of it.
-    pub(super) fn collect(
-        descriptors: virtio_queue::DescriptorChain<&GuestRam>,
-    ) -> Result<Self, ChainError> {
-        let head = descriptors.head_index();
-        let memory = descriptors.memory();
+    /// Follows the chain that begins at descriptor `head`, and checks all of it.
+    pub(super) fn follow(memory: &GuestRam, table: Table, head: u16) -> Result<Self, ChainError> {
         let mut chain = Self {
             head,
             readable: Vec::new(),
             writable: Vec::new(),
         };
-        // The iterator ends without a word where the chain doesn't go on as it should.
-        let mut more = true;
-        for descriptor in descriptors.clone() {
-            more = descriptor.has_next();
-            let (address, len) = (descriptor.addr(), descriptor.len());
-            if len == 0 {
+        let (mut table, mut next) = (table, u32::from(head));
+        let (mut seen, mut bytes, mut is_indirect) = (0, 0u64, false);
+        loop {
+            let broken = ChainError::Descriptors {
+                head,
+                descriptors: seen,
+            };
+            let Some(descriptor) = table.get(memory, next) else {
+                return Err(broken);
+            };
+            if descriptor.refers_to_indirect_table() {
+                // One level, at the end of the chain (section 2.7.5.3.1).
+                let len = descriptor.len() / size_of::<Descriptor>() as u32;
+                let whole = descriptor
+                    .len()
+                    .is_multiple_of(size_of::<Descriptor>() as u32);
+                if is_indirect || descriptor.has_next() || !whole {
+                    return Err(broken);
+                }
+                is_indirect = true;
+                table = Table {
+                    address: descriptor.addr(),
+                    len: len.min(MOST_DESCRIPTORS),
+                };
+                (next, seen) = (0, 0);
                 continue;
             }
-            if !memory.check_range(address, len as usize) {
-                return Err(ChainError::NotRam {
-                    head,
-                    address: address.0,
-                    len,
-                });
+            chain.add(memory, &descriptor)?;
+            seen += 1;
+            bytes += u64::from(descriptor.len());
+            if !descriptor.has_next() {
+                return Ok(chain);
             }
-            if descriptor.is_write_only() {
-                chain.writable.push(Buffer { address, len });
-            } else if chain.writable.is_empty() {
-                chain.readable.push(Buffer { address, len });
-            } else {
-                return Err(ChainError::Order { head });
+            // A chain with more than there are has a loop; one of 2^32 bytes is not allowed.
+            if seen >= table.len || bytes > u64::from(u32::MAX) {
+                return Err(broken);
             }
+            next = descriptor.next().into();
         }
-        if more {
-            return Err(ChainError::Descriptors {
+    }
+
+    fn add(&mut self, memory: &GuestRam, descriptor: &Descriptor) -> Result<(), ChainError> {
+        let head = self.head;
+        let (address, len) = (descriptor.addr(), descriptor.len());
+        if len == 0 {
+            return Ok(());
+        }
+        if !memory.check_range(address, len as usize) {
+            return Err(ChainError::NotRam {
                 head,
-                descriptors: chain.readable.len() + chain.writable.len(),
+                address: address.0,
+                len,
             });
         }
-        Ok(chain)
+        if descriptor.is_write_only() {
+            self.writable.push(Buffer { address, len });
+        } else if self.writable.is_empty() {
+            self.readable.push(Buffer { address, len });
+        } else {
+            return Err(ChainError::Order { head });
+        }
+        Ok(())
     }
 
     /// The number of bytes for the device to read.

@@ -7,6 +7,7 @@
 //! for the queues' notifications, and stands still, with nothing in flight, when the machine does.
 
 pub mod activation;
+pub mod blk;
 pub mod chain;
 pub mod interrupt;
 pub mod net;

@@ -1,5 +1,6 @@
 //! A driver for unit tests: it negotiates through the registers, and makes requests.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use vm_memory::{Bytes, GuestAddress};
@@ -48,13 +49,13 @@ struct Queue {
 #[derive(Clone, Debug)]
 pub(crate) struct Pending {
     pub(crate) head: u16,
-    writable: Vec<(u64, u32)>,
+    /// The buffers that the device can write: address and length.
+    pub(crate) writable: Vec<(u64, u32)>,
 }
 
 /// A request that was answered.
 #[derive(Clone, Debug)]
 pub(crate) struct Used {
-    pub(crate) head: u16,
     pub(crate) written: u32,
     /// All that the device could write, whether it did or not.
     pub(crate) data: Vec<u8>,
@@ -235,7 +236,7 @@ impl TestDriver {
             .store(
                 available,
                 GuestAddress(rings + AVAILABLE + 2),
-                std::sync::atomic::Ordering::Release,
+                Ordering::Release,
             )
             .unwrap();
     }
@@ -248,6 +249,11 @@ impl TestDriver {
         self.memory.write_obj(event, place).unwrap();
     }
 
+    /// Makes the device believe that it has taken the next request already.
+    pub(crate) fn skip_available(&self, queue: usize) {
+        self.transport.skip_available(queue);
+    }
+
     pub(crate) fn notify(&self, queue: usize) {
         self.set(QUEUE_NOTIFY, queue as u32);
     }
@@ -256,20 +262,30 @@ impl TestDriver {
     pub(crate) fn take_used(&self, index: usize) -> Vec<(u16, u32)> {
         let mut state = self.state.lock().unwrap();
         let queue = &mut state.queues[index];
-        let ring = RINGS + index as u64 * RING_LEN + USED;
-        let end: u16 = self
-            .memory
-            .load(GuestAddress(ring + 2), std::sync::atomic::Ordering::Acquire)
-            .unwrap();
+        let rings = RINGS + index as u64 * RING_LEN;
+        let event = GuestAddress(rings + AVAILABLE + 4 + 2 * u64::from(queue.size));
+        let ring = rings + USED;
         let mut used = Vec::new();
-        while queue.used != end {
-            let place = ring + 4 + 8 * u64::from(queue.used % queue.size);
-            let head: u32 = self.memory.read_obj(GuestAddress(place)).unwrap();
-            let written: u32 = self.memory.read_obj(GuestAddress(place + 4)).unwrap();
-            used.push((head as u16, written));
-            queue.used = queue.used.wrapping_add(1);
+        loop {
+            // With VIRTIO_F_EVENT_IDX: an interrupt about the next one, please.
+            self.memory
+                .store(queue.used, event, Ordering::SeqCst)
+                .unwrap();
+            let end: u16 = self
+                .memory
+                .load(GuestAddress(ring + 2), Ordering::SeqCst)
+                .unwrap();
+            if queue.used == end {
+                return used;
+            }
+            while queue.used != end {
+                let place = ring + 4 + 8 * u64::from(queue.used % queue.size);
+                let head: u32 = self.memory.read_obj(GuestAddress(place)).unwrap();
+                let written: u32 = self.memory.read_obj(GuestAddress(place + 4)).unwrap();
+                used.push((head as u16, written));
+                queue.used = queue.used.wrapping_add(1);
+            }
         }
-        used
     }
 
     /// Waits for an interrupt, and acknowledges it; returns its reasons.
@@ -299,7 +315,6 @@ impl TestDriver {
             if let [(head, written)] = *self.take_used(queue) {
                 assert_eq!(head, pending.head);
                 return Used {
-                    head,
                     written,
                     data: self.data(pending),
                 };

@@ -291,6 +291,13 @@ impl VirtioMmio {
     }
 
     #[cfg(test)]
+    pub(super) fn skip_available(&self, queue: usize) {
+        let mut ring = self.queues[queue].ring();
+        let next = ring.next_avail().wrapping_add(1);
+        ring.set_next_avail(next);
+    }
+
+    #[cfg(test)]
     pub(super) fn activation_for_tests(&self) -> Arc<Activation> {
         Arc::new(self.activation(&self.registers()))
     }
@@ -329,8 +336,8 @@ impl VirtioMmio {
     }
 }
 
-/// The transport's state and its queues'. The device's own state must have been restored before:
-/// a driver that is ready finds it at work at once.
+/// The transport's state and its queues', into a device that no driver uses. The device's own state
+/// must have been restored before: a driver that is ready finds it at work at once.
 impl SaveRestore for VirtioMmio {
     fn version(&self) -> u32 {
         SAVED_VERSION
@@ -364,10 +371,6 @@ impl SaveRestore for VirtioMmio {
             &self.memory,
         )?;
         let mut registers = self.registers();
-        // A device as after power-on has taken on its own state, which a reset would undo.
-        if *registers != Registers::default() {
-            self.reset_with(&mut registers);
-        }
         *registers = restored.registers;
         for (queue, ring) in self.queues.iter().zip(restored.rings) {
             *queue.ring() = ring;

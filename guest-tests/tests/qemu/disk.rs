@@ -236,15 +236,16 @@ fn a_buffer_that_changes_after_it_was_right_is_found() {
         "-machine".to_owned(),
         "memory-backend=m".to_owned(),
     ]);
-    // Slow, so that most buffers lie idle.
+    // So slow and with so many that most buffers lie idle for seconds.
     let options = Options {
-        rate: Rate::PerSecond(200),
+        rate: Rate::PerSecond(50),
+        keep: 256,
         ..options()
     };
     let mut machine = start(&qemu, dir.path(), "a", DISK, &options.to_string(), &more);
     machine.cont();
     machine.wait_for(|line| match Report::parse(line)? {
-        Report::Status { kept, .. } => (kept > 0).then_some(()),
+        Report::Status { reads, writes, .. } => (reads + writes > 30).then_some(()),
         _ => None,
     });
     let file = File::options().read(true).write(true).open(&ram).unwrap();
@@ -333,7 +334,12 @@ fn a_request_that_fails_is_reported_and_the_rest_goes_on() {
         "-device".to_owned(),
         "virtio-blk-device,drive=d0".to_owned(),
     ];
-    let append = options().to_string();
+    // This drive ignores discards.
+    let options = Options {
+        discarded: Holds::Unknown,
+        ..options()
+    };
+    let append = options.to_string();
     let mut machine = start(&qemu, dir.path(), "a", DISK, &append, &drive);
     machine.cont();
     let failed = machine.wait_for(|line| {

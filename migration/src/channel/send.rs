@@ -12,12 +12,22 @@ use crate::link::{LinkError, Readiness, not_ready};
 impl Channel {
     /// Sends bytes that are no frame: the preamble.
     pub(crate) fn send_raw(&mut self, bytes: &[u8]) -> Result<(), ChannelError> {
-        self.send_all([bytes, &[]], None, &[], bytes.len() as u64)
+        self.send_all(&[bytes], None, &[], bytes.len() as u64)
     }
 
     /// Sends a frame.
     pub(crate) fn send(&mut self, kind: Kind, body: &[u8]) -> Result<(), ChannelError> {
-        self.send_frame(kind, body, None, &[])
+        self.send_frame(kind, body, &[], None, &[])
+    }
+
+    /// Sends a frame with `data`, one after the other, as its payload.
+    pub(crate) fn send_data(
+        &mut self,
+        kind: Kind,
+        body: &[u8],
+        data: &[&[u8]],
+    ) -> Result<(), ChannelError> {
+        self.send_frame(kind, body, data, None, &[])
     }
 
     /// Sends a PAGES frame: the pages of `runs`, each within one region, follow `body`.
@@ -27,19 +37,22 @@ impl Channel {
         memory: &GuestPages,
         runs: &[PageRun],
     ) -> Result<(), ChannelError> {
-        self.send_frame(Kind::Pages, body, Some(memory), runs)
+        self.send_frame(Kind::Pages, body, &[], Some(memory), runs)
     }
 
     fn send_frame(
         &mut self,
         kind: Kind,
         body: &[u8],
+        data: &[&[u8]],
         memory: Option<&GuestPages>,
         runs: &[PageRun],
     ) -> Result<(), ChannelError> {
         self.check_cancel()?;
         self.phase = self.phase.after(kind)?;
-        let payload_len: u64 = runs.iter().map(|run| run.count).sum::<u64>() * PAGE_SIZE;
+        let pages: u64 = runs.iter().map(|run| run.count).sum();
+        let data_len: usize = data.iter().map(|part| part.len()).sum();
+        let payload_len = pages * PAGE_SIZE + data_len as u64;
         let header = Header {
             kind,
             sequence: self.next_sent,
@@ -50,14 +63,19 @@ impl Channel {
         .encode();
         self.next_sent = self.next_sent.wrapping_add(1);
         let total = (HEADER_LEN + body.len()) as u64 + payload_len;
-        self.send_all([&header, body], memory, runs, total)?;
+        let mut parts = vec![&header[..], body];
+        parts.extend(data);
+        self.send_all(&parts, memory, runs, total)?;
         self.sent.count(kind, body.len() as u32, payload_len as u32);
+        if kind == Kind::Blocks {
+            self.sent_blocks += total;
+        }
         Ok(())
     }
 
     fn send_all(
         &mut self,
-        head: [&[u8]; 2],
+        parts: &[&[u8]],
         memory: Option<&GuestPages>,
         runs: &[PageRun],
         total: u64,
@@ -66,7 +84,7 @@ impl Channel {
         let mut done = 0;
         let mut since = Instant::now();
         while done < total {
-            match self.io.send(self.link.fd(), head, memory, runs, done) {
+            match self.io.send(self.link.fd(), parts, memory, runs, done) {
                 Ok(count) => {
                     done += count as u64;
                     self.sent_bytes += count as u64;
@@ -128,7 +146,7 @@ impl Channel {
         self.phase = phase;
         self.torn = true;
         self.io
-            .send(self.link.fd(), [&header, body], None, &[], 0)
+            .send(self.link.fd(), &[&header, body], None, &[], 0)
             .is_ok_and(|count| count == total)
     }
 

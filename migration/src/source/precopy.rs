@@ -3,13 +3,13 @@
 use std::io::Read;
 use std::time::{Duration, Instant};
 
-use super::{Source, SourceError, pass_error, vm};
-use crate::convergence::Decision;
+use super::{Contents, Source, SourceError, blocks_error, pass_error, vm};
+use crate::convergence::{Decision, Rest};
 use crate::frame::{Kind, MAX_CHUNK};
-use crate::message::{Accept, BlobChunk, CAPABILITIES, Hello, Preamble};
+use crate::message::{Accept, BLOCK_MIGRATION, BlobChunk, CAPABILITIES, Hello, Preamble};
 use crate::progress::Round;
 use crate::protocol::{NEWEST_VERSION, OLDEST_VERSION};
-use crate::rounds::{Memory, Pass, Sent};
+use crate::rounds::{Pass, Sent};
 use crate::session::Session;
 use crate::vm::Offer;
 
@@ -24,7 +24,11 @@ impl Source<'_> {
     ) -> Result<(), SourceError> {
         let hello = Hello {
             id: self.id,
-            required: 0,
+            required: if offer.disks.is_empty() {
+                0
+            } else {
+                BLOCK_MIGRATION
+            },
             optional: CAPABILITIES,
             offer: offer.clone(),
         };
@@ -87,13 +91,16 @@ impl Source<'_> {
         Ok(())
     }
 
-    /// Rounds with the guest running, until the rest fits. Returns how many.
+    /// Rounds with the guest running, until the rest fits. Returns how many. A round is over the
+    /// dirty blocks, then over the dirty pages: the blocks that were written in the bulk pass
+    /// come before all of memory.
     pub(super) fn rounds(
         &mut self,
         session: &mut Session,
-        memory: &mut Memory,
+        guest: &mut Contents,
     ) -> Result<u64, SourceError> {
         let mut number = 0;
+        guest.disks.harvest();
         let mut harvested_at = self.clock.now();
         loop {
             number += 1;
@@ -104,18 +111,25 @@ impl Source<'_> {
             } else {
                 Pass::Dirty
             };
-            self.job.progress.begin_round(number);
-            let sent = memory
-                .send(pass, number, self.vm, session, &self.job.progress)
+            let progress = &self.job.progress;
+            progress.begin_round(number);
+            let blocks = guest
+                .disks
+                .send_pending(number, session, progress)
+                .map_err(blocks_error)?;
+            let blocks_time = self.clock.now().saturating_sub(began);
+            let sent = guest
+                .memory
+                .send(pass, number, self.vm, session, progress)
                 .map_err(pass_error)?;
             let mark = session.mark(number)?;
+            guest.disks.flush(number, session, progress)?;
 
             let harvest_began = self.clock.now();
-            self.harvest(memory)?;
+            let dirty = self.harvest(guest)?;
             let now = self.clock.now();
             session.convergence.costs.pause =
                 now.saturating_sub(harvest_began) + self.job.costs.pause;
-            let dirty = memory.pending.count();
             session
                 .convergence
                 .dirtied(dirty, now.saturating_sub(harvested_at));
@@ -123,25 +137,28 @@ impl Source<'_> {
 
             // Not before what was sent has arrived is it known what the stop would cost: the
             // rest would have to wait behind it.
-            let mut decision = self.decide(session, dirty);
+            let mut rest = dirty;
+            let mut decision = self.decide(session, rest);
             if decision != Decision::AnotherRound || number == 1 {
                 session.wait_for(mark)?;
                 session.measure_bandwidth(number)?;
-                self.harvest(memory)?;
-                decision = self.decide(session, memory.pending.count());
+                rest = self.harvest(guest)?;
+                decision = self.decide(session, rest);
             }
-            let dirty = memory.pending.count();
             let round = Round {
                 number,
                 pages: sent.pages,
                 zero: sent.zero,
+                block_bytes: blocks.data + blocks.zero,
                 bytes: session.channel.sent_bytes() - before,
                 time: self.clock.now().saturating_sub(began),
-                dirty,
+                dirty: rest.pages,
+                dirty_block_bytes: rest.block_bytes,
                 dirty_rate: session.convergence.dirty_rate(),
                 bandwidth: session.convergence.bandwidth.estimate().unwrap_or(0.0),
             };
-            self.tell_round(session, &round, sent, dirty);
+            self.tell_blocks(session, &round, blocks, blocks_time);
+            self.tell_round(session, &round, sent);
             match decision {
                 Decision::SwitchOver => return Ok(number),
                 Decision::AnotherRound => {}
@@ -150,13 +167,19 @@ impl Source<'_> {
         }
     }
 
-    pub(super) fn harvest(&mut self, memory: &mut Memory) -> Result<(), SourceError> {
+    /// Adds to what is pending what the guest wrote; returns all that is pending.
+    pub(super) fn harvest(&mut self, guest: &mut Contents) -> Result<Rest, SourceError> {
+        guest.disks.harvest();
         self.vm
-            .harvest_dirty(&mut memory.pending)
-            .map_err(vm("reading the dirty log"))
+            .harvest_dirty(&mut guest.memory.pending)
+            .map_err(vm("reading the dirty log"))?;
+        Ok(Rest {
+            pages: guest.memory.pending.count(),
+            block_bytes: guest.disks.pending_bytes(),
+        })
     }
 
-    fn decide(&self, session: &Session, rest: u64) -> Decision {
+    fn decide(&self, session: &Session, rest: Rest) -> Decision {
         let parameters = &self.job.parameters;
         session.convergence.decide(
             rest,
@@ -165,9 +188,14 @@ impl Source<'_> {
         )
     }
 
-    fn tell_round(&self, session: &Session, round: &Round, sent: Sent, dirty: u64) {
+    fn tell_round(&self, session: &Session, round: &Round, sent: Sent) {
         let assumed = self.job.parameters.avail_switchover_bandwidth();
-        let expected = session.convergence.expected_downtime(dirty, assumed);
+        let dirty = round.dirty;
+        let rest = Rest {
+            pages: dirty,
+            block_bytes: round.dirty_block_bytes,
+        };
+        let expected = session.convergence.expected_downtime(rest, assumed);
         let seconds = round.time.as_secs_f64().max(1e-6);
         self.job.progress.update(|snapshot| {
             snapshot.expected_downtime = expected;
@@ -184,9 +212,11 @@ impl Source<'_> {
             pages = round.pages,
             zero = round.zero,
             skipped = sent.skipped,
+            block_bytes = round.block_bytes,
             bytes = round.bytes,
             ms = round.time.as_millis(),
             dirty,
+            dirty_block_bytes = round.dirty_block_bytes,
             ?expected,
             "round ended"
         );

@@ -1,12 +1,13 @@
-//! What happens while the guest is stopped: the last pages, the state, and the hand-over.
+//! What happens while the guest is stopped: the last blocks and pages, the state, and the
+//! hand-over.
 
 use std::time::{Duration, Instant};
 
-use super::{Owner, Source, SourceError, Step, pass_error, vm};
+use super::{Contents, Owner, Source, SourceError, Step, blocks_error, pass_error, vm};
 use crate::frame::Kind;
 use crate::message::{End, Go, Ready, Running, encode_state};
 use crate::progress::{Downtime, Round, Status};
-use crate::rounds::{Memory, Pass};
+use crate::rounds::Pass;
 use crate::session::Session;
 use crate::vm::Pause;
 
@@ -15,7 +16,7 @@ impl Source<'_> {
     pub(super) fn switch_over(
         &mut self,
         session: &mut Session,
-        memory: &mut Memory,
+        guest: &mut Contents,
         round: u64,
     ) -> Result<Downtime, SourceError> {
         // The guest is not stopped for a migration that is over.
@@ -31,6 +32,7 @@ impl Source<'_> {
         let pause = self.vm.pause().map_err(vm("stopping the guest"))?;
         self.owner = Owner::Stopped(pause);
         let bytes_before = session.channel.sent_bytes();
+        let blocks_before = session.channel.sent_blocks();
         // A guest that its user had paused long ago has no downtime but what is added here.
         let last_instruction = if pause.was_running {
             pause.last_instruction
@@ -39,11 +41,18 @@ impl Source<'_> {
         };
         let stopped = self.clock.now();
 
+        self.enter(Step::LastBlocks);
+        let progress = &self.job.progress;
+        progress.begin_round(round);
+        self.harvest(guest)?;
+        let blocks = guest
+            .disks
+            .send_pending(round, session, progress)
+            .map_err(blocks_error)?;
         self.enter(Step::LastPages);
-        self.job.progress.begin_round(round);
-        self.harvest(memory)?;
-        let sent = memory
-            .send(Pass::Last, round, self.vm, session, &self.job.progress)
+        let sent = guest
+            .memory
+            .send(Pass::Last, round, self.vm, session, progress)
             .map_err(pass_error)?;
         let pages_sent = self.clock.now();
 
@@ -94,17 +103,25 @@ impl Source<'_> {
             number: round,
             pages: sent.pages,
             zero: sent.zero,
+            block_bytes: blocks.data + blocks.zero,
             bytes: session.channel.sent_bytes() - bytes_before,
             time: downtime.total,
             dirty: 0,
+            dirty_block_bytes: 0,
             dirty_rate: 0.0,
             bandwidth: session.convergence.bandwidth.estimate().unwrap_or(0.0),
         };
         self.job.progress.update(|snapshot| {
             snapshot.downtime = Some(downtime);
             session.tell(snapshot);
+            let blocks_bytes = session.channel.sent_blocks() - blocks_before;
+            if let Some(disk) = &mut snapshot.disk {
+                disk.downtime_bytes = blocks_bytes;
+                disk.dirty_sync_count = round.number;
+                disk.remaining = 0;
+            }
             let ram = &mut snapshot.ram;
-            ram.downtime_bytes = session.channel.sent_bytes() - bytes_before;
+            ram.downtime_bytes = session.channel.sent_bytes() - bytes_before - blocks_bytes;
             ram.dirty_sync_count = round.number;
             ram.remaining = 0;
         });

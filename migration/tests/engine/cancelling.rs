@@ -172,6 +172,7 @@ fn a_guest_that_never_converges_runs_on_until_cancelled() {
     vm.run(Writes {
         pages: 4000,
         batch: 2000,
+        blocks: 0,
         rest: Duration::from_micros(50),
     });
     let mut job = source_job();

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use migration::frame::{HEADER_LEN, Kind};
 use migration::source::{self, Guest, Outcome, Peer};
 
+use crate::disks::FakeDisk;
 use crate::machine::{Destination, Source};
 use crate::proxy::{Fate, Frame, proxied};
 use crate::whole::{
@@ -33,6 +34,10 @@ enum Which {
 /// Cuts at a frame; returns its kind, `None` if there was no such frame.
 fn cut(which: Which, at: At) -> Option<Option<Kind>> {
     let mut vm = Source::new(400, 100);
+    vm.disks = vec![
+        FakeDisk::sparse("vda", (3 << 20) + 512),
+        FakeDisk::overlay("vdb", 1 << 20),
+    ];
     vm.run(BUSY_SMALL);
     let hit = Arc::new(Mutex::new(None));
     let stream = proxied({
@@ -56,7 +61,7 @@ fn cut(which: Which, at: At) -> Option<Option<Kind>> {
             }
         }
     });
-    let arriving = arrive(Destination::default(), stream.1, destination_job());
+    let arriving = arrive(Destination::of(&vm), stream.1, destination_job());
     let outcome = source::migrate(&mut vm, Peer::Connected(stream.0), &source_job());
     let hit = *hit.lock().unwrap();
     let (destination, arrival) = arriving.join().unwrap();
@@ -86,6 +91,7 @@ fn cut(which: Which, at: At) -> Option<Option<Kind>> {
         ) => {
             assert!(vm.is_running() && !ran, "{what}");
             assert!(arrival.is_err(), "{what}");
+            assert!(vm.disks.iter().all(|disk| !disk.is_logging()), "{what}");
             // As if nothing had happened: the next one is complete.
             let (outcome, destination, arrival) = migrate(&mut vm, unix_pair());
             assert_moved(&vm, &outcome, &destination, &arrival);

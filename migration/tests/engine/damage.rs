@@ -8,6 +8,7 @@ use migration::frame::{HEADER_LEN, Kind};
 use migration::source::{self, Outcome, Peer};
 use proptest::prelude::*;
 
+use crate::disks::FakeDisk;
 use crate::machine::{Destination, Source};
 use crate::proxy::{Fate, Frame, proxied};
 use crate::whole::{BUSY_SMALL, arrive, assert_moved, destination_job, short, source_job};
@@ -20,6 +21,7 @@ use crate::whole::{BUSY_SMALL, arrive, assert_moved, destination_job, short, sou
 fn migrate_damaged(lie: bool, mut change: impl FnMut(&mut Frame) -> bool + Send + 'static) -> bool {
     let mut vm = Source::new(200, 30);
     vm.blobs = vec![("kernel".to_owned(), vec![5; 100])];
+    vm.disks = vec![FakeDisk::sparse("vda", 300 << 10)];
     vm.run(BUSY_SMALL_PAGES);
     let done = Arc::new(Mutex::new(None));
     let stream = proxied({
@@ -35,7 +37,7 @@ fn migrate_damaged(lie: bool, mut change: impl FnMut(&mut Frame) -> bool + Send 
     job.deadlines = short();
     let mut arriving_job = destination_job();
     arriving_job.deadlines = short();
-    let arriving = arrive(Destination::default(), stream.1, arriving_job);
+    let arriving = arrive(Destination::of(&vm), stream.1, arriving_job);
     let outcome = source::migrate(&mut vm, Peer::Connected(stream.0), &job);
     let (destination, arrival) = arriving.join().unwrap();
     let ran = destination.ran.load(Ordering::SeqCst);
@@ -62,7 +64,7 @@ const BUSY_SMALL_PAGES: crate::machine::Writes = crate::machine::Writes {
     ..BUSY_SMALL
 };
 
-const KINDS: [Kind; 12] = [
+const KINDS: [Kind; 15] = [
     Kind::Hello,
     Kind::Blob,
     Kind::Pages,
@@ -75,6 +77,9 @@ const KINDS: [Kind; 12] = [
     Kind::SyncAck,
     Kind::Ready,
     Kind::Running,
+    Kind::Blocks,
+    Kind::Flush,
+    Kind::Flushed,
 ];
 
 #[test]
@@ -120,7 +125,7 @@ proptest! {
 
     /// Any byte of any frame, its checksum right or wrong.
     #[test]
-    fn any_byte(frame_index in 0usize..12, from_source: bool, at: prop::sample::Index, value: u8, lie: bool) {
+    fn any_byte(frame_index in 0usize..16, from_source: bool, at: prop::sample::Index, value: u8, lie: bool) {
         migrate_damaged(lie, move |frame| {
             if frame.from_source != from_source || frame.index != frame_index || frame.kind.is_none() {
                 return false;
@@ -136,6 +141,29 @@ proptest! {
             true
         });
     }
+}
+
+/// A block is read before it is sent, so that nothing excuses a checksum that doesn't match.
+#[test]
+fn a_damaged_block_ends_it_at_once() {
+    let mut vm = Source::with_disks(100, vec![FakeDisk::sparse("vda", 300 << 10)]);
+    vm.run(BUSY_SMALL_PAGES);
+    let stream = proxied(move |frame: &mut Frame| {
+        if frame.kind == Some(Kind::Blocks) {
+            frame.bytes[frame.payload + 17] ^= 1;
+        }
+        assert_ne!(frame.kind, Some(Kind::Pages));
+        Fate::Pass
+    });
+    let arriving = arrive(Destination::of(&vm), stream.1, destination_job());
+    let outcome = source::migrate(&mut vm, Peer::Connected(stream.0), &source_job());
+    let Outcome::Failed { error, .. } = outcome else {
+        panic!("{outcome:?}")
+    };
+    let text = error.to_string();
+    let expected = " bytes at offset 0 of the disk 'vda' were damaged on the way";
+    assert!(text.ends_with(expected), "{text}");
+    assert!(vm.is_running() && arriving.join().unwrap().1.is_err());
 }
 
 /// Damages the first page that comes; the guest writes to it again, or doesn't.

@@ -3,22 +3,27 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use migration::destination::{self};
+use migration::disk::Disk;
 use migration::frame::{HEADER_LEN, Header, Kind};
 use migration::layout::{Layout, Region};
 use migration::link::Stream;
 use migration::listener::Incoming;
 use migration::message::{
-    AddressRun, BlobChunk, End, Go, Hello, Id, Preamble, Sync, encode_pages, encode_state,
-    encode_zero,
+    AddressRun, BLOCK_MIGRATION, BlobChunk, BlockRun, End, Go, Hello, Id, Preamble, RunKind, Sync,
+    encode_blocks, encode_pages, encode_state, encode_zero,
 };
 use migration::section::Section;
+use migration::source::{self, Outcome, Peer};
 use migration::vm::{Blob, Offer};
 
-use crate::machine::Destination;
-use crate::whole::{destination_job, short};
+use crate::disks::FakeDisk;
+use crate::machine::{Destination, Source, Writes};
+use crate::proxy::{Fate, Frame, proxied};
+use crate::whole::{BUSY_SMALL, arrive, destination_job, short, source_job};
 
 const PAGES: u64 = 8;
 
@@ -35,6 +40,7 @@ fn hello(blobs: Vec<Blob>) -> Hello {
             .unwrap(),
             configuration: vec![],
             blobs,
+            disks: vec![],
         },
     }
 }
@@ -70,8 +76,197 @@ fn end(sections: u32) -> (Kind, Vec<u8>) {
     (Kind::End, body(|out| end.encode(out)))
 }
 
+/// The length of the data of a BLOCKS body, from its runs of data.
+fn blocks_payload(body: &[u8]) -> u32 {
+    let runs = body.get(6..).unwrap_or_default().chunks_exact(21);
+    let data = runs.filter(|run| run[0] == 0);
+    data.map(|run| u32::from_le_bytes(run[9..13].try_into().unwrap()))
+        .sum()
+}
+
+fn blocks(disk: u16, runs: &[BlockRun]) -> (Kind, Vec<u8>) {
+    (Kind::Blocks, body(|out| encode_blocks(disk, runs, out)))
+}
+
+/// After a HELLO with two disks, of 1 MiB and of 512 bytes.
+fn with_disks(frames: &[(Kind, Vec<u8>)]) -> String {
+    let mut hello = hello(vec![]);
+    hello.required = BLOCK_MIGRATION;
+    hello.offer.disks = [("vda", 1 << 20), ("vdb", 512)]
+        .map(|(name, capacity)| Disk {
+            name: name.to_owned(),
+            capacity,
+        })
+        .to_vec();
+    let mut all = vec![(Kind::Hello, body(|out| hello.encode(out).unwrap()))];
+    all.extend_from_slice(frames);
+    let disks = hello.offer.disks.iter();
+    let vm = Destination {
+        disks: disks
+            .map(|disk| FakeDisk::empty(&disk.name, disk.capacity))
+            .collect(),
+        ..Destination::default()
+    };
+    play_to(vm, Preamble::OURS, &all)
+}
+
+#[test]
+fn what_is_wrong_with_disks_is_said() {
+    let run = |kind, offset, len| BlockRun { kind, offset, len };
+    let data = RunKind::Data(crc32fast::hash(&[0xaa; 512]));
+    let (zero_run, absent) = (RunKind::Zero, RunKind::Absent);
+    let first = || blocks(0, &[run(zero_run, 0, 1 << 20)]);
+    let second = || blocks(1, &[run(data, 0, 512)]);
+    for (frames, expected) in [
+        (
+            vec![blocks(2, &[run(zero_run, 0, 512)])],
+            "blocks came for disk 2, but 2 disks were offered",
+        ),
+        (
+            vec![blocks(0, &[run(zero_run, 0, (1 << 20) + 512)])],
+            "1049088 bytes at offset 0 came for the disk 'vda', which has 1048576 bytes",
+        ),
+        (
+            vec![second(), blocks(1, &[run(data, 512, 512)])],
+            "512 bytes at offset 512 came for the disk 'vdb', which has 512 bytes",
+        ),
+        (
+            vec![blocks(0, &[run(data, 0, 512), run(data, 1 << 20, 512)])],
+            "512 bytes at offset 1048576 came for the disk 'vda'",
+        ),
+        (
+            vec![blocks(0, &[run(data, 512, 512)])],
+            "offset 512 of the disk 'vda' came where 0 was due",
+        ),
+        (
+            vec![blocks(0, &[run(data, 0, 512), run(absent, 1024, 512)])],
+            "offset 1024 of the disk 'vda' came where 512 was due",
+        ),
+        (
+            vec![blocks(0, &[run(data, 0, 512), run(data, 0, 512)])],
+            "offset 0 of the disk 'vda' came where 512 was due",
+        ),
+        (
+            vec![first(), blocks(0, &[run(absent, 512, 512)])],
+            "offset 512 of the disk 'vda' was told as absent after the disk had come whole",
+        ),
+        (
+            vec![blocks(
+                0,
+                &[run(data, 0, 512), run(RunKind::Data(1), 512, 512)],
+            )],
+            "512 bytes at offset 512 of the disk 'vda' were damaged on the way",
+        ),
+        (
+            vec![first(), zero(0x10_0000, PAGES), end(0)],
+            "only 0 of 512 bytes of the disk 'vdb' came",
+        ),
+        (
+            vec![
+                blocks(0, &[run(absent, 0, (1 << 20) - 512)]),
+                second(),
+                zero(0x10_0000, PAGES),
+                end(0),
+            ],
+            "only 1048064 of 1048576 bytes of the disk 'vda' came",
+        ),
+        (
+            vec![first(), second(), zero(0x10_0000, PAGES), end(0)],
+            "loading the state failed: state section 'vcpu.0' is missing",
+        ),
+        (
+            vec![zero(0x10_0000, PAGES), state("a"), first()],
+            "BLOCKS is not allowed in phase State",
+        ),
+        (
+            vec![(Kind::Flush, vec![0; 7])],
+            "a FLUSH frame is malformed: a message ends 1 bytes too early",
+        ),
+        (
+            vec![first(), (Kind::Flushed, vec![0; 8])],
+            "FLUSHED is not allowed in phase Ram",
+        ),
+        (
+            vec![(Kind::Blocks, vec![0, 0, 1, 0, 0, 0])],
+            "a BLOCKS frame is malformed",
+        ),
+    ] {
+        let error = with_disks(&frames);
+        assert!(
+            error.contains(expected),
+            "{error:?} instead of {expected:?}"
+        );
+    }
+    // Without disks in the offer there is no first one.
+    assert_eq!(
+        after_hello(&[blocks(0, &[run(zero_run, 0, 512)])]),
+        "blocks came for disk 0, but 0 disks were offered"
+    );
+}
+
+/// A destination that says that the disks are flushed when nobody asked, or after an eternity.
+#[test]
+fn a_destination_that_lies_about_its_flushes() {
+    for unasked in [true, false] {
+        let disk = FakeDisk::sparse("vda", 1 << 20);
+        let mut vm = Source::with_disks(100, vec![Arc::clone(&disk)]);
+        vm.run(BUSY_SMALL_100);
+        // There is always something left to flush.
+        vm.hook = Box::new(move |call| {
+            if call == "harvest" {
+                disk.guest_write(0, &[1; 512]);
+            }
+            Ok(())
+        });
+        let job = source_job();
+        let cancel = job.cancel.clone();
+        let mut flushes = 0;
+        let (a, b) = proxied(move |frame: &mut Frame| {
+            if unasked && frame.kind == Some(Kind::SyncAck) {
+                frame.bytes[2] = Kind::Flushed as u8;
+            }
+            if frame.kind == Some(Kind::Flushed) {
+                frame.bytes[HEADER_LEN..].fill(0xff);
+                flushes += 1;
+                if flushes == 4 {
+                    cancel.cancel("enough").unwrap();
+                }
+            }
+            let body = crc32fast::hash(&frame.bytes[HEADER_LEN.min(frame.payload)..frame.payload]);
+            if frame.kind.is_some() {
+                frame.bytes[16..20].copy_from_slice(&body.to_le_bytes());
+                let crc = crc32fast::hash(&frame.bytes[..20]);
+                frame.bytes[20..24].copy_from_slice(&crc.to_le_bytes());
+            }
+            Fate::Pass
+        });
+        let arriving = arrive(Destination::of(&vm), b, destination_job());
+        let outcome = source::migrate(&mut vm, Peer::Connected(a), &job);
+        match outcome {
+            Outcome::Failed { error, .. } if unasked => {
+                let text = error.to_string();
+                assert!(text.contains("FLUSHED is not allowed"), "{text}");
+            }
+            // It is believed, and would take too long.
+            Outcome::Cancelled { .. } => assert!(!unasked),
+            outcome => panic!("{outcome:?}"),
+        }
+        assert!(vm.is_running());
+        assert!(arriving.join().unwrap().1.is_err());
+    }
+}
+
+const BUSY_SMALL_100: Writes = Writes {
+    pages: 100,
+    ..BUSY_SMALL
+};
+
 /// Plays the frames to a destination; returns its error and how many bytes it answered.
 fn play(preamble: Preamble, frames: &[(Kind, Vec<u8>)]) -> String {
+    play_to(Destination::default(), preamble, frames)
+}
+
+fn play_to(mut vm: Destination, preamble: Preamble, frames: &[(Kind, Vec<u8>)]) -> String {
     let (mut source, stream) = UnixStream::pair().unwrap();
     let mut bytes = preamble.encode().to_vec();
     for (sequence, (kind, body)) in (0..).zip(frames) {
@@ -80,6 +275,7 @@ fn play(preamble: Preamble, frames: &[(Kind, Vec<u8>)]) -> String {
                 let runs = u32::from_le_bytes(body[..4].try_into().unwrap()) as usize;
                 ((body.len() - 4 - 12 * runs) / 4 * 4096) as u32
             }
+            Kind::Blocks => blocks_payload(body),
             _ => 0,
         };
         let header = Header {
@@ -100,7 +296,6 @@ fn play(preamble: Preamble, frames: &[(Kind, Vec<u8>)]) -> String {
     let mut job = destination_job();
     job.deadlines = short();
     let incoming = Incoming::from_stream(Stream::from(stream), &job.cancel, &job.deadlines);
-    let mut vm = Destination::default();
     let receiving = std::thread::spawn(move || {
         let error = destination::receive(&mut vm, incoming.unwrap(), &job).unwrap_err();
         assert!(!vm.ran.load(Ordering::SeqCst));

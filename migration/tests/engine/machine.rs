@@ -1,5 +1,5 @@
-//! The machines of these tests: memory, a thread that writes to it as a guest would, and a dirty
-//! log like KVM's with manual protection.
+//! The machines of these tests: memory and disks, a thread that writes to them as a guest would,
+//! and a dirty log like KVM's with manual protection.
 
 use std::io::{Cursor, Read, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,10 +9,13 @@ use std::time::Duration;
 
 use migration::bitmap::PageBitmap;
 use migration::clock::{Clock, MonotonicClock};
+use migration::disk::{DestinationDisk, Disk, SourceDisk};
 use migration::layout::{GuestRam, Layout, PAGE_SIZE};
 use migration::section::{Section, Sections};
 use migration::vm::{Blob, DestinationVm, Offer, Pause, SourceVm, Start, VmError};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use crate::disks::{FakeDisk, Target};
 
 /// Below 4 GiB and above, so that page numbers and addresses differ.
 pub(crate) fn ram(low_pages: u64, high_pages: u64) -> GuestRam {
@@ -73,8 +76,21 @@ pub(crate) struct Writes {
     pub(crate) pages: u64,
     /// How many writes at a time.
     pub(crate) batch: u64,
+    /// How many writes to disks, if there are any, after that.
+    pub(crate) blocks: u64,
     /// The rest in between.
     pub(crate) rest: Duration,
+}
+
+/// Up to 20 KiB, in sectors: data, zeroes, or a discard.
+fn write_to_disk(disk: &FakeDisk, random: u64) {
+    let sectors = disk.capacity / 512;
+    let first = (random >> 20) % sectors;
+    let count = (1 + (random >> 50) % 40).min(sectors - first);
+    match random >> 61 {
+        0 => disk.guest_zero(first * 512, count * 512),
+        _ => disk.guest_write(first * 512, &noise(random, count as usize * 512)),
+    }
 }
 
 /// Told which call the engine makes; its error becomes that of the call.
@@ -99,6 +115,9 @@ pub(crate) struct Source {
     pub(crate) configuration: Vec<Section>,
     pub(crate) blobs: Vec<(String, Vec<u8>)>,
     pub(crate) state: Vec<Section>,
+    pub(crate) disks: Vec<Arc<FakeDisk>>,
+    /// In their place, disks of another kind, with their capacity.
+    pub(crate) other_disks: Vec<(u64, Arc<dyn SourceDisk>)>,
     /// What the engine asked for, apart from the harvests.
     pub(crate) calls: Arc<Mutex<Vec<String>>>,
     /// Called at the start of each of the engine's calls, by its name.
@@ -130,6 +149,8 @@ impl Source {
                 ("empty".to_owned(), vec![]),
             ],
             state: vec![section("vcpu.0", 20_000), section("serial", 30)],
+            disks: vec![],
+            other_disks: vec![],
             calls: Arc::default(),
             hook: Box::new(|_| Ok(())),
             shared: Arc::new(Shared {
@@ -140,10 +161,19 @@ impl Source {
         }
     }
 
+    /// The same with disks that travel.
+    pub(crate) fn with_disks(pages: u64, disks: Vec<Arc<FakeDisk>>) -> Self {
+        let mut vm = Self::new(pages, 0);
+        vm.blobs.clear();
+        vm.disks = disks;
+        vm
+    }
+
     /// Lets the guest run: a thread that writes, logged.
     pub(crate) fn run(&mut self, writes: Writes) {
         let shared = Arc::clone(&self.shared);
         let (ram, layout) = (self.ram.clone(), self.layout.clone());
+        let disks = self.disks.clone();
         shared.guest.lock().unwrap().running = true;
         self.thread = Some(std::thread::spawn(move || {
             let mut random = 1u64;
@@ -168,6 +198,12 @@ impl Source {
                         ram.write_slice(&zeroes, address(&layout, number)).unwrap();
                     } else {
                         ram.write_obj(random, GuestAddress(at)).unwrap();
+                    }
+                }
+                for _ in 0..writes.blocks {
+                    random = random.wrapping_mul(6364136223846793005).wrapping_add(99);
+                    if let Some(disk) = disks.get((random >> 33) as usize % disks.len().max(1)) {
+                        write_to_disk(disk, random);
                     }
                 }
                 drop(guest);
@@ -225,11 +261,31 @@ impl SourceVm for Source {
                     len: data.len() as u64,
                 })
                 .collect(),
+            disks: self
+                .disks
+                .iter()
+                .map(|disk| Disk {
+                    name: disk.name.clone(),
+                    capacity: disk.capacity,
+                })
+                .chain(self.other_disks.iter().map(|(capacity, _)| Disk {
+                    name: "other".to_owned(),
+                    capacity: *capacity,
+                }))
+                .collect(),
         })
     }
 
     fn open_blob(&mut self, index: usize) -> Result<Box<dyn Read + Send>, VmError> {
         Ok(Box::new(Cursor::new(self.blobs[index].1.clone())))
+    }
+
+    fn open_disk(&mut self, index: usize) -> Result<Arc<dyn SourceDisk>, VmError> {
+        (self.hook)("open_disk")?;
+        if let Some((_, other)) = self.other_disks.get(index) {
+            return Ok(Arc::clone(other));
+        }
+        Ok(Arc::clone(&self.disks[index]) as Arc<dyn SourceDisk>)
     }
 
     fn ram(&self) -> GuestRam {
@@ -302,6 +358,10 @@ pub(crate) struct Destination {
     pub(crate) ram: Option<GuestRam>,
     pub(crate) offer: Option<Offer>,
     pub(crate) blobs: Vec<Arc<Mutex<Vec<u8>>>>,
+    /// To be filled.
+    pub(crate) disks: Vec<Arc<FakeDisk>>,
+    /// In their place, disks of another kind.
+    pub(crate) other_disks: Vec<Option<Box<dyn DestinationDisk>>>,
     pub(crate) sections: Vec<Section>,
     pub(crate) started: Option<Start>,
     /// Whether the guest was let go, visible from outside.
@@ -316,10 +376,22 @@ impl Default for Destination {
             ram: None,
             offer: None,
             blobs: vec![],
+            disks: vec![],
+            other_disks: vec![],
             sections: vec![],
             started: None,
             ran: Arc::default(),
             hook: Box::new(|_| Ok(())),
+        }
+    }
+}
+
+impl Destination {
+    /// With an empty disk for each of the source's.
+    pub(crate) fn of(vm: &Source) -> Self {
+        Self {
+            disks: vm.disks.iter().map(|disk| disk.fresh()).collect(),
+            ..Self::default()
         }
     }
 }
@@ -360,8 +432,20 @@ impl DestinationVm for Destination {
         Ok(Box::new(BlobWriter(Arc::clone(&self.blobs[index]))))
     }
 
+    fn open_disk(&mut self, index: usize) -> Result<Box<dyn DestinationDisk>, VmError> {
+        (self.hook)("open_disk")?;
+        if let Some(other) = self.other_disks.get_mut(index) {
+            return Ok(other.take().unwrap());
+        }
+        let disk = self.disks.get(index).ok_or("no such disk here")?;
+        Ok(Box::new(Target(Arc::clone(disk))))
+    }
+
     fn load(&mut self, sections: Vec<Section>) -> Result<(), VmError> {
         (self.hook)("load")?;
+        for disk in &self.disks {
+            assert!(*disk.flushed.lock().unwrap());
+        }
         self.sections = sections.clone();
         let mut sections = Sections::new(sections)?;
         sections.take("vcpu.0", 1, 1)?;

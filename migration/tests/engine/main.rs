@@ -7,9 +7,12 @@
     reason = "tests, and what only they use"
 )]
 
+mod block_errors;
+mod blocks;
 mod cancelling;
 mod cuts;
 mod damage;
+mod disks;
 mod handover;
 mod hostile;
 mod machine;

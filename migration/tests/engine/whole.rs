@@ -85,7 +85,7 @@ pub(crate) fn migrate(
     vm: &mut Source,
     pair: (Stream, Stream),
 ) -> (Outcome, Destination, Result<Arrival, DestinationError>) {
-    let arriving = arrive(Destination::default(), pair.1, destination_job());
+    let arriving = arrive(Destination::of(vm), pair.1, destination_job());
     let outcome = source::migrate(vm, Peer::Connected(pair.0), &source_job());
     let (destination, arrival) = arriving.join().unwrap();
     (outcome, destination, arrival)
@@ -108,11 +108,16 @@ pub(crate) fn assert_moved(
     for (blob, (_, data)) in destination.blobs.iter().zip(&vm.blobs) {
         assert!(*blob.lock().unwrap() == *data);
     }
+    assert_eq!(destination.disks.len(), vm.disks.len());
+    for (here, there) in destination.disks.iter().zip(&vm.disks) {
+        here.assert_arrived(there);
+    }
 }
 
 pub(crate) const BUSY: Writes = Writes {
     pages: 1500,
     batch: 50,
+    blocks: 1,
     rest: Duration::from_micros(300),
 };
 

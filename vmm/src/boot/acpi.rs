@@ -28,7 +28,7 @@ const PM1A_CONTROL: u16 = 0x604;
 const RESET_PORT: u16 = 0xcf9;
 const RESET_VALUE: u8 = 6;
 /// The interrupt of the PM1a event block.
-const SCI: u8 = 9;
+const SCI: u8 = devices::power::SCI as u8;
 
 const OEM_ID: [u8; 6] = *b"FERRY ";
 const OEM_TABLE_ID: [u8; 8] = *b"FERRYVM ";

@@ -338,3 +338,35 @@ fn the_files_position_does_not_matter() {
     load(&ram(MIN_RAM), &source, 1).unwrap();
     load(&ram(MIN_RAM), &source, 1).unwrap();
 }
+
+#[test]
+fn a_kernel_is_told_of_its_virtio_devices_in_both_ways() {
+    let slots: Vec<_> = (0..16).filter_map(VirtioMmioSlot::of).collect();
+    let ram = ram(MIN_RAM);
+    for kernel in [pvh_kernel(&[0xf4]), bzimage()] {
+        let kernel = file(&kernel);
+        let source = |slots| BootSource {
+            kernel: &kernel,
+            initrd: None,
+            command_line: "quiet -- single",
+            virtio_mmio: slots,
+        };
+        load(&ram, &source(&slots[..3]), 1).unwrap();
+        let expected = b"quiet virtio_mmio.device=4K@0xd0000000:5 \
+            virtio_mmio.device=4K@0xd0001000:6 virtio_mmio.device=4K@0xd0002000:7 -- single\0";
+        assert_eq!(bytes_at(&ram, COMMAND_LINE_ADDR, expected.len()), expected);
+        let tables = bytes_at(&ram, acpi::RSDP_ADDR, 0x2000);
+        let devices = tables.windows(8).filter(|part| part == b"LNRO0005");
+        assert_eq!(devices.count(), 3);
+    }
+    // The kernel's limit holds for all of the line: this one takes 255 bytes.
+    let kernel = file(&bzimage());
+    let source = BootSource {
+        kernel: &kernel,
+        initrd: None,
+        command_line: "quiet",
+        virtio_mmio: &slots,
+    };
+    let message = load(&ram, &source, 1).unwrap_err().to_string();
+    assert!(message.contains("to name the virtio devices"), "{message}");
+}

@@ -11,7 +11,7 @@ pub use super::event::{Event, EventKind, ShutdownCause};
 pub use super::migration::{
     BytesByKind, DowntimeParts, FerryMigrationInfo, MigrateRequest, MigrationCapabilityStatus,
     MigrationInfo, MigrationParameters, MigrationRound, MigrationStats, MigrationStatus,
-    ParameterChange,
+    ParameterChange, StorageCopy,
 };
 pub use super::network::{AnnounceChange, AnnounceParameters, AnnounceRequest, NetworkInfo};
 pub use super::run_state::{CpuInfo, RunState, StatusInfo};

@@ -2,6 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use devices::virtio::blk::errors::{Action, IoError};
 use serde::{Serialize, Serializer};
 
 use super::migration::MigrationStatus;
@@ -71,6 +72,23 @@ pub enum EventKind {
         /// What led to it.
         reason: ShutdownCause,
     },
+    /// A disk had an error.
+    #[serde(rename_all = "kebab-case")]
+    BlockIoError {
+        /// The disk's name.
+        device: String,
+        /// The same: an image has no name of its own.
+        node_name: String,
+        /// `read` or `write`.
+        operation: &'static str,
+        /// `report` (the guest was told) or `stop`.
+        action: &'static str,
+        /// Whether the host has no space left.
+        #[serde(rename = "nospace")]
+        no_space: bool,
+        /// The error in words.
+        reason: String,
+    },
     /// A migration, outgoing or incoming, has a new status.
     Migration {
         /// The status.
@@ -89,6 +107,21 @@ impl EventKind {
         Self::Reset {
             guest: reason.by_guest(),
             reason,
+        }
+    }
+
+    /// The event of an error of a disk.
+    pub fn block_io_error(error: &IoError) -> Self {
+        Self::BlockIoError {
+            device: error.disk.clone(),
+            node_name: error.disk.clone(),
+            operation: error.operation.event_name(),
+            action: match error.action {
+                Action::Report => "report",
+                Action::Stop => "stop",
+            },
+            no_space: error.no_space,
+            reason: error.reason.clone(),
         }
     }
 

@@ -76,6 +76,9 @@ pub struct MigrationInfo {
     /// What has moved, and what has not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ram: Option<MigrationStats>,
+    /// The same of the disks that travel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk: Option<MigrationStats>,
     /// Milliseconds since it began, or that it took.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub total_time: Option<u64>,
@@ -233,6 +236,31 @@ pub struct DowntimeParts {
 pub struct MigrateRequest {
     /// Where to.
     pub address: Uri,
+    /// What of the disks is copied.
+    pub copy: StorageCopy,
+}
+
+/// Whether the contents of disks travel with the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StorageCopy {
+    /// No: both hosts see the same storage.
+    #[default]
+    None,
+    /// All that is on them (`migrate -b`).
+    Full,
+    /// What is above their backing files, which the destination has, too (`migrate -i`).
+    Incremental,
+}
+
+impl StorageCopy {
+    /// From the two switches of QEMU's `migrate`, of which the second narrows the first.
+    pub fn of(full: bool, incremental: bool) -> Self {
+        match (full, incremental) {
+            (_, true) => Self::Incremental,
+            (true, false) => Self::Full,
+            (false, false) => Self::None,
+        }
+    }
 }
 
 /// QAPI's `MigrationParameters`, as far as Ferry has them.

@@ -13,7 +13,7 @@ use crate::control::command::{
     MigrateRequest, MigrationCapabilityStatus, MigrationInfo, MigrationParameters, MigrationStatus,
     NetworkInfo, ParameterChange, RunState, ShutdownCause, StatusInfo, Uri,
 };
-use crate::machine::Machine;
+use crate::machine::{Machine, backends};
 
 /// The one capability of migrations.
 const EVENTS: &str = "events";
@@ -182,7 +182,7 @@ impl Control for Instance {
         if !blockers.is_empty() {
             return Err(CommandError::generic(blockers.join("\n")));
         }
-        let outgoing = Outgoing::start(Arc::clone(&self.0), guest, request.address)
+        let outgoing = Outgoing::start(Arc::clone(&self.0), guest, request)
             .map_err(|err| CommandError::generic(format!("can't start a migration: {err}")))?;
         state.outgoing = Some(outgoing);
         Ok(())
@@ -268,7 +268,9 @@ impl Control for Instance {
 
 impl Instance {
     fn run(&self, state: &mut State) -> CommandResult<()> {
-        state.guest()?;
+        let guest = state.guest()?;
+        // They may have been given away to a migration.
+        backends::lock(guest.disks()).map_err(|err| CommandError::generic(err.to_string()))?;
         state
             .run_guest(&self.0)
             .map_err(|err| CommandError::generic(format!("the guest can't run: {err}")))

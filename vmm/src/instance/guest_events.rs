@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 
+use devices::virtio::blk::errors::{Action, ErrorSink, IoError};
 use tokio::sync::Notify;
 use tracing::{error, info, warn};
 
@@ -10,13 +11,19 @@ use super::{Exit, Shared, State};
 use crate::control::command::{EventKind, RunState, ShutdownCause};
 use crate::vcpu::{EventSink, VcpuEvent};
 
-/// Events of the vCPUs, from their threads to whoever handles them.
+/// Something that happened to the machine.
+enum GuestEvent {
+    Vcpu(u32, VcpuEvent),
+    Disk(IoError),
+}
+
+/// Events of the vCPUs and devices, from their threads to whoever handles them.
 ///
 /// That is the main thread as a rule. A migration that stops the guest handles what has come until
 /// then itself: a reset that was asked for must not be forgotten on the way.
 #[derive(Default)]
 pub(super) struct GuestEvents {
-    queue: Mutex<VecDeque<(u32, VcpuEvent)>>,
+    queue: Mutex<VecDeque<GuestEvent>>,
     arrived: Notify,
 }
 
@@ -26,7 +33,15 @@ impl GuestEvents {
         self.arrived.notified().await;
     }
 
-    fn take(&self) -> Option<(u32, VcpuEvent)> {
+    fn put(&self, event: GuestEvent) {
+        self.queue
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push_back(event);
+        self.arrived.notify_one();
+    }
+
+    fn take(&self) -> Option<GuestEvent> {
         self.queue
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -36,11 +51,13 @@ impl GuestEvents {
 
 impl EventSink for GuestEvents {
     fn vcpu_stopped(&self, index: u32, event: VcpuEvent) {
-        self.queue
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push_back((index, event));
-        self.arrived.notify_one();
+        self.put(GuestEvent::Vcpu(index, event));
+    }
+}
+
+impl ErrorSink for GuestEvents {
+    fn io_error(&self, error: IoError) {
+        self.put(GuestEvent::Disk(error));
     }
 }
 
@@ -48,22 +65,43 @@ impl Shared {
     /// Does what the vCPUs' events ask for. Whether there was any.
     pub(super) fn handle_guest_events(&self, state: &mut State) -> bool {
         let mut any = false;
-        while let Some((vcpu, event)) = self.guest_events.take() {
+        while let Some(event) = self.guest_events.take() {
             any = true;
             match event {
-                VcpuEvent::Reset => self.guest_reset(state),
-                VcpuEvent::TripleFault => {
-                    warn!(vcpu, "triple fault: the guest resets");
-                    self.guest_reset(state);
-                }
-                VcpuEvent::Shutdown => self.guest_power_off(state),
-                VcpuEvent::InternalError(what) => {
-                    error!("{what}");
-                    state.stop_guest(self, RunState::InternalError);
-                }
+                GuestEvent::Vcpu(vcpu, event) => self.vcpu_event(state, vcpu, event),
+                GuestEvent::Disk(error) => self.disk_error(state, &error),
             }
         }
         any
+    }
+
+    fn vcpu_event(&self, state: &mut State, vcpu: u32, event: VcpuEvent) {
+        match event {
+            VcpuEvent::Reset => self.guest_reset(state),
+            VcpuEvent::TripleFault => {
+                warn!(vcpu, "triple fault: the guest resets");
+                self.guest_reset(state);
+            }
+            VcpuEvent::Shutdown => self.guest_power_off(state),
+            VcpuEvent::InternalError(what) => {
+                error!("{what}");
+                state.stop_guest(self, RunState::InternalError);
+            }
+        }
+    }
+
+    /// A disk of the guest's had an error; without space on the host the guest is stopped, until
+    /// `cont` makes its disk try again.
+    fn disk_error(&self, state: &mut State, error: &IoError) {
+        let stop = error.action == Action::Stop;
+        self.emit(EventKind::block_io_error(error));
+        if stop && state.run == RunState::Running {
+            error!(
+                disk = error.disk,
+                "the guest is stopped: {}; make room and continue it ('cont')", error.reason
+            );
+            state.stop_guest(self, RunState::IoError);
+        }
     }
 
     fn guest_reset(&self, state: &mut State) {

@@ -8,16 +8,20 @@
 //! the longest. Nobody waits for a peer under it.
 
 mod announce;
+mod arriving_disk;
 mod commands;
 mod guest_events;
 mod incoming;
 mod info;
+mod leaving_disk;
 mod network;
 mod offer;
 mod outgoing;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use devices::image::Image;
+use devices::virtio::blk::errors::ErrorSink;
 use migration::listener::ListenError;
 use migration::uri::Uri;
 use tokio::sync::{broadcast, watch};
@@ -31,7 +35,7 @@ use crate::console::{Console, SerialInput};
 use crate::control::command::{AnnounceParameters, Event, EventKind, RunState, ShutdownCause};
 use crate::cpuid::GuestCpu;
 use crate::kvm::Kvm;
-use crate::machine::backends::Backends;
+use crate::machine::backends::{self, BackendError, Backends};
 use crate::machine::config::{Given, MachineConfig};
 use crate::machine::{BootFiles, Machine, MachineError};
 use crate::vcpu::EventSink;
@@ -106,6 +110,21 @@ impl Shared {
     fn emit(&self, kind: EventKind) {
         // Without a subscriber there is nobody to tell.
         let _ = self.events.send(Event::now(kind));
+    }
+
+    /// Opens what the command line says about the host's side of the devices.
+    fn open_backends(&self) -> Result<Backends, BackendError> {
+        let errors = Arc::clone(&self.guest_events) as Arc<dyn ErrorSink>;
+        Backends::open(&self.settings.given, errors)
+    }
+
+    /// The same for a guest that arrives, where `arriving` opens the images that come with it.
+    fn open_backends_for(
+        &self,
+        arriving: impl FnMut(&str) -> Option<Image>,
+    ) -> Result<Backends, BackendError> {
+        let errors = Arc::clone(&self.guest_events) as Arc<dyn ErrorSink>;
+        Backends::open_for(&self.settings.given, errors, arriving)
     }
 
     /// Builds a machine, for a guest that has `seen` its processor already if it arrives.
@@ -208,9 +227,10 @@ impl Instance {
     pub fn boot(&self, files: BootFiles) -> Result<(), MachineError> {
         let shared = &*self.0;
         let given = &shared.settings.given;
-        let backends = Backends::open(given)?;
-        let config = given.configuration(&backends)?;
-        let machine = shared.build(config, None, backends)?;
+        let backends = shared.open_backends()?;
+        // Before anything is read of them.
+        backends::lock(backends.disks())?;
+        let machine = shared.build(given.configuration(&backends), None, backends)?;
         machine.set_files(files);
         machine.boot()?;
         let mut state = shared.state();

@@ -7,24 +7,29 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use devices::disk::Disk;
 use migration::bitmap::PageBitmap;
 use migration::cancel::Cancel;
 use migration::clock::MonotonicClock;
 use migration::convergence::Costs;
+use migration::disk::SourceDisk;
 use migration::layout::{GuestRam, Layout};
 use migration::link::Deadlines;
 use migration::progress::{Observer, Progress, Status};
 use migration::section::Section;
 use migration::source::{self, Guest, Job, Outcome, Peer};
-use migration::uri::Uri;
 use migration::vm::{Blob, Offer, Pause, SourceVm, VmError};
 use tracing::{debug, error};
 
+use super::leaving_disk::{self, LeavingDisk};
 use super::offer::{FileIdentity, INITRD, KERNEL, MovingMachine};
 use super::{Shared, info};
-use crate::control::command::{CommandError, CommandResult, EventKind, MigrationInfo, RunState};
+use crate::control::command::{
+    CommandError, CommandResult, EventKind, MigrateRequest, MigrationInfo, RunState, StorageCopy,
+};
 use crate::kvm::DirtyLog;
 use crate::machine::Machine;
+use crate::machine::backends;
 
 /// About as many bytes of state do the devices have, and each vCPU (with AVX-512).
 const STATE_BYTES: u64 = 4 << 10;
@@ -40,7 +45,12 @@ pub(super) struct Outgoing {
 
 impl Outgoing {
     /// Starts to migrate `guest` on a thread of its own.
-    pub(super) fn start(shared: Arc<Shared>, guest: Arc<Machine>, uri: Uri) -> io::Result<Self> {
+    pub(super) fn start(
+        shared: Arc<Shared>,
+        guest: Arc<Machine>,
+        request: MigrateRequest,
+    ) -> io::Result<Self> {
+        let MigrateRequest { address, copy } = request;
         let cancel = Cancel::new()?;
         let observer = StatusObserver(Arc::clone(&shared));
         let progress = Arc::new(Progress::new(
@@ -63,10 +73,12 @@ impl Outgoing {
                 let mut source = Source {
                     shared,
                     guest,
+                    copy,
+                    leaving: Vec::new(),
                     log: None,
                     before: RunState::Running,
                 };
-                let outcome = source::migrate(&mut source, Peer::Uri(uri), &job);
+                let outcome = source::migrate(&mut source, Peer::Uri(address), &job);
                 debug!(?outcome, "the migration has ended");
                 if let Outcome::Failed {
                     guest: Guest::Stuck(err),
@@ -78,7 +90,10 @@ impl Outgoing {
                 } = outcome
                 {
                     error!("the guest can't run on after the migration failed: {err}");
-                    source.shared.state().run = RunState::InternalError;
+                    let mut state = source.shared.state();
+                    if state.run == RunState::FinishMigrate {
+                        state.run = RunState::InternalError;
+                    }
                 }
             })?;
         Ok(Self {
@@ -141,6 +156,9 @@ impl Observer for StatusObserver {
 struct Source {
     shared: Arc<Shared>,
     guest: Arc<Machine>,
+    copy: StorageCopy,
+    /// The disks that travel, in the order of the offer.
+    leaving: Vec<Arc<dyn SourceDisk>>,
     log: Option<DirtyLog>,
     /// The run state before the guest was stopped.
     before: RunState,
@@ -161,17 +179,32 @@ impl SourceVm for Source {
                 len: file.len,
             })
             .collect();
+        let moving = leaving_disk::leaving(guest.disks(), self.copy)?;
+        let mut disks = Vec::new();
+        for moving in &moving {
+            let find = |disk: &&Arc<Disk>| disk.id() == moving.id;
+            let disk = guest.disks().iter().find(find).ok_or("a disk is gone")?;
+            disks.push(migration::disk::Disk {
+                name: moving.id.clone(),
+                capacity: disk.image().capacity(),
+            });
+            let incremental = moving.backing.is_some();
+            let leaving = LeavingDisk::new(Arc::clone(disk), incremental);
+            self.leaving.push(Arc::new(leaving));
+        }
         let machine = MovingMachine {
             name: self.shared.state().name.clone(),
             config: guest.config().clone(),
             devices: guest.devices().inventory(),
             files: identities,
             cpu: guest.cpu().clone(),
+            disks: moving,
         };
         Ok(Offer {
             layout: Layout::of(guest.ram())?,
             configuration: machine.to_sections()?,
             blobs,
+            disks,
         })
     }
 
@@ -188,6 +221,11 @@ impl SourceVm for Source {
         }))
     }
 
+    fn open_disk(&mut self, index: usize) -> Result<Arc<dyn SourceDisk>, VmError> {
+        let disk = self.leaving.get(index);
+        Ok(Arc::clone(disk.ok_or("there is no such disk")?))
+    }
+
     fn ram(&self) -> GuestRam {
         self.guest.ram().clone()
     }
@@ -200,6 +238,10 @@ impl SourceVm for Source {
     }
 
     fn harvest_dirty(&mut self, dirty: &mut PageBitmap) -> Result<(), VmError> {
+        if self.shared.state().run != RunState::FinishMigrate {
+            // The images must be durable at the hand-over: what is left for it shall be little.
+            backends::flush(self.guest.disks())?;
+        }
         let log = self.log.as_mut().ok_or(LOG_IS_OFF)?;
         Ok(log.harvest(self.guest.vm(), dirty)?)
     }
@@ -245,12 +287,16 @@ impl SourceVm for Source {
     }
 
     fn release(&mut self) -> Result<(), VmError> {
-        // Nothing yet that only one side may hold.
-        Ok(())
+        Ok(backends::unlock(self.guest.disks())?)
     }
 
     fn resume(&mut self, pause: Pause) -> Result<(), VmError> {
         let mut state = self.shared.state();
+        if let Err(error) = backends::lock(self.guest.disks()) {
+            // Somebody else writes to them: `cont` tries again.
+            state.run = RunState::Paused;
+            return Err(error.into());
+        }
         if pause.was_running {
             self.guest.run_on()?;
             state.set_running(&self.shared);

@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
+use devices::image::{Cache, Format};
 use devices::virtio::net::{MacAddress, NetConfig};
 use serde::{Deserialize, Serialize};
 
-use super::backends::{BackendError, Backends};
+use super::backends::Backends;
 
 /// The RAM of a machine whose user didn't say, in bytes: 128 MiB, as in QEMU.
 pub const DEFAULT_MEMORY: u64 = 128 << 20;
@@ -34,8 +35,50 @@ pub struct MachineConfig {
 pub enum VirtioConfig {
     /// An entropy source.
     Rng,
+    /// A disk.
+    Block(BlockConfig),
     /// A network card.
     Net(NetConfig),
+}
+
+/// A disk, as its guest sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockConfig {
+    /// Its name in commands; unique.
+    pub id: String,
+    /// Its size in bytes.
+    pub capacity: u64,
+    /// Whether the guest can't write it.
+    pub readonly: bool,
+    /// Its serial number, of at most [`SERIAL_LEN`](devices::virtio::blk::SERIAL_LEN) bytes.
+    pub serial: String,
+}
+
+/// `--disk`: an image on this host, and how the guest sees it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DiskOptions {
+    /// The image.
+    pub file: PathBuf,
+    /// Its format; otherwise it is guessed from its contents.
+    pub format: Option<Format>,
+    /// Never write to it.
+    pub readonly: bool,
+    /// How the host's page cache is used.
+    pub cache: Cache,
+    /// The disk's name; otherwise `disk` and its number, from 0.
+    pub id: Option<String>,
+    /// The serial number that the guest reads.
+    pub serial: Option<String>,
+    /// When its contents arrive with a guest: room for what they take is enough, though the guest
+    /// may write more later.
+    pub overcommit: bool,
+}
+
+impl DiskOptions {
+    /// The name of the disk, which is that of this number on the command line.
+    pub fn id(&self, index: usize) -> String {
+        self.id.clone().unwrap_or_else(|| format!("disk{index}"))
+    }
 }
 
 impl VirtioConfig {
@@ -43,6 +86,7 @@ impl VirtioConfig {
     pub fn kind_name(&self) -> &'static str {
         match self {
             Self::Rng => "virtio-rng",
+            Self::Block(_) => "virtio-blk",
             Self::Net(_) => "virtio-net",
         }
     }
@@ -83,6 +127,8 @@ pub struct Given {
     pub kernel: Option<PathBuf>,
     /// `--initrd`.
     pub initrd: Option<PathBuf>,
+    /// `--disk`.
+    pub disks: Vec<DiskOptions>,
     /// `--rng`.
     pub rng: bool,
     /// `--net`, each time.
@@ -90,25 +136,35 @@ pub struct Given {
 }
 
 impl Given {
-    /// The configuration of a machine that is started here, with these back ends.
-    pub fn configuration(&self, backends: &Backends) -> Result<MachineConfig, BackendError> {
-        Ok(MachineConfig {
+    /// The configuration of a machine that is started here on `backends`.
+    pub fn configuration(&self, backends: &Backends) -> MachineConfig {
+        MachineConfig {
             memory: self.memory.unwrap_or(DEFAULT_MEMORY),
             vcpus: self.vcpus.unwrap_or(1),
             cpu: self.cpu.clone().unwrap_or_else(|| DEFAULT_CPU.to_owned()),
             command_line: self.command_line.clone().unwrap_or_default(),
-            virtio: self.virtio(backends)?,
-        })
+            virtio: self.virtio(backends),
+        }
     }
 
     /// The virtio devices of a machine that is started here.
-    fn virtio(&self, backends: &Backends) -> Result<Vec<VirtioConfig>, BackendError> {
-        let mut virtio = Vec::new();
+    fn virtio(&self, backends: &Backends) -> Vec<VirtioConfig> {
+        let disks = self.disks.iter().zip(backends.disks());
+        let mut virtio: Vec<_> = disks
+            .map(|(options, disk)| {
+                VirtioConfig::Block(BlockConfig {
+                    id: disk.id().to_owned(),
+                    capacity: disk.image().capacity(),
+                    readonly: options.readonly,
+                    serial: options.serial.clone().unwrap_or_default(),
+                })
+            })
+            .collect();
         if self.rng {
             virtio.push(VirtioConfig::Rng);
         }
-        virtio.extend(backends.net_configs(self)?);
-        Ok(virtio)
+        virtio.extend(backends.net_configs());
+        virtio
     }
 
     /// What was given here and differs from the machine that arrives: a sentence each.
@@ -143,6 +199,7 @@ impl Given {
         if self.rng && !virtio.contains(&VirtioConfig::Rng) {
             differences.push("--rng is given at the destination, but not at the source".to_owned());
         }
+        differences.extend(self.disk_differences(virtio));
         differences.extend(self.net_differences(virtio));
         differences
     }
@@ -178,6 +235,59 @@ impl Given {
         }
         differences
     }
+
+    /// The same for the disks: every disk of the guest needs an image here.
+    fn disk_differences(&self, arriving: &[VirtioConfig]) -> Vec<String> {
+        let there: Vec<_> = arriving
+            .iter()
+            .filter_map(|device| match device {
+                VirtioConfig::Block(config) => Some(config),
+                _ => None,
+            })
+            .collect();
+        let here = self.disks.iter().enumerate();
+        let here: Vec<_> = here.map(|(index, disk)| (disk.id(index), disk)).collect();
+        let mut differences = Vec::new();
+        for disk in &there {
+            let id = &disk.id;
+            let Some((_, options)) = here.iter().find(|(other, _)| other == id) else {
+                differences.push(format!(
+                    "the guest has the disk {id:?} of {} bytes, but the destination has none of \
+                     that name: give it --disk file=PATH,id=NAME with the image",
+                    disk.capacity
+                ));
+                continue;
+            };
+            if options.readonly != disk.readonly {
+                differences.push(format!(
+                    "disk {id:?} is {} at the destination, but {} at the source",
+                    access(options.readonly),
+                    access(disk.readonly)
+                ));
+            }
+            if let Some(serial) = &options.serial
+                && *serial != disk.serial
+            {
+                differences.push(format!(
+                    "disk {id:?} has the serial number {serial:?} at the destination, but {:?} at \
+                     the source",
+                    disk.serial
+                ));
+            }
+        }
+        for (id, _) in &here {
+            if !there.iter().any(|disk| disk.id == *id) {
+                differences.push(format!(
+                    "--disk {id:?} is given at the destination, but the guest has no such disk"
+                ));
+            }
+        }
+        differences
+    }
+}
+
+fn access(readonly: bool) -> &'static str {
+    if readonly { "read-only" } else { "writable" }
 }
 
 #[cfg(test)]

@@ -81,7 +81,7 @@ impl Devices {
         output: serial::Output,
         on_room: serial::RoomNotifier,
         virtio: &[VirtioConfig],
-        backends: Backends,
+        backends: &Backends,
     ) -> Result<Self, DeviceError> {
         let line = |gsi| {
             Arc::new(IrqchipLine {

@@ -12,6 +12,7 @@ use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use ::devices::disk::Disk;
 use migration::clock::{Clock, MonotonicClock};
 use migration::layout::GuestRam;
 use migration::section::{Section, SectionError, Sections};
@@ -102,6 +103,7 @@ pub struct Machine {
     config: MachineConfig,
     vm: Arc<Vm>,
     devices: Arc<Devices>,
+    disks: Vec<Arc<Disk>>,
     /// Lets vCPUs go that wait for room in the console.
     interrupt: Interrupt,
     cpu: GuestCpu,
@@ -150,7 +152,7 @@ impl Machine {
             Box::new(console.output()),
             Arc::new(move || waker.wake()),
             &config.virtio,
-            backends,
+            &backends,
         )?);
         let cpuid = match seen {
             Some(seen) => seen.cpuid.clone(),
@@ -181,6 +183,7 @@ impl Machine {
             power_on,
             vm,
             devices,
+            disks: backends.disks().to_vec(),
             interrupt: console.output().interrupt(),
             cpu: seen.ok_or(MachineError::NoVcpu(0))?,
             files: Mutex::new(None),
@@ -211,6 +214,11 @@ impl Machine {
     /// The devices.
     pub fn devices(&self) -> &Arc<Devices> {
         &self.devices
+    }
+
+    /// The disks. Their images must be locked while the guest runs.
+    pub fn disks(&self) -> &[Arc<Disk>] {
+        &self.disks
     }
 
     /// What the guest sees of its processor.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use devices::state::{SaveRestore, StateError};
 use devices::virtio::VirtioDevice;
+use devices::virtio::blk::Block;
 use devices::virtio::net::Net;
 use devices::virtio::rng::Rng;
 use devices::virtio::transport::{MMIO_LEN, QUEUE_NOTIFY, VirtioMmio};
@@ -32,6 +33,14 @@ pub enum VirtioError {
         /// Why.
         source: io::Error,
     },
+    /// A disk without an image.
+    #[error("disk {id:?} of {capacity} bytes has no image of that size here")]
+    NoImage {
+        /// The disk.
+        id: String,
+        /// Its size in bytes.
+        capacity: u64,
+    },
     /// KVM.
     #[error(transparent)]
     Ioctl(#[from] IoctlError),
@@ -51,7 +60,7 @@ impl VirtioDevices {
     pub(super) fn new(
         vm: &Vm,
         configs: &[VirtioConfig],
-        mut backends: Backends,
+        backends: &Backends,
     ) -> Result<Self, VirtioError> {
         let mut slots = Vec::new();
         let mut nets = Vec::new();
@@ -61,7 +70,7 @@ impl VirtioDevices {
                 device: config.kind_name(),
                 source,
             };
-            let device = device(config, &mut backends, &mut nets).map_err(failed)?;
+            let device = device(config, backends, &mut nets)?;
             let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(failed)?;
             vm.register_irqfd(&irqfd, place.gsi)?;
             let transport =
@@ -175,19 +184,35 @@ fn section(name: &str, state: &dyn SaveRestore) -> Result<Section, StateError> {
 /// Makes the device that `config` describes, out of what it uses of the host.
 fn device(
     config: &VirtioConfig,
-    backends: &mut Backends,
+    backends: &Backends,
     nets: &mut Vec<(String, Arc<Net>)>,
-) -> io::Result<Arc<dyn VirtioDevice>> {
+) -> Result<Arc<dyn VirtioDevice>, VirtioError> {
+    let failed = |source| VirtioError::Device {
+        device: config.kind_name(),
+        source,
+    };
     Ok(match config {
-        VirtioConfig::Rng => Arc::new(Rng::new()?),
+        VirtioConfig::Rng => Arc::new(Rng::new().map_err(failed)?),
+        VirtioConfig::Block(config) => {
+            let disk = backends
+                .disk(config)
+                .filter(|disk| disk.image().capacity() == config.capacity)
+                .ok_or_else(|| VirtioError::NoImage {
+                    id: config.id.clone(),
+                    capacity: config.capacity,
+                })?;
+            let errors = Arc::clone(&backends.errors);
+            let block = Block::new(Arc::clone(disk), &config.serial, errors);
+            Arc::new(block.map_err(failed)?)
+        }
         VirtioConfig::Net(config) => {
             // As many as there are cards, which was checked when a guest arrived.
-            let (id, tap) = backends
-                .net
-                .pop_front()
-                .ok_or_else(|| io::Error::other("there is no tap for it"))?;
-            let net = Arc::new(Net::new(nets.len(), *config, tap)?);
-            nets.push((id, Arc::clone(&net)));
+            let index = nets.len();
+            let host = backends.nets.get(index);
+            let host = host.ok_or_else(|| failed(io::Error::other("there is no tap for it")))?;
+            let net = Net::new(index, *config, Arc::clone(&host.tap)).map_err(failed)?;
+            let net = Arc::new(net);
+            nets.push((host.id.clone(), Arc::clone(&net)));
             net
         }
     })

@@ -56,6 +56,11 @@ fn popcnt_works(ferry: &mut Ferry) -> bool {
     }
 }
 
+/// Whether a guest's kernel may execute what not every interpreter of CPL 0 can: as on all hardware.
+pub fn executes_popcnt_at_cpl_0(dir: &std::path::Path) -> bool {
+    popcnt_works(&mut run(dir, Then::Popcnt))
+}
+
 #[test]
 fn what_kvm_cannot_execute_stops_the_guest_and_is_named() {
     require_kvm!();

@@ -1,11 +1,15 @@
-//! Real Linux kernels: Debian's cloud kernel, as guest-tests/linux/fetch gets it.
+//! Real Linux kernels: a small one ([`small`]), and Debian's cloud kernel, as guest-tests/linux/fetch
+//! gets it.
 //!
-//! On hardware KVM they boot in a second. A KVM that interprets CPL 0 takes half a minute to the
+//! On hardware KVM that boots in a second. A KVM that interprets CPL 0 takes half a minute to the
 //! kernel's first lines and many minutes to unpack a bzImage, so these tests ask only for what
 //! both can show: the ELF file by its own first lines, the bzImage by where its code runs.
 
+pub mod small;
+mod stock;
+
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -13,8 +17,22 @@ use crate::harness::{Ferry, PATIENCE, require_kvm, scratch, skip};
 
 const COMMAND_LINE: &str = "earlyprintk=serial,ttyS0 console=ttyS0 panic=-1 ferry.test=\"a b\"";
 
-/// The kernel file of that name, or a notice that the test is skipped.
-fn kernel(name: &str) -> Option<PathBuf> {
+/// How long booting may take, on a machine that does other things besides.
+pub const BOOT: Duration = Duration::from_secs(600);
+
+/// What no guest should ever say.
+const COMPLAINTS: [&str; 7] = [
+    "ACPI BIOS",
+    "ACPI Error",
+    "ACPI Warning",
+    "Firmware Bug",
+    "Kernel panic",
+    "damaged memory",
+    "nobody cared",
+];
+
+/// The file of that name in target/linux, or a notice that the test is skipped.
+fn file(name: &str) -> Option<PathBuf> {
     let dir = std::env::var_os("FERRY_TEST_LINUX").map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/linux"),
         PathBuf::from,
@@ -24,11 +42,26 @@ fn kernel(name: &str) -> Option<PathBuf> {
         return Some(path);
     }
     skip(&format!(
-        "{} is not there; guest-tests/linux/fetch gets it, or set FERRY_TEST_LINUX to a directory \
-         with a Linux bzImage and its vmlinux",
+        "{} is not there; guest-tests/linux/fetch and build get it, or set FERRY_TEST_LINUX to \
+         another directory with their files",
         path.display()
     ));
     None
+}
+
+/// Waits until the guest has said all of this, in whatever order.
+pub fn wait_said(ferry: &Ferry, patience: Duration, parts: &[&str]) {
+    let mut missing = parts.to_vec();
+    let said = ferry.serial.wait_for(patience, |line| {
+        for complaint in COMPLAINTS {
+            assert!(!line.contains(complaint), "{line}");
+        }
+        missing.retain(|part| !line.contains(part));
+        missing.is_empty().then_some(())
+    });
+    if let Err(err) = said {
+        panic!("no {missing:?}: {err}\n{}", ferry.process.output());
+    }
 }
 
 fn run(dir: &Path, kernel: &Path) -> Ferry {
@@ -62,7 +95,7 @@ fn instruction(ferry: &mut Ferry) -> u64 {
 #[test]
 fn an_elf_kernel_tells_what_it_was_given() {
     require_kvm!();
-    let Some(kernel) = kernel("vmlinux") else {
+    let Some(kernel) = file("vmlinux") else {
         return;
     };
     let dir = scratch();
@@ -72,8 +105,18 @@ fn an_elf_kernel_tells_what_it_was_given() {
         format!("Command line: {COMMAND_LINE}"),
         "BIOS-e820: [mem 0x0000000000100000-0x000000000fffffff] usable".to_owned(),
         "Hypervisor detected: KVM".to_owned(),
+        "ACPI: RSDP 0x00000000000E0000 000024 (v02 FERRY )".to_owned(),
+        "ACPI: FACP 0x".to_owned(),
+        "ACPI: DSDT 0x".to_owned(),
+        "ACPI: APIC 0x".to_owned(),
+        "ACPI: INT_SRC_OVR (bus 0 bus_irq 9 global_irq 9 high level)".to_owned(),
+        "ACPI: Using ACPI (MADT) for SMP configuration information".to_owned(),
+        "smpboot: Allowing 2 CPUs, 0 hotplug CPUs".to_owned(),
     ];
     ferry.wait_line(|line| {
+        for complaint in COMPLAINTS {
+            assert!(!line.contains(complaint), "{line}");
+        }
         expected.retain(|part| !line.contains(part));
         expected.is_empty().then_some(())
     });
@@ -82,7 +125,7 @@ fn an_elf_kernel_tells_what_it_was_given() {
 #[test]
 fn a_bzimage_is_loaded_and_entered() {
     require_kvm!();
-    let Some(kernel) = kernel("bzImage") else {
+    let Some(kernel) = file("bzImage") else {
         return;
     };
     let dir = scratch();

@@ -67,7 +67,7 @@ pub struct Net {
 #[derive(Debug)]
 struct Shared {
     name: String,
-    tap: Tap,
+    tap: Arc<Tap>,
     state: Mutex<State>,
     activation: Mutex<Option<Arc<Activation>>>,
     counters: Counters,
@@ -88,7 +88,7 @@ struct State {
 
 impl Net {
     /// The guest's network device of that index, as after power-on, with the link up.
-    pub fn new(index: usize, config: NetConfig, tap: Tap) -> io::Result<Self> {
+    pub fn new(index: usize, config: NetConfig, tap: Arc<Tap>) -> io::Result<Self> {
         let mtu = config.mtu.unwrap_or(USUAL_MTU);
         if mtu < LEAST_MTU || !config.mac.is_unicast() {
             return Err(io::Error::other(format!(

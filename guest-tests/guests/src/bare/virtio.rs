@@ -14,7 +14,7 @@ use core::sync::atomic::{Ordering, fence};
 
 use virtio_drivers::queue::VirtQueue;
 use virtio_drivers::transport::mmio::{MmioTransport, VirtIOHeader};
-use virtio_drivers::transport::{DeviceStatus, DeviceType, Transport as _};
+use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Transport as _};
 use virtio_drivers::{BufferDirection, Error, Hal, PAGE_SIZE, PhysAddr};
 
 use super::boot::Boot;
@@ -140,6 +140,22 @@ pub fn negotiate(transport: &mut Transport, wanted: u64) -> Result<u64, &'static
         return Err("the device refuses the features it offered");
     }
     Ok(features)
+}
+
+/// Lowers a device's interrupt line; whether its configuration has changed. What the device sets
+/// between the look and the acknowledgement would keep the line high, and an edge-triggered
+/// interrupt would never come again: so it is looked at until nothing is left.
+pub fn acknowledge(transport: &mut Transport) -> bool {
+    const TRIES: u32 = 16;
+    let mut changed = false;
+    for _ in 0..TRIES {
+        let status = transport.ack_interrupt();
+        if status.is_empty() {
+            break;
+        }
+        changed |= status.contains(InterruptStatus::DEVICE_CONFIGURATION_INTERRUPT);
+    }
+    changed
 }
 
 /// Memory that devices use: their addresses are the guest's.

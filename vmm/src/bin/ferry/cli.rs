@@ -3,6 +3,7 @@
 //! [`parse`] first brings QEMU's spelling into our own ([`qemu`]), then clap reads it; [`values`]
 //! reads what stands behind an option.
 
+mod disk;
 mod qemu;
 #[cfg(test)]
 mod tests;
@@ -18,7 +19,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 pub(crate) use values::{Incoming, MonitorSpec, QmpSpec};
 use vmm::console::SerialBackend;
 use vmm::cpuid::Model;
-use vmm::machine::config::GivenNet;
+use vmm::machine::config::{DiskOptions, GivenNet};
 
 /// What is logged unless the user says otherwise: what went wrong, and what becomes of the guest.
 const DEFAULT_LOG: &str = "warn,vmm::instance=info";
@@ -94,6 +95,10 @@ pub(crate) struct RunOptions {
     #[arg(long, value_name = "MODEL[,-FLAG…]", help_heading = "Guest")]
     pub(crate) cpu: Option<Model>,
 
+    /// A disk: file=PATH, then format=raw|qcow2, readonly=on, id=NAME, cache=writeback|none,
+    /// serial=TEXT, each behind a comma; can be given several times
+    #[arg(long, value_name = "OPTIONS", value_parser = disk::parse, help_heading = "Devices")]
+    pub(crate) disk: Vec<DiskOptions>,
     /// Give the guest an entropy source (virtio-rng)
     #[arg(long, help_heading = "Devices")]
     pub(crate) rng: bool,
@@ -217,6 +222,7 @@ impl RunOptions {
         {
             return Err("--monitor stdio was given more than once".into());
         }
+        disk::check(&self.disk)?;
         values::check_nets(&self.net)?;
         let mut paths: Vec<&PathBuf> = self.monitor.iter().filter_map(MonitorSpec::path).collect();
         paths.extend(self.qmp.iter().filter_map(QmpSpec::path));

@@ -156,6 +156,7 @@ fn settings(options: &RunOptions) -> Settings {
             command_line: options.append.clone(),
             kernel: options.kernel.clone(),
             initrd: options.initrd.clone(),
+            disks: options.disk.clone(),
             rng: options.rng,
             net: options.net.clone(),
         },

@@ -5,7 +5,7 @@ use super::line::Words;
 use super::session::Session;
 use crate::control::command::{
     AnnounceRequest, CommandError, MigrateRequest, MigrationCapabilityStatus, ParameterChange,
-    ShutdownCause, Uri,
+    ShutdownCause, StorageCopy, Uri,
 };
 use crate::control::size::parse_size;
 
@@ -139,16 +139,19 @@ pub const COMMANDS: &[Command] = &[
     },
     Command {
         names: &["migrate"],
-        parameters: "[-d] uri",
-        help: "migrate the guest to tcp:HOST:PORT or unix:PATH (-d: do not wait for the end); \
-               Ctrl-C while waiting cancels",
+        parameters: "[-d] [-b] [-i] uri",
+        help: "migrate the guest to tcp:HOST:PORT or unix:PATH (-d: do not wait for the end; -b: \
+               copy the disks; -i: copy what they hold above their backing files); Ctrl-C while \
+               waiting cancels",
         completion: Completion::Address,
         run: |session, mut words| {
-            let detach = words.options("d")?.contains('d');
+            let options = words.options("dbi")?;
+            let detach = options.contains('d');
             let uri = words.required()?;
             words.finish()?;
             session.machine().migrate(MigrateRequest {
                 address: uri.parse::<Uri>().map_err(CommandError::from)?,
+                copy: StorageCopy::of(options.contains('b'), options.contains('i')),
             })?;
             Ok(if detach {
                 Reply::nothing()

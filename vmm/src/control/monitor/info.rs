@@ -228,6 +228,9 @@ fn write_migration(text: &mut String, info: &MigrationInfo) -> std::fmt::Result 
     if let Some(ram) = &info.ram {
         write_ram(text, ram)?;
     }
+    if let Some(disk) = &info.disk {
+        write_disk(text, disk)?;
+    }
     let Some(ferry) = &info.ferry else {
         return Ok(());
     };
@@ -246,6 +249,17 @@ fn write_migration(text: &mut String, info: &MigrationInfo) -> std::fmt::Result 
         writeln!(text, "measured round trip: {round_trip} us")?;
     }
     Ok(())
+}
+
+fn write_disk(text: &mut String, disk: &MigrationStats) -> std::fmt::Result {
+    let percent = match disk.total {
+        0 => 100,
+        total => 100 * total.saturating_sub(disk.remaining) / total,
+    };
+    writeln!(text, "disks: {percent} %")?;
+    writeln!(text, "transferred disk: {} kbytes", disk.transferred >> 10)?;
+    writeln!(text, "remaining disk: {} kbytes", disk.remaining >> 10)?;
+    writeln!(text, "total disk: {} kbytes", disk.total >> 10)
 }
 
 fn write_ram(text: &mut String, ram: &MigrationStats) -> std::fmt::Result {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::arguments::Arguments;
 use crate::control::command::{
     AnnounceChange, AnnounceRequest, CommandError, CommandResult, Control, ErrorClass,
-    MigrateRequest, MigrationCapabilityStatus, ParameterChange, ShutdownCause, Uri,
+    MigrateRequest, MigrationCapabilityStatus, ParameterChange, ShutdownCause, StorageCopy, Uri,
 };
 use crate::control::monitor;
 
@@ -151,13 +151,9 @@ fn migrate(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResul
     let uri = arguments.string("uri")?;
     let channels = arguments.objects("channels")?;
     // How QEMU's older clients ask for disks to be copied as well.
-    for copy in ["blk", "inc"] {
-        if arguments.boolean(copy)? == Some(true) {
-            return Err(CommandError::generic(format!(
-                "Parameter '{copy}' is not supported: Ferry does not copy disks in a migration"
-            )));
-        }
-    }
+    let full = arguments.boolean("blk")? == Some(true);
+    let incremental = arguments.boolean("inc")? == Some(true);
+    let copy = StorageCopy::of(full, incremental);
     // Ignored, as in QEMU: over QMP a migration always goes on in the background.
     arguments.boolean("detach")?;
     if arguments.boolean("resume")? == Some(true) {
@@ -166,7 +162,9 @@ fn migrate(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResul
         ));
     }
     let address = address(&arguments, uri, channels)?;
-    nothing(arguments, || machine.migrate(MigrateRequest { address }))
+    nothing(arguments, || {
+        machine.migrate(MigrateRequest { address, copy })
+    })
 }
 
 fn migrate_incoming(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResult<Value> {

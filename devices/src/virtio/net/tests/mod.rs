@@ -18,6 +18,10 @@ const OFFLOADS: u64 =
 const MERGED: u64 = feature::MRG_RXBUF | feature::GUEST_CSUM | feature::GUEST_TSO4;
 const ANNOUNCE: u64 = feature::GUEST_ANNOUNCE | feature::CTRL_VQ | feature::STATUS;
 
+fn of_socket(fd: OwnedFd, mtu: u16, offloads: u64) -> Arc<Tap> {
+    Arc::new(Tap::of_socket(fd, mtu, offloads))
+}
+
 fn config() -> NetConfig {
     NetConfig {
         mac: MAC,
@@ -29,7 +33,7 @@ fn config() -> NetConfig {
 fn net() -> (Arc<Net>, OwnedFd) {
     let none = SocketFlags::empty();
     let (near, far) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, none, None).unwrap();
-    let tap = Tap::of_socket(near, 1500, OFFLOADS);
+    let tap = of_socket(near, 1500, OFFLOADS);
     (Arc::new(Net::new(0, config(), tap).unwrap()), far)
 }
 
@@ -85,7 +89,7 @@ fn a_tap_must_take_packets_as_long_as_the_guests() {
     let tap = |mtu| {
         let none = SocketFlags::empty();
         let (near, _) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, none, None).unwrap();
-        Tap::of_socket(near, mtu, 0)
+        of_socket(near, mtu, 0)
     };
     let jumbo = NetConfig {
         mac: MAC,

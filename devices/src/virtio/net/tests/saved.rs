@@ -99,7 +99,7 @@ fn a_host_without_an_offload_in_use_is_told() {
     driver.pause();
     let none = SocketFlags::empty();
     let (near, _) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, none, None).unwrap();
-    let poor = Tap::of_socket(near, 1500, feature::CSUM | feature::GUEST_CSUM);
+    let poor = of_socket(near, 1500, feature::CSUM | feature::GUEST_CSUM);
     let there = TestDriver::new(Arc::new(Net::new(0, config(), poor).unwrap()));
     let state = driver.transport.save().unwrap();
     let error = there.transport.restore(1, &state).unwrap_err().to_string();

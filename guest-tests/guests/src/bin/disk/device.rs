@@ -6,7 +6,9 @@ use alloc::vec::Vec;
 use core::ptr::NonNull;
 
 use guests::bare::tsc;
-use guests::bare::virtio::{DESCRIPTORS, Device, Queue, Transport, feature, negotiate};
+use guests::bare::virtio::{
+    DESCRIPTORS, Device, Queue, Transport, acknowledge, feature, negotiate,
+};
 use guests::block;
 use guests::disk::{Op, Options};
 use virtio_drivers::transport::Transport as _;
@@ -273,7 +275,7 @@ impl Disk {
 
     /// Lowers the interrupt line, so that it can rise again.
     pub(crate) fn acknowledge(&mut self) {
-        self.transport.ack_interrupt();
+        acknowledge(&mut self.transport);
     }
 
     /// For guests that look anyway.

@@ -6,11 +6,13 @@ use alloc::vec::Vec;
 
 use guests::bare::dma::Dma;
 use guests::bare::give_up;
-use guests::bare::virtio::{DESCRIPTORS, Device, Queue, Transport, feature, negotiate};
+use guests::bare::virtio::{
+    DESCRIPTORS, Device, Queue, Transport, acknowledge, feature, negotiate,
+};
 use guests::net::{Mac, Options};
 use smoltcp::phy::{self, DeviceCapabilities, Medium};
 use smoltcp::time::Instant;
-use virtio_drivers::transport::{InterruptStatus, Transport as _};
+use virtio_drivers::transport::Transport as _;
 
 const MAC: u64 = 1 << 5;
 const STATUS: u64 = 1 << 16;
@@ -219,9 +221,7 @@ impl Nic {
 
     /// Lowers the interrupt line; whether the configuration has changed.
     pub(crate) fn acknowledge_interrupt(&mut self) -> bool {
-        self.transport
-            .ack_interrupt()
-            .contains(InterruptStatus::DEVICE_CONFIGURATION_INTERRUPT)
+        acknowledge(&mut self.transport)
     }
 
     /// For guests that look anyway; configuration changes still interrupt.

@@ -14,13 +14,13 @@ use alloc::vec::Vec;
 use guests::bare::boot::Boot;
 use guests::bare::console::{Console as Port, Timing};
 use guests::bare::dma::Dma;
-use guests::bare::virtio::{Device, Transport, devices, feature};
+use guests::bare::virtio::{Device, Transport, acknowledge, devices, feature};
 use guests::bare::waiter::{Waiter, Watchdog};
 use guests::bare::{give_up, heap, power, serial, tsc};
 use guests::mmio::Wait;
 use guests::virtio::{Options, Report, command};
 use guests::{Hex, Name};
-use virtio_drivers::transport::{DeviceType, InterruptStatus, Transport as _};
+use virtio_drivers::transport::{DeviceType, Transport as _};
 
 use crate::balloon::Balloon;
 use crate::console::Console;
@@ -217,11 +217,4 @@ impl Used {
             lost_interrupts: self.watchdogs.iter().map(|watchdog| watchdog.lost).sum(),
         });
     }
-}
-
-/// Lowers the interrupt line; whether the configuration has changed.
-fn acknowledge(transport: &mut Transport) -> bool {
-    transport
-        .ack_interrupt()
-        .contains(InterruptStatus::DEVICE_CONFIGURATION_INTERRUPT)
 }

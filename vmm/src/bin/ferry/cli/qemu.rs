@@ -30,6 +30,7 @@ const OPTIONS: &[(&str, Meaning)] = &[
     ("monitor", Value("--monitor")),
     ("qmp", Value("--qmp")),
     ("incoming", Value("--incoming")),
+    ("drive", Value("--disk")),
     ("log", Value("--log")),
     ("S", Flag("--paused")),
     ("paused", Flag("--paused")),

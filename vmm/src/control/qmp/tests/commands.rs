@@ -163,8 +163,8 @@ async fn migrate_takes_a_uri_or_a_channel() {
             "Cannot resume if there is no paused migration",
         ),
         (
-            json!({"uri": "tcp:h:1", "blk": true}),
-            "Parameter 'blk' is not supported: Ferry does not copy disks in a migration",
+            json!({"uri": "tcp:h:1", "blk": 1}),
+            "Invalid parameter type for 'blk', expected: boolean",
         ),
         (
             json!({"uri": "exec:cat"}),
