@@ -1,11 +1,12 @@
 //! What a device has while a driver uses it: queues, memory, interrupt.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::num::Wrapping;
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tracing::warn;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::chain::{Chain, ChainError, Table};
 use super::interrupt::Interrupt;
@@ -16,6 +17,8 @@ use super::{F_EVENT_IDX, GuestRam};
 #[derive(Debug)]
 pub(super) struct VirtQueue {
     ring: Mutex<Queue>,
+    /// How many requests were given back since the driver was last told, or not.
+    completed: AtomicU16,
     notifier: Notifier,
 }
 
@@ -25,6 +28,7 @@ impl VirtQueue {
             .map_err(|err| std::io::Error::new(std::io::ErrorKind::InvalidInput, err))?;
         Ok(Self {
             ring: Mutex::new(ring),
+            completed: AtomicU16::new(0),
             notifier: Notifier::new()?,
         })
     }
@@ -35,6 +39,11 @@ impl VirtQueue {
 
     pub(super) fn notifier(&self) -> &Notifier {
         &self.notifier
+    }
+
+    pub(super) fn reset(&self) {
+        self.ring().reset();
+        self.completed.store(0, Ordering::Relaxed);
     }
 }
 
@@ -56,6 +65,11 @@ impl Activation {
     /// Whether the driver has taken all features of `bits`.
     pub fn has(&self, bits: u64) -> bool {
         self.features & bits == bits
+    }
+
+    /// Those features of `bits` that the driver has taken.
+    pub fn negotiated(&self, bits: u64) -> u64 {
+        self.features & bits
     }
 
     /// The guest's memory.
@@ -97,7 +111,8 @@ impl Activation {
         self.checked(Chain::follow(&self.memory, table, head))
     }
 
-    /// Gives a request back that nothing was done about, the last one that was popped.
+    /// Gives a request back that nothing was done about, the last one that was popped and not
+    /// given back yet.
     pub fn put_back(&self, queue: usize) {
         if let Some(queue) = self.ready(queue) {
             let mut ring = queue.ring();
@@ -109,16 +124,26 @@ impl Activation {
     /// Gives a request back to the driver, with `written` bytes at the beginning of what it let
     /// the device write. It learns of it by [`notify`](Self::notify).
     pub fn complete(&self, queue: usize, head: u16, written: u32) {
+        self.complete_all(queue, &[(head, written)]);
+    }
+
+    /// Gives several requests back, (head, written) each, that the driver sees at the same time.
+    pub fn complete_all(&self, queue: usize, requests: &[(u16, u32)]) {
         if let Some(queue) = self.ready(queue) {
-            let used = queue.ring().add_used(&self.memory, head, written);
-            self.checked(used.map_err(ChainError::Ring));
+            let mut ring = queue.ring();
+            let added = add_used(&mut ring, &self.memory, requests);
+            drop(ring);
+            let count = requests.len() as u16;
+            queue.completed.fetch_add(count, Ordering::Relaxed);
+            self.checked(added.map_err(ChainError::Ring));
         }
     }
 
     /// Interrupts the driver about what was completed, if it wants that.
     pub fn notify(&self, queue: usize) {
         if let Some(queue) = self.ready(queue) {
-            let wanted = queue.ring().needs_notification(&self.memory);
+            let completed = queue.completed.swap(0, Ordering::Relaxed);
+            let wanted = wants_interrupt(&queue.ring(), &self.memory, completed);
             if self.checked(wanted.map_err(ChainError::Ring)) == Some(true) {
                 self.interrupt.used_buffer();
             }
@@ -209,4 +234,45 @@ impl Activation {
             }
         }
     }
+}
+
+/// Puts requests into the used ring, of which the driver sees none before it sees the last.
+fn add_used(
+    ring: &mut Queue,
+    memory: &GuestRam,
+    requests: &[(u16, u32)],
+) -> Result<(), virtio_queue::Error> {
+    let Some(((last, written), others)) = requests.split_last() else {
+        return Ok(());
+    };
+    for (head, written) in others {
+        // An element of the used ring (section 2.7.8); its index is written with the last one.
+        let at = ring.used_ring() + 4 + 8 * u64::from(ring.next_used() % ring.size());
+        let element = (u64::from(*written) << 32 | u64::from(*head)).to_le_bytes();
+        memory
+            .write_slice(&element, GuestAddress(at))
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        ring.set_next_used(ring.next_used().wrapping_add(1));
+    }
+    ring.add_used(memory, *last, *written)
+}
+
+/// Whether the driver wants to be interrupted about the `completed` requests that were put into
+/// the used ring last (section 2.7.10).
+fn wants_interrupt(
+    ring: &Queue,
+    memory: &GuestRam,
+    completed: u16,
+) -> Result<bool, virtio_queue::Error> {
+    if !ring.event_idx_enabled() {
+        return Ok(true);
+    }
+    // The driver writes used_event, then looks at the ring; here it is the other way round.
+    fence(Ordering::SeqCst);
+    let at = ring.avail_ring() + 4 + 2 * u64::from(ring.size());
+    let event: u16 = memory
+        .load(GuestAddress(at), Ordering::Relaxed)
+        .map_err(virtio_queue::Error::GuestMemory)?;
+    let behind = Wrapping(ring.next_used()) - Wrapping(u16::from_le(event)) - Wrapping(1);
+    Ok(behind < Wrapping(completed))
 }

@@ -246,6 +246,14 @@ impl TestDriver {
             .unwrap();
     }
 
+    /// Says after which index of the used ring to interrupt.
+    pub(crate) fn set_used_event(&self, index: usize, event: u16) {
+        let size = self.state.lock().unwrap().queues[index].size;
+        let rings = RINGS + index as u64 * RING_LEN;
+        let place = GuestAddress(rings + AVAILABLE + 4 + 2 * u64::from(size));
+        self.memory.write_obj(event, place).unwrap();
+    }
+
     /// Makes the device believe that it has taken the next request already.
     pub(crate) fn skip_available(&self, queue: usize) {
         self.transport.skip_available(queue);

@@ -14,6 +14,7 @@ pub use super::migration::{
     MigrationInfo, MigrationParameters, MigrationRound, MigrationStats, MigrationStatus,
     ParameterChange, StorageCopy,
 };
+pub use super::network::{AnnounceChange, AnnounceParameters, AnnounceRequest, NetworkInfo};
 pub use super::run_state::{CpuInfo, RunState, StatusInfo};
 
 /// The result of a command.
@@ -59,6 +60,14 @@ pub trait Control: Send + Sync {
     /// Asks the guest to give memory back, or to take it, until `bytes` are left to it. Fails if
     /// there is no balloon. Sends [`EventKind::BalloonChange`] when the guest does so.
     fn set_balloon(&self, bytes: u64) -> CommandResult<()>;
+    /// The network cards, in their order. Empty while a destination does not know them yet.
+    fn networks(&self) -> Vec<NetworkInfo>;
+
+    /// Plugs a network card's cable in or out.
+    fn set_link(&self, name: &str, up: bool) -> CommandResult<()>;
+
+    /// Tells the network where the guest is, in the background.
+    fn announce_self(&self, request: AnnounceRequest) -> CommandResult<()>;
 
     /// Ends the process, soon: the answer to this command is still delivered.
     fn quit(&self, cause: ShutdownCause);

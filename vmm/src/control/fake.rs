@@ -132,6 +132,28 @@ impl Control for FakeMachine {
         self.call(format!("balloon {bytes}"))
     }
 
+    fn networks(&self) -> Vec<NetworkInfo> {
+        vec![NetworkInfo {
+            name: "net0".into(),
+            mac: "52:54:00:12:34:56".into(),
+            ifname: "tap3".into(),
+            link_up: true,
+            received: (7, 1),
+            sent: (5, 0),
+        }]
+    }
+
+    fn set_link(&self, name: &str, up: bool) -> CommandResult<()> {
+        self.call(format!("set_link {name} {up}"))
+    }
+
+    fn announce_self(&self, request: AnnounceRequest) -> CommandResult<()> {
+        self.call(format!(
+            "announce_self {:?} rounds {:?}",
+            request.interfaces, request.how.rounds
+        ))
+    }
+
     fn quit(&self, cause: ShutdownCause) {
         let _ = self.call(format!("quit {cause:?}"));
         self.send(EventKind::shutdown(cause));

@@ -11,6 +11,7 @@ pub mod command;
 pub mod event;
 pub mod migration;
 pub mod monitor;
+pub mod network;
 pub mod qmp;
 pub mod run_state;
 pub mod size;

@@ -10,10 +10,10 @@ use super::incoming::Incoming;
 use super::outgoing::Outgoing;
 use super::{Exit, Instance, State, info};
 use crate::control::command::{
-    BalloonInfo, CommandError, CommandResult, Control, CpuInfo, ErrorClass, Event, EventKind,
-    FerryBalloonInfo, MigrateRequest, MigrationCapabilityStatus, MigrationInfo,
-    MigrationParameters, MigrationStatus, ParameterChange, RunState, ShutdownCause, StatusInfo,
-    Uri,
+    AnnounceRequest, BalloonInfo, CommandError, CommandResult, Control, CpuInfo, ErrorClass, Event,
+    EventKind, FerryBalloonInfo, MigrateRequest, MigrationCapabilityStatus, MigrationInfo,
+    MigrationParameters, MigrationStatus, NetworkInfo, ParameterChange, RunState, ShutdownCause,
+    StatusInfo, Uri,
 };
 use crate::machine::{Machine, backends};
 
@@ -95,7 +95,10 @@ impl Control for Instance {
                          destination, it now runs twice"
                     ),
                 }
-                self.run(&mut state)
+                self.run(&mut state)?;
+                // The network may have heard of it from the destination.
+                state.announce();
+                Ok(())
             }
             RunState::Paused | RunState::Prelaunch | RunState::IoError | RunState::Debug => {
                 self.run(&mut state)
@@ -163,6 +166,18 @@ impl Control for Instance {
                 Ok(())
             }
         }
+    }
+
+    fn networks(&self) -> Vec<NetworkInfo> {
+        self.network_info()
+    }
+
+    fn set_link(&self, name: &str, up: bool) -> CommandResult<()> {
+        self.plug_link(name, up)
+    }
+
+    fn announce_self(&self, request: AnnounceRequest) -> CommandResult<()> {
+        self.announce(request)
     }
 
     fn quit(&self, cause: ShutdownCause) {
@@ -248,11 +263,12 @@ impl Control for Instance {
     }
 
     fn parameters(&self) -> MigrationParameters {
-        info::parameters(&self.0.parameters)
+        info::parameters(&self.0.parameters, self.0.state().announce)
     }
 
     fn set_parameters(&self, change: ParameterChange) -> CommandResult<()> {
         change.check()?;
+        change.announce.apply(&mut self.0.state().announce);
         info::change(&self.0.parameters, change)
     }
 
@@ -302,7 +318,7 @@ fn balloon(state: &State) -> CommandResult<&Balloon> {
     }
 }
 
-fn handing_over(command: &str) -> CommandError {
+pub(super) fn handing_over(command: &str) -> CommandError {
     CommandError::generic(format!(
         "the guest is being handed over to the destination: '{command}' is possible before or \
          after that"

@@ -315,6 +315,8 @@ impl DestinationVm for Destination {
             state.run = RunState::Paused;
         }
         self.shared.install(&mut state, machine);
+        // Whether it runs or not, it is here now.
+        state.announce();
         state.name = state.name.take().or(moving.name);
         Ok(())
     }

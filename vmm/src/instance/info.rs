@@ -5,9 +5,9 @@ use migration::progress::{Bytes, Disk, Downtime, Ram, Round, Snapshot, Status};
 use migration::uri::Uri;
 
 use crate::control::command::{
-    BytesByKind, CommandError, CommandResult, DowntimeParts, FerryMigrationInfo, MigrationInfo,
-    MigrationParameters, MigrationRound, MigrationStats, MigrationStatus, ParameterChange,
-    SocketAddress,
+    AnnounceParameters, BytesByKind, CommandError, CommandResult, DowntimeParts,
+    FerryMigrationInfo, MigrationInfo, MigrationParameters, MigrationRound, MigrationStats,
+    MigrationStatus, ParameterChange, SocketAddress,
 };
 
 /// QAPI's status. Clients of QEMU know no hand-over without an answer: to them it is a failure,
@@ -206,20 +206,25 @@ fn parts(downtime: Downtime) -> DowntimeParts {
 }
 
 /// The parameters now.
-pub(super) fn parameters(parameters: &Parameters) -> MigrationParameters {
+pub(super) fn parameters(
+    parameters: &Parameters,
+    announce: AnnounceParameters,
+) -> MigrationParameters {
     MigrationParameters {
         max_bandwidth: parameters.max_bandwidth(),
         avail_switchover_bandwidth: parameters.avail_switchover_bandwidth(),
         downtime_limit: u64::try_from(parameters.downtime_limit().as_millis()).unwrap_or(u64::MAX),
+        announce,
     }
 }
 
-/// Changes the parameters that are given.
+/// Changes the parameters that are given, of those that are the engine's.
 pub(super) fn change(parameters: &Parameters, change: ParameterChange) -> CommandResult<()> {
     let ParameterChange {
         max_bandwidth,
         avail_switchover_bandwidth,
         downtime_limit,
+        announce: _,
     } = change;
     if let Some(limit) = downtime_limit {
         parameters

@@ -7,12 +7,14 @@
 //! There is one lock, on [`State`]. It is held for short, bounded work only: pausing the vCPUs is
 //! the longest. Nobody waits for a peer under it.
 
+mod announce;
 mod arriving_disk;
 mod commands;
 mod guest_events;
 mod incoming;
 mod info;
 mod leaving_disk;
+mod network;
 mod offer;
 mod outgoing;
 
@@ -26,11 +28,12 @@ use migration::uri::Uri;
 use tokio::sync::{Notify, broadcast, watch};
 use tracing::{error, info};
 
+use self::announce::Announcement;
 use self::guest_events::GuestEvents;
 use self::incoming::Incoming;
 use self::outgoing::Outgoing;
 use crate::console::{Console, SerialInput};
-use crate::control::command::{Event, EventKind, RunState, ShutdownCause};
+use crate::control::command::{AnnounceParameters, Event, EventKind, RunState, ShutdownCause};
 use crate::cpuid::GuestCpu;
 use crate::kvm::Kvm;
 use crate::machine::backends::{self, BackendError, Backends};
@@ -97,6 +100,10 @@ struct State {
     outgoing: Option<Outgoing>,
     /// The migration to here, for a process that was started with `--incoming`.
     incoming: Option<Incoming>,
+    /// How a guest that has arrived is announced to the network.
+    announce: AnnounceParameters,
+    /// The announcement under way, or the last one.
+    announcement: Option<Announcement>,
     /// Whether an arriving guest is to run.
     autostart: bool,
     /// QEMU's capability of that name: whether MIGRATION and MIGRATION_PASS are sent.
@@ -220,6 +227,8 @@ impl Instance {
             guest: None,
             outgoing: None,
             incoming: None,
+            announce: AnnounceParameters::default(),
+            announcement: None,
             autostart: !settings.paused,
             migration_events: true,
         };
@@ -308,7 +317,8 @@ impl Instance {
                 error!("a migration thread panicked");
             }
         }
-        let state = shared.state();
+        let mut state = shared.state();
+        state.announcement = None;
         if let Some(guest) = &state.guest {
             guest.pause();
             // What the guest has not flushed is not lost with the process.

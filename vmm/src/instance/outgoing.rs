@@ -275,6 +275,8 @@ impl SourceVm for Source {
 
     fn pause(&mut self) -> Result<Pause, VmError> {
         let mut state = self.shared.state();
+        // From here on it is the destination that tells the network.
+        state.announcement = None;
         // A reset that the guest has asked for is done here first, and may let it run again.
         let last_instruction = loop {
             let last = self.guest.pause();

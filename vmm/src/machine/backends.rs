@@ -1,13 +1,16 @@
 //! What a machine's devices use of the host. It is opened before the machine is built, and never
 //! travels: each side of a migration has its own.
 
+use std::io;
 use std::sync::Arc;
 
 use devices::disk::Disk;
 use devices::image::{self, Image, ImageConfig};
 use devices::virtio::blk::errors::ErrorSink;
+use devices::virtio::net::tap::{Tap, TapError};
+use devices::virtio::net::{MacAddress, NetConfig, USUAL_MTU};
 
-use super::config::{BlockConfig, DiskOptions, Given};
+use super::config::{BlockConfig, DiskOptions, Given, VirtioConfig};
 use crate::console::Console;
 
 /// Why something of the host can't be used.
@@ -21,12 +24,30 @@ pub enum BackendError {
         /// Why.
         source: image::Error,
     },
+    /// A tap.
+    #[error("--net: {0}")]
+    Tap(#[from] TapError),
+    /// No random numbers for a MAC address.
+    #[error("cannot choose a MAC address: {0}")]
+    Mac(#[source] io::Error),
+}
+
+/// The host's side of a network card.
+pub(super) struct NetBackend {
+    /// How commands call the card.
+    pub(super) id: String,
+    /// Where its packets go.
+    pub(super) tap: Arc<Tap>,
+    /// Its address, given or random, if the guest is started here.
+    mac: MacAddress,
 }
 
 /// The host's side of the devices.
 pub struct Backends {
     /// The disks, in the order of the command line.
     disks: Vec<Arc<Disk>>,
+    /// The network cards', in the order of the command line.
+    pub(super) nets: Vec<NetBackend>,
     /// Where disks' errors are told.
     pub(super) errors: Arc<dyn ErrorSink>,
     /// What the virtio console is connected to; without one its output is thrown away.
@@ -54,8 +75,20 @@ impl Backends {
             };
             disks.push(Arc::new(disk));
         }
+        let mut nets = Vec::new();
+        for (index, options) in given.net.iter().enumerate() {
+            nets.push(NetBackend {
+                id: options.id_at(index),
+                tap: Arc::new(Tap::open(&options.ifname)?),
+                mac: match options.mac {
+                    Some(mac) => mac,
+                    None => MacAddress::random().map_err(BackendError::Mac)?,
+                },
+            });
+        }
         Ok(Self {
             disks,
+            nets,
             errors,
             console: None,
         })
@@ -64,6 +97,14 @@ impl Backends {
     /// The disks.
     pub fn disks(&self) -> &[Arc<Disk>] {
         &self.disks
+    }
+
+    /// The network cards of a machine that is started here: what their guest sees of the taps.
+    pub(super) fn net_configs(&self) -> impl Iterator<Item = VirtioConfig> {
+        self.nets.iter().map(|net| {
+            let mtu = Some(net.tap.mtu()).filter(|&mtu| mtu != USUAL_MTU);
+            VirtioConfig::Net(NetConfig { mac: net.mac, mtu })
+        })
     }
 
     /// The disk of a device.

@@ -10,6 +10,7 @@ use devices::power::{self, Pm1, ResetPort};
 use devices::serial::{self, Serial};
 use devices::state::StateError;
 use devices::virtio::balloon::Balloon;
+use devices::virtio::net::Net;
 use devices::{InterruptLine, LevelLine};
 use migration::section::{Section, SectionError, Sections};
 
@@ -144,6 +145,11 @@ impl Devices {
     /// Where the virtio devices are.
     pub fn virtio_mmio(&self) -> impl Iterator<Item = VirtioMmioSlot> {
         self.virtio.places()
+    }
+
+    /// The network cards by their names in commands.
+    pub fn nets(&self) -> &[(String, Arc<Net>)] {
+        &self.virtio.handles().nets
     }
 
     /// Lets the devices work that do so on their own.

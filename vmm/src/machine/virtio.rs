@@ -9,6 +9,7 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::Balloon;
 use devices::virtio::blk::Block;
 use devices::virtio::console::{Console, Output};
+use devices::virtio::net::Net;
 use devices::virtio::rng::Rng;
 use devices::virtio::transport::{MMIO_LEN, QUEUE_NOTIFY, VirtioMmio};
 use migration::section::{Section, Sections};
@@ -62,6 +63,8 @@ pub(super) struct VirtioDevices {
 pub(super) struct Handles {
     pub(super) balloon: Option<Arc<Balloon>>,
     pub(super) console: Option<Arc<Console>>,
+    /// The network cards, by their names in commands.
+    pub(super) nets: Vec<(String, Arc<Net>)>,
 }
 
 impl VirtioDevices {
@@ -225,6 +228,16 @@ fn device(
             let console = console(backends.console.clone()).map_err(failed)?;
             handles.console = Some(Arc::clone(&console));
             console
+        }
+        VirtioConfig::Net(config) => {
+            // As many as there are cards, which was checked when a guest arrived.
+            let index = handles.nets.len();
+            let host = backends.nets.get(index);
+            let host = host.ok_or_else(|| failed(io::Error::other("there is no tap for it")))?;
+            let net = Net::new(index, *config, Arc::clone(&host.tap)).map_err(failed)?;
+            let net = Arc::new(net);
+            handles.nets.push((host.id.clone(), Arc::clone(&net)));
+            net
         }
     })
 }

@@ -117,7 +117,7 @@ fn finish(mut ferry: Ferry, paths: &[&Path]) {
     ferry.serial.send(&[command::FINISH]).unwrap();
     for (disk, path) in paths.iter().enumerate() {
         let report = wait_report(&ferry, |report| match report {
-            Report::Verified { device, .. } if *device == disk as u64 => Some(report.clone()),
+            Report::Verified { device, .. } if *device == disk as u64 => Some(*report),
             _ => None,
         });
         let Report::Verified {

@@ -24,5 +24,6 @@ mod lifecycle;
 mod linux;
 mod migrate;
 mod mutation;
+mod net;
 mod proxy;
 mod terminal;

@@ -19,7 +19,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 pub(crate) use values::{Incoming, MonitorSpec, QmpSpec};
 use vmm::console::SerialBackend;
 use vmm::cpuid::Model;
-use vmm::machine::config::{BalloonOptions, DiskOptions};
+use vmm::machine::config::{BalloonOptions, DiskOptions, GivenNet};
 
 /// What is logged unless the user says otherwise: what went wrong, and what becomes of the guest.
 const DEFAULT_LOG: &str = "warn,vmm::instance=info";
@@ -102,6 +102,16 @@ pub(crate) struct RunOptions {
     /// Give the guest an entropy source (virtio-rng)
     #[arg(long, help_heading = "Devices")]
     pub(crate) rng: bool,
+    /// Give the guest a network card (virtio-net) on a tap interface of the host's, which is
+    /// created if it isn't there; can be given several times
+    /// [default: a random MAC address; id net0, net1, …]
+    #[arg(
+        long,
+        value_name = "tap,ifname=NAME[,mac=MAC][,id=ID]",
+        value_parser = values::net,
+        help_heading = "Devices"
+    )]
+    pub(crate) net: Vec<GivenNet>,
 
     /// Give the guest a memory balloon (virtio-balloon): free-page-reporting=on|off (memory that
     /// the guest frees goes back to the host), free-page-hint=on|off (a migration leaves free
@@ -244,6 +254,7 @@ impl RunOptions {
             );
         }
         disk::check(&self.disk)?;
+        values::check_nets(&self.net)?;
         let mut paths: Vec<&PathBuf> = self.monitor.iter().filter_map(MonitorSpec::path).collect();
         paths.extend(self.qmp.iter().filter_map(QmpSpec::path));
         for console in [&self.serial, &self.console] {

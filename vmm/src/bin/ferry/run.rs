@@ -195,6 +195,7 @@ fn settings(options: &RunOptions) -> Settings {
             rng: options.rng,
             balloon: options.balloon,
             console: options.console.is_some(),
+            net: options.net.clone(),
         },
         paused: options.paused,
         no_reboot: options.no_reboot,

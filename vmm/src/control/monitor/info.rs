@@ -64,6 +64,12 @@ pub const TOPICS: &[Topic] = &[
         },
     },
     Topic {
+        name: "network",
+        parameters: "",
+        help: "the network cards, their taps, and how many packets went which way",
+        show: networks,
+    },
+    Topic {
         name: "registers",
         parameters: "[-a|index]",
         help: "the registers of the chosen vCPU, of all (-a), or of one",
@@ -141,6 +147,22 @@ fn cpus(session: &Session, _: &mut Words) -> Result<String, Failure> {
     Ok(session.machine().cpus().into_iter().map(line).collect())
 }
 
+fn networks(session: &Session, _: &mut Words) -> Result<String, Failure> {
+    let mut text = String::new();
+    for (index, net) in (0..).zip(session.machine().networks()) {
+        let link = if net.link_up { "up" } else { "down" };
+        let ((received, lost_in), (sent, lost_out)) = (net.received, net.sent);
+        let _ = writeln!(
+            text,
+            "{}: index={index},type=nic,model=virtio-net-device,macaddr={},link={link}\n \\ \
+             type=tap,ifname={}\n   received {received} packets, dropped {lost_in}; sent {sent}, \
+             dropped {lost_out}",
+            net.name, net.mac, net.ifname
+        );
+    }
+    Ok(text)
+}
+
 fn registers(session: &Session, words: &mut Words) -> Result<String, Failure> {
     let machine = session.machine();
     let indices: Vec<u32> = if words.options("a")?.contains('a') {
@@ -175,8 +197,18 @@ fn parameters(session: &Session, _: &mut Words) -> Result<String, Failure> {
     Ok(format!(
         "max-bandwidth: {} bytes/second\n\
          avail-switchover-bandwidth: {} bytes/second\n\
-         downtime-limit: {} ms\n",
-        parameters.max_bandwidth, parameters.avail_switchover_bandwidth, parameters.downtime_limit
+         downtime-limit: {} ms\n\
+         announce-initial: {} ms\n\
+         announce-max: {} ms\n\
+         announce-rounds: {}\n\
+         announce-step: {} ms\n",
+        parameters.max_bandwidth,
+        parameters.avail_switchover_bandwidth,
+        parameters.downtime_limit,
+        parameters.announce.initial,
+        parameters.announce.max,
+        parameters.announce.rounds,
+        parameters.announce.step,
     ))
 }
 

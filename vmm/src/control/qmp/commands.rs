@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use super::arguments::Arguments;
 use crate::control::command::{
-    CommandError, CommandResult, Control, ErrorClass, MigrateRequest, MigrationCapabilityStatus,
-    ParameterChange, ShutdownCause, StorageCopy, Uri,
+    AnnounceChange, AnnounceRequest, CommandError, CommandResult, Control, ErrorClass,
+    MigrateRequest, MigrationCapabilityStatus, ParameterChange, ShutdownCause, StorageCopy, Uri,
 };
 use crate::control::monitor;
 
@@ -17,6 +17,7 @@ type Handler = fn(&Arc<dyn Control>, Arguments) -> CommandResult<Value>;
 /// Every command but `qmp_capabilities`, which only opens a session.
 const COMMANDS: &[(&str, Handler)] = &[
     ("balloon", balloon),
+    ("announce-self", announce_self),
     ("cont", |machine, arguments| {
         nothing(arguments, || machine.cont())
     }),
@@ -57,6 +58,7 @@ const COMMANDS: &[(&str, Handler)] = &[
             Ok(())
         })
     }),
+    ("set_link", set_link),
     ("stop", |machine, arguments| {
         nothing(arguments, || machine.stop())
     }),
@@ -254,8 +256,36 @@ fn migrate_set_parameters(
         max_bandwidth: arguments.unsigned("max-bandwidth")?,
         avail_switchover_bandwidth: arguments.unsigned("avail-switchover-bandwidth")?,
         downtime_limit: arguments.unsigned("downtime-limit")?,
+        announce: AnnounceChange {
+            initial: arguments.unsigned("announce-initial")?,
+            max: arguments.unsigned("announce-max")?,
+            rounds: arguments.unsigned("announce-rounds")?,
+            step: arguments.unsigned("announce-step")?,
+        },
     };
     nothing(arguments, || machine.change_parameters(change))
+}
+
+fn set_link(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResult<Value> {
+    let name = arguments.string("name")?;
+    let name = arguments.required("name", name)?;
+    let up = arguments.boolean("up")?;
+    let up = arguments.required("up", up)?;
+    nothing(arguments, || machine.set_link(&name, up))
+}
+
+/// Unlike in QEMU the parameters can be left out, and there is one announcement at a time.
+fn announce_self(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResult<Value> {
+    let request = AnnounceRequest {
+        how: AnnounceChange {
+            initial: arguments.unsigned("initial")?,
+            max: arguments.unsigned("max")?,
+            rounds: arguments.unsigned("rounds")?,
+            step: arguments.unsigned("step")?,
+        },
+        interfaces: arguments.strings("interfaces")?,
+    };
+    nothing(arguments, || machine.announce_self(request))
 }
 
 fn migrate_set_capabilities(

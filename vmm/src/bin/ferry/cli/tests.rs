@@ -165,6 +165,21 @@ fn what_is_wrong_is_named() {
             "run --kernel k --monitor stdio --monitor stdio",
             "more than once",
         ),
+        ("run --kernel k --net user", "expected tap,ifname=NAME"),
+        ("run --kernel k --net tap", "the tap's name is missing"),
+        ("run --kernel k --net tap,ifname=", "'ifname' needs a value"),
+        (
+            "run --kernel k --net tap,ifname=t,mac=1",
+            "'1' is no MAC address",
+        ),
+        (
+            "run --kernel k --net tap,ifname=t,queues=2",
+            "'queues=2' is not known",
+        ),
+        (
+            "run --kernel k --net tap,ifname=t,id=net1 --net tap,ifname=u",
+            "have the id net1",
+        ),
         ("run --incoming tcp:h", "has no valid port"),
         ("run --incoming deferred", "or defer"),
         ("run -kernel", "a value is required behind -kernel"),
@@ -176,6 +191,25 @@ fn what_is_wrong_is_named() {
         let error = refused(line);
         assert!(error.contains(part), "{line}: {error}");
     }
+}
+
+#[test]
+fn network_cards_are_read_in_their_order() {
+    let nets = run(
+        "--kernel k --net tap,ifname=vm,mac=52:54:00:00:00:01,id=lan \
+         --net tap,ifname=tap%d,script=no,downscript=no",
+    )
+    .net;
+    let [lan, other] = &nets[..] else {
+        panic!("{nets:?}")
+    };
+    assert_eq!((&*lan.ifname, lan.id_at(0)), ("vm", "lan".to_owned()));
+    assert_eq!(lan.mac.unwrap().to_string(), "52:54:00:00:00:01");
+    assert_eq!(
+        (&*other.ifname, other.id_at(1)),
+        ("tap%d", "net1".to_owned())
+    );
+    assert_eq!(other.mac, None);
 }
 
 #[test]

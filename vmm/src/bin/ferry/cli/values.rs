@@ -11,6 +11,7 @@ use vmm::control::size::parse_size;
 
 use vmm::kvm::MAX_VCPUS;
 use vmm::machine::config::BalloonOptions;
+use vmm::machine::config::GivenNet;
 use vmm::memory::MIN_RAM;
 
 /// `--serial`.
@@ -158,6 +159,64 @@ fn split_commas(text: &str) -> Vec<String> {
         }
     }
     fields
+}
+
+/// `--net`: a tap. What QEMU's users give besides is understood where it means what ferry does.
+pub(crate) fn net(text: &str) -> Result<GivenNet, String> {
+    let mut fields = split_commas(text).into_iter();
+    match fields.next().as_deref() {
+        Some("tap") => {}
+        Some(other) => {
+            return Err(format!("'{other}' is not known: expected tap,ifname=NAME"));
+        }
+        None => return Err("expected tap,ifname=NAME".into()),
+    }
+    let (mut ifname, mut mac, mut id) = (None, None, None);
+    for field in fields {
+        let (key, value) = field.split_once('=').unwrap_or((&field, ""));
+        match (key, value) {
+            (_, "") => return Err(format!("'{key}' needs a value ({key}=…)")),
+            ("ifname", name) => ifname = Some(name.to_owned()),
+            ("mac" | "macaddr", address) => mac = Some(address.parse()?),
+            ("id", name) => id = Some(name.to_owned()),
+            ("script" | "downscript", "no") | ("vhost", "off") => {}
+            ("script" | "downscript", _) => {
+                return Err(format!(
+                    "'{key}' is not supported: set the tap up before ferry runs (ip tuntap add)"
+                ));
+            }
+            _ => {
+                return Err(format!(
+                    "'{field}' is not known: expected ifname=, mac= or id="
+                ));
+            }
+        }
+    }
+    Ok(GivenNet {
+        ifname: ifname.ok_or("the tap's name is missing (ifname=NAME)")?,
+        mac,
+        id,
+    })
+}
+
+/// Two cards must not be confused.
+pub(crate) fn check_nets(nets: &[GivenNet]) -> Result<(), String> {
+    let ids: Vec<String> = nets
+        .iter()
+        .enumerate()
+        .map(|(i, net)| net.id_at(i))
+        .collect();
+    for (index, (net, id)) in nets.iter().zip(&ids).enumerate() {
+        for (other, other_id) in nets.iter().zip(&ids).skip(index + 1) {
+            if net.mac.is_some() && net.mac == other.mac {
+                return Err("two network cards (--net) have the same MAC address".into());
+            }
+            if id == other_id {
+                return Err(format!("two network cards (--net) have the id {id}"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// `--incoming`.

@@ -51,6 +51,9 @@ fn actions_reach_the_machine_under_both_names() {
         "balloon 256",
         "balloon 1G",
         "migrate_cancel",
+        "set_link net0 off",
+        "announce_self",
+        "announce_self net0,net1",
         "quit",
         "q",
         "",
@@ -70,6 +73,9 @@ fn actions_reach_the_machine_under_both_names() {
             "balloon 268435456",
             "balloon 1073741824",
             "migrate_cancel",
+            "set_link net0 false",
+            "announce_self None rounds None",
+            "announce_self Some([\"net0\", \"net1\"]) rounds None",
             "quit HostQmpQuit",
             "quit HostQmpQuit"
         ]
@@ -190,6 +196,11 @@ fn info_shows_the_machine() {
     let all = done(&mut session, "info registers -a");
     assert!(all.contains("CPU#0\n") && all.contains("CPU#1\n"));
     assert_eq!(
+        done(&mut session, "info network"),
+        "net0: index=0,type=nic,model=virtio-net-device,macaddr=52:54:00:12:34:56,link=up\n \
+         \\ type=tap,ifname=tap3\n   received 7 packets, dropped 1; sent 5, dropped 0\n"
+    );
+    assert_eq!(
         done(&mut session, "info migrate_capabilities"),
         "events: on\n"
     );
@@ -225,8 +236,15 @@ fn migration_parameters_have_qemus_units() {
     assert_eq!(
         done(&mut session, "info migrate_parameters"),
         "max-bandwidth: 0 bytes/second\navail-switchover-bandwidth: 2097152 bytes/second\n\
-         downtime-limit: 7 ms\n"
+         downtime-limit: 7 ms\nannounce-initial: 50 ms\nannounce-max: 550 ms\n\
+         announce-rounds: 5\nannounce-step: 100 ms\n"
     );
+    done(&mut session, "migrate_set_parameter announce-rounds 3");
+    assert_eq!(machine.parameters().announce.rounds, 3);
+    assert!(is_failure(&done(
+        &mut session,
+        "migrate_set_parameter announce-rounds 1001"
+    )));
     assert!(is_failure(&done(&mut session, "migrate_set_downtime 2001")));
 }
 
