@@ -38,6 +38,9 @@ pub struct Costs {
     pub load: Duration,
     /// Starting the vCPUs there.
     pub start: Duration,
+    /// Giving up, before the hand-over, what only one side may hold: as long as it took the last
+    /// time to write back what the guest had written to its images in a round.
+    pub release: Duration,
     /// Flushing a few blocks there, until that has been measured.
     pub flush: Duration,
 }
@@ -51,6 +54,7 @@ impl Default for Costs {
             state_bytes: 64 << 10,
             load: Duration::from_millis(2),
             start: Duration::from_micros(500),
+            release: Duration::ZERO,
             flush: Duration::from_millis(10),
         }
     }
@@ -266,6 +270,7 @@ impl Convergence {
                 costs.save,
                 costs.load,
                 costs.start,
+                costs.release,
                 latency,
             ]
             .into_iter()

@@ -69,6 +69,13 @@ pub trait SourceVm {
     /// [protected](Self::protect) after the harvest before.
     fn start_dirty_log(&mut self) -> Result<(), VmError>;
 
+    /// Does what [`release`](Self::release) will have to, as far as it can be done while the guest
+    /// runs: its images are written back. Called before the harvest of each round; the time that it
+    /// takes is what the release is expected to take.
+    fn prepare_release(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+
     /// Adds to `dirty` the pages written since they were last protected. Pages may be reported
     /// that were not written; a page that was written is never left out. What was reported must
     /// be protected before it is read for sending, or it will be reported again.

@@ -17,7 +17,8 @@ use super::{F_EVENT_IDX, GuestRam};
 #[derive(Debug)]
 pub(super) struct VirtQueue {
     ring: Mutex<Queue>,
-    /// How many requests were given back since the driver was last told, or not.
+    /// How many requests were given back since the driver was last told, or not. Changed only
+    /// with the ring locked: it is about the ring's last entries.
     completed: AtomicU16,
     notifier: Notifier,
 }
@@ -132,9 +133,9 @@ impl Activation {
         if let Some(queue) = self.ready(queue) {
             let mut ring = queue.ring();
             let added = add_used(&mut ring, &self.memory, requests);
-            drop(ring);
             let count = requests.len() as u16;
             queue.completed.fetch_add(count, Ordering::Relaxed);
+            drop(ring);
             self.checked(added.map_err(ChainError::Ring));
         }
     }
@@ -142,8 +143,10 @@ impl Activation {
     /// Interrupts the driver about what was completed, if it wants that.
     pub fn notify(&self, queue: usize) {
         if let Some(queue) = self.ready(queue) {
+            let ring = queue.ring();
             let completed = queue.completed.swap(0, Ordering::Relaxed);
-            let wanted = wants_interrupt(&queue.ring(), &self.memory, completed);
+            let wanted = wants_interrupt(&ring, &self.memory, completed);
+            drop(ring);
             if self.checked(wanted.map_err(ChainError::Ring)) == Some(true) {
                 self.interrupt.used_buffer();
             }

@@ -258,12 +258,12 @@ impl SourceVm for Source {
             .collect()
     }
 
+    fn prepare_release(&mut self) -> Result<(), VmError> {
+        Ok(backends::flush(self.guest.disks())?)
+    }
+
     fn harvest_dirty(&mut self, dirty: &mut PageBitmap) -> Result<(), VmError> {
         self.stop_hints();
-        if self.shared.state().run != RunState::FinishMigrate {
-            // The images must be durable at the hand-over: what is left for it shall be little.
-            backends::flush(self.guest.disks())?;
-        }
         let log = self.log.as_mut().ok_or(LOG_IS_OFF)?;
         Ok(log.harvest(self.guest.vm(), dirty)?)
     }
