@@ -6,6 +6,7 @@
 //! one for people.
 
 pub mod address;
+pub mod block;
 pub mod command;
 pub mod event;
 pub mod migration;

@@ -9,7 +9,7 @@ use super::incoming::Incoming;
 use super::outgoing::Outgoing;
 use super::{Exit, Instance, State, info};
 use crate::control::command::{
-    CommandError, CommandResult, Control, CpuInfo, Event, EventKind, MigrateRequest,
+    BlockInfo, CommandError, CommandResult, Control, CpuInfo, Event, EventKind, MigrateRequest,
     MigrationCapabilityStatus, MigrationInfo, MigrationParameters, MigrationStatus,
     ParameterChange, RunState, ShutdownCause, StatusInfo, Uri,
 };
@@ -38,6 +38,13 @@ impl Control for Instance {
     fn cpus(&self) -> Vec<CpuInfo> {
         match &self.0.state().guest {
             Some(guest) => guest.cpus(),
+            None => Vec::new(),
+        }
+    }
+
+    fn disks(&self) -> Vec<BlockInfo> {
+        match &self.0.state().guest {
+            Some(guest) => guest.disks().iter().map(|disk| BlockInfo::of(disk)).collect(),
             None => Vec::new(),
         }
     }

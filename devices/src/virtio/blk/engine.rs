@@ -156,6 +156,7 @@ impl Engine {
         let first = {
             let mut state = self.state();
             state.held.push(head);
+            self.disk.set_waits_for_space(true);
             !std::mem::replace(&mut state.halted, true)
         };
         if first {
@@ -274,6 +275,7 @@ impl Handler for Server {
             let mut state = self.0.state();
             state.activation = Some(Arc::clone(activation));
             state.halted = false;
+            self.0.disk.set_waits_for_space(false);
             std::mem::take(&mut state.held)
         };
         let mut held = held.into_iter();

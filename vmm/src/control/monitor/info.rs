@@ -5,8 +5,9 @@ use std::fmt::Write;
 use super::commands::{Failure, Reply};
 use super::line::Words;
 use super::session::Session;
+use crate::control::block::{BlockInfo, IoStatus};
 use crate::control::command::{
-    CommandError, MigrationInfo, MigrationStats, MigrationStatus, RunState,
+    CommandError, ErrorClass, MigrationInfo, MigrationStats, MigrationStatus, RunState,
 };
 use crate::control::size::format_size;
 
@@ -21,6 +22,12 @@ pub struct Topic {
 
 /// All that `info` shows, by name.
 pub const TOPICS: &[Topic] = &[
+    Topic {
+        name: "block",
+        parameters: "[disk]",
+        help: "the disks, or one",
+        show: block,
+    },
     Topic {
         name: "cpus",
         parameters: "",
@@ -109,6 +116,40 @@ fn status(session: &Session, _: &mut Words) -> Result<String, Failure> {
         RunState::Paused => "VM status: paused\n".to_owned(),
         state => format!("VM status: paused ({state})\n"),
     })
+}
+
+fn block(session: &Session, words: &mut Words) -> Result<String, Failure> {
+    let mut disks = session.machine().disks();
+    if let Some(name) = words.optional() {
+        disks.retain(|disk| disk.device == name);
+        if disks.is_empty() {
+            let class = ErrorClass::DeviceNotFound;
+            return Err(CommandError::new(class, format!("Device '{name}' not found")).into());
+        }
+    }
+    let disks: Vec<_> = disks.iter().map(disk).collect();
+    Ok(disks.join("\n"))
+}
+
+fn disk(disk: &BlockInfo) -> String {
+    let image = &disk.inserted;
+    let readonly = if image.ro { ", read-only" } else { "" };
+    let direct = if image.cache.direct { ", direct" } else { "" };
+    let mut text = format!(
+        "{} ({}): {} ({}{readonly})\n    Cache mode:       writeback{direct}\n",
+        disk.device, image.node_name, image.file, image.drv
+    );
+    if disk.io_status == IoStatus::Nospace {
+        text.push_str("    I/O status:       nospace\n");
+    }
+    if let Some(name) = &image.backing_file {
+        let depth = image.backing_file_depth;
+        let _ = writeln!(
+            text,
+            "    Backing file:     {name} (chain depth: {depth})"
+        );
+    }
+    text
 }
 
 fn cpus(session: &Session, _: &mut Words) -> Result<String, Failure> {

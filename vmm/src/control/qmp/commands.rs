@@ -27,6 +27,9 @@ const COMMANDS: &[(&str, Handler)] = &[
     ("migrate-incoming", migrate_incoming),
     ("migrate-set-capabilities", migrate_set_capabilities),
     ("migrate-set-parameters", migrate_set_parameters),
+    ("query-block", |machine, arguments| {
+        query(arguments, || machine.disks())
+    }),
     ("query-commands", query_commands),
     ("query-cpus-fast", query_cpus_fast),
     ("query-migrate", |machine, arguments| {

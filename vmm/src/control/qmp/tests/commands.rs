@@ -15,6 +15,7 @@ async fn queries_answer_in_the_shape_of_the_schema() {
             "query-status",
             json!({"running": true, "status": "running"}),
         ),
+        ("query-block", json!([])),
         ("query-migrate", json!({})),
         (
             "query-migrate-parameters",
