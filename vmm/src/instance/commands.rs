@@ -44,7 +44,11 @@ impl Control for Instance {
 
     fn disks(&self) -> Vec<BlockInfo> {
         match &self.0.state().guest {
-            Some(guest) => guest.disks().iter().map(|disk| BlockInfo::of(disk)).collect(),
+            Some(guest) => guest
+                .disks()
+                .iter()
+                .map(|disk| BlockInfo::of(disk))
+                .collect(),
             None => Vec::new(),
         }
     }

@@ -144,10 +144,7 @@ fn disk(disk: &BlockInfo) -> String {
     }
     if let Some(name) = &image.backing_file {
         let depth = image.backing_file_depth;
-        let _ = writeln!(
-            text,
-            "    Backing file:     {name} (chain depth: {depth})"
-        );
+        let _ = writeln!(text, "    Backing file:     {name} (chain depth: {depth})");
     }
     text
 }

@@ -5,9 +5,7 @@ use guest_tests::disk::Options;
 use guest_tests::mmio::Wait;
 use serde_json::Value;
 
-use super::{
-    busy, drive, finish, hop, incoming, new_image, refused_start, run, wait_progress,
-};
+use super::{busy, drive, finish, hop, incoming, new_image, refused_start, run, wait_progress};
 use crate::frames::{FrameProxy, Then, kind};
 use crate::harness::{require_kvm, scratch};
 
@@ -106,7 +104,10 @@ fn a_destination_that_can_t_lock_gives_the_guest_back() {
     );
     assert_eq!(source.status(), "running");
     let (success, output) = destination.wait_exit();
-    assert!(!success && output.contains("is another process"), "{output}");
+    assert!(
+        !success && output.contains("is another process"),
+        "{output}"
+    );
     assert!(open(&path).lock().is_err(), "the source has its locks back");
     wait_progress(&source, 200);
     let destination = hop(source, dir.path(), "last", &drives);

@@ -7,9 +7,7 @@ use devices::image::Format;
 use guest_tests::driver::skip;
 use serde_json::Value;
 
-use super::{
-    busy, drive, finish, incoming, new_image, refused_start, run, slowly, wait_progress,
-};
+use super::{busy, drive, finish, incoming, new_image, refused_start, run, slowly, wait_progress};
 use crate::frames::{FrameProxy, Then, kind};
 use crate::harness::{Ferry, require_kvm, scratch};
 

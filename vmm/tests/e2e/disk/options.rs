@@ -11,14 +11,7 @@ fn what_differs_is_named_and_the_source_runs_on() {
     let dir = scratch();
     let path = new_image(dir.path(), "disk", Format::Raw);
     let larger = dir.path().join("larger");
-    Image::create(
-        &larger,
-        Format::Raw,
-        2 * CAPACITY,
-        None,
-        Cache::Writeback,
-    )
-    .unwrap();
+    Image::create(&larger, Format::Raw, 2 * CAPACITY, None, Cache::Writeback).unwrap();
     let qcow2 = new_image(dir.path(), "qcow2", Format::Qcow2);
     let mut source = run(
         dir.path(),
