@@ -8,6 +8,7 @@ pub use migration::uri::Uri;
 
 pub use super::address::SocketAddress;
 pub use super::balloon::{BalloonInfo, FerryBalloonInfo};
+pub use super::block::BlockInfo;
 pub use super::event::{Event, EventKind, ShutdownCause};
 pub use super::migration::{
     BytesByKind, DowntimeParts, FerryMigrationInfo, MigrateRequest, MigrationCapabilityStatus,
@@ -38,6 +39,9 @@ pub trait Control: Send + Sync {
     /// The registers of one vCPU as text for people, several lines, taken while it is out of the
     /// guest for a moment. Fails if there is no such vCPU.
     fn registers(&self, cpu: u32) -> CommandResult<String>;
+
+    /// The disks, in the order of the guest's devices. Empty while there is no guest.
+    fn disks(&self) -> Vec<BlockInfo>;
 
     /// Stops the guest; does nothing if it is stopped. Sends [`EventKind::Stop`] if it ran.
     fn stop(&self) -> CommandResult<()>;

@@ -14,6 +14,7 @@ pub(crate) struct FakeMachine {
 pub(crate) struct State {
     pub(crate) name: Option<String>,
     pub(crate) run_state: RunState,
+    pub(crate) disks: Vec<BlockInfo>,
     pub(crate) info: MigrationInfo,
     pub(crate) parameters: MigrationParameters,
     pub(crate) events_capability: bool,
@@ -29,6 +30,7 @@ impl FakeMachine {
         let state = State {
             name: Some("fake".into()),
             run_state: RunState::Running,
+            disks: Vec::new(),
             info: MigrationInfo::default(),
             parameters: MigrationParameters::default(),
             events_capability: true,
@@ -89,6 +91,10 @@ impl Control for FakeMachine {
                 halted: index == 1,
             })
             .collect()
+    }
+
+    fn disks(&self) -> Vec<BlockInfo> {
+        self.state().disks.clone()
     }
 
     fn registers(&self, cpu: u32) -> CommandResult<String> {

@@ -7,6 +7,7 @@
 
 pub mod address;
 pub mod balloon;
+pub mod block;
 pub mod command;
 pub mod event;
 pub mod migration;

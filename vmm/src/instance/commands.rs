@@ -10,10 +10,10 @@ use super::incoming::Incoming;
 use super::outgoing::Outgoing;
 use super::{Exit, Instance, State, info};
 use crate::control::command::{
-    AnnounceRequest, BalloonInfo, CommandError, CommandResult, Control, CpuInfo, ErrorClass, Event,
-    EventKind, FerryBalloonInfo, MigrateRequest, MigrationCapabilityStatus, MigrationInfo,
-    MigrationParameters, MigrationStatus, NetworkInfo, ParameterChange, RunState, ShutdownCause,
-    StatusInfo, Uri,
+    AnnounceRequest, BalloonInfo, BlockInfo, CommandError, CommandResult, Control, CpuInfo,
+    ErrorClass, Event, EventKind, FerryBalloonInfo, MigrateRequest, MigrationCapabilityStatus,
+    MigrationInfo, MigrationParameters, MigrationStatus, NetworkInfo, ParameterChange, RunState,
+    ShutdownCause, StatusInfo, Uri,
 };
 use crate::machine::{Machine, backends};
 
@@ -40,6 +40,17 @@ impl Control for Instance {
     fn cpus(&self) -> Vec<CpuInfo> {
         match &self.0.state().guest {
             Some(guest) => guest.cpus(),
+            None => Vec::new(),
+        }
+    }
+
+    fn disks(&self) -> Vec<BlockInfo> {
+        match &self.0.state().guest {
+            Some(guest) => guest
+                .disks()
+                .iter()
+                .map(|disk| BlockInfo::of(disk))
+                .collect(),
             None => Vec::new(),
         }
     }

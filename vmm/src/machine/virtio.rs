@@ -2,6 +2,7 @@
 //! wired to KVM.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use devices::state::{SaveRestore, StateError};
@@ -38,12 +39,24 @@ pub enum VirtioError {
         source: io::Error,
     },
     /// A disk without an image.
-    #[error("disk {id:?} of {capacity} bytes has no image of that size here")]
+    #[error("disk {id:?} of {capacity} bytes has no image here")]
     NoImage {
         /// The disk.
         id: String,
         /// Its size in bytes.
         capacity: u64,
+    },
+    /// A disk whose image is of another size.
+    #[error("disk {id:?} of {capacity} bytes can't have the image '{}', which is a disk of {here}", path.display())]
+    ImageSize {
+        /// The disk.
+        id: String,
+        /// Its size in bytes.
+        capacity: u64,
+        /// The image.
+        path: PathBuf,
+        /// The size of the image's disk in bytes.
+        here: u64,
     },
     /// KVM.
     #[error(transparent)]
@@ -207,13 +220,19 @@ fn device(
     Ok(match config {
         VirtioConfig::Rng => Arc::new(Rng::new().map_err(failed)?),
         VirtioConfig::Block(config) => {
-            let disk = backends
-                .disk(config)
-                .filter(|disk| disk.image().capacity() == config.capacity)
-                .ok_or_else(|| VirtioError::NoImage {
-                    id: config.id.clone(),
-                    capacity: config.capacity,
-                })?;
+            let (id, capacity) = (config.id.clone(), config.capacity);
+            let Some(disk) = backends.disk(config) else {
+                return Err(VirtioError::NoImage { id, capacity });
+            };
+            let image = disk.image();
+            if image.capacity() != capacity {
+                return Err(VirtioError::ImageSize {
+                    id,
+                    capacity,
+                    path: image.path().to_owned(),
+                    here: image.capacity(),
+                });
+            }
             let errors = Arc::clone(&backends.errors);
             let block = Block::new(Arc::clone(disk), &config.serial, errors);
             Arc::new(block.map_err(failed)?)

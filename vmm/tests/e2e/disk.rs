@@ -115,19 +115,22 @@ fn wait_progress(ferry: &Ferry, more: u64) {
 /// Has the guest verify its disks and power off; then each image must hold what it says.
 fn finish(mut ferry: Ferry, paths: &[&Path]) {
     ferry.serial.send(&[command::FINISH]).unwrap();
-    for (disk, path) in paths.iter().enumerate() {
-        let report = wait_report(&ferry, |report| match report {
-            Report::Verified { device, .. } if *device == disk as u64 => Some(*report),
-            _ => None,
+    // In the order in which they are done.
+    for _ in paths {
+        let report = wait_report(&ferry, |report| {
+            matches!(report, Report::Verified { .. }).then(|| *report)
         });
         let Report::Verified {
-            errors, io_errors, ..
+            device,
+            errors,
+            io_errors,
+            ..
         } = report
         else {
             unreachable!()
         };
         assert_eq!((errors, io_errors), (0, 0), "{report}");
-        check(path, &report);
+        check(paths[device as usize], &report);
     }
     let (success, output) = ferry.wait_exit();
     assert!(success, "{output}");

@@ -1,5 +1,5 @@
 //! Carrying requests out: on the device's thread while the disk answers at once, as a page cache
-//! does, and by several threads when it takes its time.
+//! does, or while they come one at a time; and by several threads when it takes its time.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,8 +20,16 @@ use crate::virtio::worker::Handler;
 /// Reads and writes that take longer than this on average are worth another thread.
 const SLOW: Duration = Duration::from_micros(100);
 
+/// One that takes longer than this counts as this: it may only have waited for a CPU. Of two among
+/// ten the average must stay below [`SLOW`].
+const OUTLIER: Duration = Duration::from_micros(300);
+
 /// The most threads beside the device's own; as many requests are on the disk at once.
 const MOST_THREADS: usize = 16;
+
+/// After so many requests that came one at a time, the next ones are taken to come so too: another
+/// thread would only cost the way there.
+const ALONE: u32 = 8;
 
 /// The driver is told of what is done after so many requests, if there is no pause before.
 const BATCH: usize = 16;
@@ -118,8 +126,19 @@ impl Engine {
         !self.state().halted
     }
 
-    fn is_slow(&self) -> bool {
-        self.service_ns.load(Ordering::Relaxed) > SLOW.as_nanos() as u64
+    /// Whether a request will take its time: others should not wait for it.
+    fn is_slow(&self, request: &Request) -> bool {
+        let waits_for_the_disk = !matches!(
+            request.operation,
+            None | Some(Operation::Read | Operation::Write | Operation::GetId)
+        );
+        waits_for_the_disk || self.service_ns.load(Ordering::Relaxed) > SLOW.as_nanos() as u64
+    }
+
+    /// Whether no thread has a request, or will have one.
+    fn is_free(&self) -> bool {
+        let state = self.state();
+        state.active == 0 && state.waiting.is_empty()
     }
 
     /// Carries a request out and gives it back, or holds it. Whether it was given back.
@@ -129,7 +148,7 @@ impl Engine {
         let memory = activation.memory();
         let result = request.execute(&self.disk, &self.serial, memory, writeback);
         if matches!(request.operation, Some(Operation::Read | Operation::Write)) {
-            let took = began.elapsed().as_nanos() as u64;
+            let took = began.elapsed().min(OUTLIER).as_nanos() as u64;
             let average = self.service_ns.load(Ordering::Relaxed);
             self.service_ns
                 .store(average - average / 8 + took / 8, Ordering::Relaxed);
@@ -156,6 +175,7 @@ impl Engine {
         let first = {
             let mut state = self.state();
             state.held.push(head);
+            self.disk.set_waits_for_space(true);
             !std::mem::replace(&mut state.halted, true)
         };
         if first {
@@ -248,44 +268,63 @@ impl Engine {
 }
 
 /// The device's thread.
-pub(super) struct Server(pub(super) Arc<Engine>);
+pub(super) struct Server {
+    engine: Arc<Engine>,
+    /// How many slow requests have come in a row while nothing else was being done.
+    alone: u32,
+}
 
 impl Server {
-    /// Begins a request that was taken from the driver. Whether it is done already.
-    fn begin(&self, activation: &Activation, chain: Chain) -> bool {
-        let engine = &self.0;
+    pub(super) fn new(engine: Arc<Engine>) -> Self {
+        Self { engine, alone: 0 }
+    }
+
+    /// Begins a request that was taken from the driver. Whether it is done already. `first`: the
+    /// driver has been told of all that was done before, so it may have waited for that.
+    fn begin(&mut self, activation: &Activation, chain: Chain, first: bool) -> bool {
         match Request::decode(activation.memory(), chain) {
-            Ok(request) if engine.is_slow() => {
-                engine.submit(request);
+            Ok(request) if self.engine.is_slow(&request) && !self.is_alone(first) => {
+                self.engine.submit(request);
                 false
             }
-            Ok(request) => engine.execute(activation, &request),
+            Ok(request) => self.engine.execute(activation, &request),
             Err(malformed) => {
                 activation.break_device(&malformed);
                 false
             }
         }
     }
+
+    /// Whether slow requests come one at a time, judged by this one and those before.
+    pub(super) fn is_alone(&mut self, first: bool) -> bool {
+        self.alone = if first && self.engine.is_free() {
+            self.alone.saturating_add(1)
+        } else {
+            0
+        };
+        self.alone > ALONE
+    }
 }
 
 impl Handler for Server {
     fn start(&mut self, activation: &Arc<Activation>) {
         let held = {
-            let mut state = self.0.state();
+            let mut state = self.engine.state();
             state.activation = Some(Arc::clone(activation));
             state.halted = false;
+            self.engine.disk.set_waits_for_space(false);
             std::mem::take(&mut state.held)
         };
         let mut held = held.into_iter();
         let mut any = false;
-        while self.0.may_begin()
+        while self.engine.may_begin()
             && let Some(head) = held.next()
         {
             if let Some(chain) = activation.chain(QUEUE, head) {
-                any |= self.begin(activation, chain);
+                any |= self.begin(activation, chain, false);
             }
         }
-        self.0.state().held.extend(held);
+        self.engine.state().held.extend(held);
         if any {
             activation.notify(QUEUE);
         }
@@ -295,11 +334,12 @@ impl Handler for Server {
     fn queue_notified(&mut self, activation: &Arc<Activation>, queue: usize) {
         loop {
             activation.want_notifications(queue, false);
-            let mut done = 0;
-            while self.0.may_begin()
+            let (mut done, mut first) = (0, true);
+            while self.engine.may_begin()
                 && let Some(chain) = activation.pop(queue)
             {
-                done += usize::from(self.begin(activation, chain));
+                done += usize::from(self.begin(activation, chain, first));
+                first = false;
                 if done >= BATCH {
                     activation.notify(queue);
                     done = 0;
@@ -308,14 +348,14 @@ impl Handler for Server {
             if done > 0 {
                 activation.notify(queue);
             }
-            if !activation.want_notifications(queue, true) || !self.0.may_begin() {
+            if !activation.want_notifications(queue, true) || !self.engine.may_begin() {
                 return;
             }
         }
     }
 
     fn drain(&mut self, _activation: &Arc<Activation>) {
-        let mut state = self.0.state();
+        let mut state = self.engine.state();
         state.activation = None;
         // What nobody has begun needs not be waited for.
         while let Some(request) = state.waiting.pop_front() {
@@ -323,7 +363,7 @@ impl Handler for Server {
         }
         while state.active > 0 {
             state = self
-                .0
+                .engine
                 .done
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);

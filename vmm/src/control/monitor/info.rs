@@ -5,8 +5,9 @@ use std::fmt::Write;
 use super::commands::{Failure, Reply};
 use super::line::Words;
 use super::session::Session;
+use crate::control::block::{BlockInfo, IoStatus};
 use crate::control::command::{
-    CommandError, MigrationInfo, MigrationStats, MigrationStatus, RunState,
+    CommandError, ErrorClass, MigrationInfo, MigrationStats, MigrationStatus, RunState,
 };
 use crate::control::size::format_size;
 
@@ -26,6 +27,12 @@ pub const TOPICS: &[Topic] = &[
         parameters: "",
         help: "the memory that the guest has with its balloon, and what it tells of it",
         show: balloon,
+    },
+    Topic {
+        name: "block",
+        parameters: "[disk]",
+        help: "the disks, or one",
+        show: block,
     },
     Topic {
         name: "cpus",
@@ -133,6 +140,37 @@ fn balloon(session: &Session, _: &mut Words) -> Result<String, Failure> {
         }
     }
     Ok(text)
+}
+
+fn block(session: &Session, words: &mut Words) -> Result<String, Failure> {
+    let mut disks = session.machine().disks();
+    if let Some(name) = words.optional() {
+        disks.retain(|disk| disk.device == name);
+        if disks.is_empty() {
+            let class = ErrorClass::DeviceNotFound;
+            return Err(CommandError::new(class, format!("Device '{name}' not found")).into());
+        }
+    }
+    let disks: Vec<_> = disks.iter().map(disk).collect();
+    Ok(disks.join("\n"))
+}
+
+fn disk(disk: &BlockInfo) -> String {
+    let image = &disk.inserted;
+    let readonly = if image.ro { ", read-only" } else { "" };
+    let direct = if image.cache.direct { ", direct" } else { "" };
+    let mut text = format!(
+        "{} ({}): {} ({}{readonly})\n    Cache mode:       writeback{direct}\n",
+        disk.device, image.node_name, image.file, image.drv
+    );
+    if disk.io_status == IoStatus::Nospace {
+        text.push_str("    I/O status:       nospace\n");
+    }
+    if let Some(name) = &image.backing_file {
+        let depth = image.backing_file_depth;
+        let _ = writeln!(text, "    Backing file:     {name} (chain depth: {depth})");
+    }
+    text
 }
 
 fn cpus(session: &Session, _: &mut Words) -> Result<String, Failure> {

@@ -34,6 +34,9 @@ const COMMANDS: &[(&str, Handler)] = &[
         let info = machine.balloon()?;
         serde_json::to_value(info).map_err(|error| CommandError::generic(error.to_string()))
     }),
+    ("query-block", |machine, arguments| {
+        query(arguments, || machine.disks())
+    }),
     ("query-commands", query_commands),
     ("query-cpus-fast", query_cpus_fast),
     ("query-migrate", |machine, arguments| {

@@ -53,7 +53,7 @@ fn what_differs_is_named_and_the_source_runs_on() {
         let info = source.wait_migrated("failed");
         let reason = info["error-desc"].as_str().unwrap();
         for word in *words {
-            assert!(reason.contains(word), "{word} is not in: {reason}");
+            assert!(reason.contains(word), "no {word:?} in: {reason}");
         }
         assert_eq!(source.status(), "running");
         let (success, output) = destination.wait_exit();

@@ -64,7 +64,15 @@ fn run_full(dir: &Path, drives: &[String]) -> Ferry {
     assert_eq!(error["operation"], "write", "{error}");
     ferry.qmp.wait_event("STOP", PATIENCE).unwrap();
     assert_eq!(ferry.status(), "io-error");
+    assert_eq!(io_status(&mut ferry), "nospace");
     ferry
+}
+
+/// Of the first disk.
+fn io_status(ferry: &mut Ferry) -> String {
+    let disks = ferry.execute("query-block", Value::Null);
+    assert_eq!(disks[0]["device"], "disk0", "{disks}");
+    disks[0]["io-status"].as_str().unwrap().to_owned()
 }
 
 fn wait_filled(ferry: &Ferry) {
@@ -90,6 +98,7 @@ fn room_is_made_and_it_goes_on(format: Format) {
     ferry.execute("cont", Value::Null);
     wait_filled(&ferry);
     assert_eq!(ferry.status(), "running");
+    assert_eq!(io_status(&mut ferry), "ok");
     wait_progress(&ferry, 100);
     finish(ferry, &[&path]);
 }

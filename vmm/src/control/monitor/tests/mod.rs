@@ -207,6 +207,46 @@ fn info_shows_the_machine() {
 }
 
 #[test]
+fn disks_are_shown_as_qemu_shows_them() {
+    use crate::control::block::{BlockInfo, IoStatus};
+    use devices::disk::Disk;
+    use devices::image::{Cache, Format, Image, NewBacking};
+
+    let (machine, mut session) = session();
+    assert_eq!(done(&mut session, "info block"), "");
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let cache = Cache::Writeback;
+    let base = Image::create(&path("base"), Format::Raw, 512, None, cache).unwrap();
+    let base = BlockInfo::of(&Disk::new("base".to_owned(), base));
+    let backing = NewBacking {
+        name: "base".to_owned(),
+        format: Format::Raw,
+    };
+    let top = Image::create(&path("top"), Format::Qcow2, 512, Some(&backing), cache).unwrap();
+    let mut top = BlockInfo::of(&Disk::new("top".to_owned(), top));
+    top.io_status = IoStatus::Nospace;
+    top.inserted.ro = true;
+    top.inserted.cache = Cache::None.into();
+    machine.state().disks = vec![base, top];
+    let shown = |name: &str| path(name).display().to_string();
+    let second = format!(
+        "top (top): {} (qcow2, read-only)\n    Cache mode:       writeback, direct\n    \
+         I/O status:       nospace\n    Backing file:     base (chain depth: 1)\n",
+        shown("top")
+    );
+    assert_eq!(
+        done(&mut session, "info block"),
+        format!(
+            "base (base): {} (raw)\n    Cache mode:       writeback\n\n{second}",
+            shown("base")
+        )
+    );
+    assert_eq!(done(&mut session, "info block top"), second);
+    assert!(is_failure(&done(&mut session, "info block other")));
+}
+
+#[test]
 fn migration_parameters_have_qemus_units() {
     let (machine, mut session) = session();
     for (line, expected) in [

@@ -16,6 +16,7 @@ async fn queries_answer_in_the_shape_of_the_schema() {
             json!({"running": true, "status": "running"}),
         ),
         ("query-balloon", json!({"actual": 512 << 20})),
+        ("query-block", json!([])),
         ("query-migrate", json!({})),
         (
             "query-migrate-parameters",
