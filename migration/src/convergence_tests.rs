@@ -424,7 +424,8 @@ fn a_release_that_takes_long_is_a_part_of_the_downtime() {
         Duration::ZERO,
     );
     let without = state.expected_downtime(pages_only(0), 0).unwrap();
-    state.costs.release = Duration::from_millis(40);
+    state.release_took(Duration::from_millis(40));
+    state.release_took(Duration::from_millis(90));
     let with = state.expected_downtime(pages_only(0), 0).unwrap();
     assert_eq!(with - without, Duration::from_millis(40));
     let limit = Duration::from_millis(30);

@@ -130,7 +130,9 @@ impl Source<'_> {
                 .prepare_release()
                 .map_err(vm("writing back what the guest has written"))?;
             let harvest_began = self.clock.now();
-            session.convergence.costs.release = harvest_began.saturating_sub(release_began);
+            session
+                .convergence
+                .release_took(harvest_began.saturating_sub(release_began));
             let dirty = self.harvest(guest)?;
             let now = self.clock.now();
             session.convergence.costs.pause =
