@@ -1,5 +1,5 @@
 //! Carrying requests out: on the device's thread while the disk answers at once, as a page cache
-//! does, or while they come one at a time; and by several threads when it takes its time.
+//! does, and by several threads when it takes its time.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -26,10 +26,6 @@ const OUTLIER: Duration = Duration::from_micros(300);
 
 /// The most threads beside the device's own; as many requests are on the disk at once.
 const MOST_THREADS: usize = 16;
-
-/// After so many requests that came one at a time, the next ones are taken to come so too: another
-/// thread would only cost the way there.
-const ALONE: u32 = 8;
 
 /// The driver is told of what is done after so many requests, if there is no pause before.
 const BATCH: usize = 16;
@@ -126,19 +122,8 @@ impl Engine {
         !self.state().halted
     }
 
-    /// Whether a request will take its time: others should not wait for it.
-    fn is_slow(&self, request: &Request) -> bool {
-        let waits_for_the_disk = !matches!(
-            request.operation,
-            None | Some(Operation::Read | Operation::Write | Operation::GetId)
-        );
-        waits_for_the_disk || self.service_ns.load(Ordering::Relaxed) > SLOW.as_nanos() as u64
-    }
-
-    /// Whether no thread has a request, or will have one.
-    fn is_free(&self) -> bool {
-        let state = self.state();
-        state.active == 0 && state.waiting.is_empty()
+    fn is_slow(&self) -> bool {
+        self.service_ns.load(Ordering::Relaxed) > SLOW.as_nanos() as u64
     }
 
     /// Carries a request out and gives it back, or holds it. Whether it was given back.
@@ -268,63 +253,45 @@ impl Engine {
 }
 
 /// The device's thread.
-pub(super) struct Server {
-    engine: Arc<Engine>,
-    /// How many slow requests have come in a row while nothing else was being done.
-    alone: u32,
-}
+pub(super) struct Server(pub(super) Arc<Engine>);
 
 impl Server {
-    pub(super) fn new(engine: Arc<Engine>) -> Self {
-        Self { engine, alone: 0 }
-    }
-
-    /// Begins a request that was taken from the driver. Whether it is done already. `first`: the
-    /// driver has been told of all that was done before, so it may have waited for that.
-    fn begin(&mut self, activation: &Activation, chain: Chain, first: bool) -> bool {
+    /// Begins a request that was taken from the driver. Whether it is done already.
+    fn begin(&self, activation: &Activation, chain: Chain) -> bool {
+        let engine = &self.0;
         match Request::decode(activation.memory(), chain) {
-            Ok(request) if self.engine.is_slow(&request) && !self.is_alone(first) => {
-                self.engine.submit(request);
+            Ok(request) if engine.is_slow() => {
+                engine.submit(request);
                 false
             }
-            Ok(request) => self.engine.execute(activation, &request),
+            Ok(request) => engine.execute(activation, &request),
             Err(malformed) => {
                 activation.break_device(&malformed);
                 false
             }
         }
     }
-
-    /// Whether slow requests come one at a time, judged by this one and those before.
-    pub(super) fn is_alone(&mut self, first: bool) -> bool {
-        self.alone = if first && self.engine.is_free() {
-            self.alone.saturating_add(1)
-        } else {
-            0
-        };
-        self.alone > ALONE
-    }
 }
 
 impl Handler for Server {
     fn start(&mut self, activation: &Arc<Activation>) {
         let held = {
-            let mut state = self.engine.state();
+            let mut state = self.0.state();
             state.activation = Some(Arc::clone(activation));
             state.halted = false;
-            self.engine.disk.set_waits_for_space(false);
+            self.0.disk.set_waits_for_space(false);
             std::mem::take(&mut state.held)
         };
         let mut held = held.into_iter();
         let mut any = false;
-        while self.engine.may_begin()
+        while self.0.may_begin()
             && let Some(head) = held.next()
         {
             if let Some(chain) = activation.chain(QUEUE, head) {
-                any |= self.begin(activation, chain, false);
+                any |= self.begin(activation, chain);
             }
         }
-        self.engine.state().held.extend(held);
+        self.0.state().held.extend(held);
         if any {
             activation.notify(QUEUE);
         }
@@ -334,12 +301,11 @@ impl Handler for Server {
     fn queue_notified(&mut self, activation: &Arc<Activation>, queue: usize) {
         loop {
             activation.want_notifications(queue, false);
-            let (mut done, mut first) = (0, true);
-            while self.engine.may_begin()
+            let mut done = 0;
+            while self.0.may_begin()
                 && let Some(chain) = activation.pop(queue)
             {
-                done += usize::from(self.begin(activation, chain, first));
-                first = false;
+                done += usize::from(self.begin(activation, chain));
                 if done >= BATCH {
                     activation.notify(queue);
                     done = 0;
@@ -348,14 +314,14 @@ impl Handler for Server {
             if done > 0 {
                 activation.notify(queue);
             }
-            if !activation.want_notifications(queue, true) || !self.engine.may_begin() {
+            if !activation.want_notifications(queue, true) || !self.0.may_begin() {
                 return;
             }
         }
     }
 
     fn drain(&mut self, _activation: &Arc<Activation>) {
-        let mut state = self.engine.state();
+        let mut state = self.0.state();
         state.activation = None;
         // What nobody has begun needs not be waited for.
         while let Some(request) = state.waiting.pop_front() {
@@ -363,7 +329,7 @@ impl Handler for Server {
         }
         while state.active > 0 {
             state = self
-                .engine
+                .0
                 .done
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);

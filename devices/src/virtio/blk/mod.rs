@@ -67,7 +67,7 @@ impl Block {
             .copy_from_slice(serial.as_bytes());
         let name = format!("virtio-blk.{}", disk.id());
         let engine = Arc::new(Engine::new(disk, bytes, errors));
-        let worker = Worker::spawn("virtio-blk", &[QUEUE], Server::new(Arc::clone(&engine)))?;
+        let worker = Worker::spawn("virtio-blk", &[QUEUE], Server(Arc::clone(&engine)))?;
         Ok(Self {
             name,
             engine,

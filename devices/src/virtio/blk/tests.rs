@@ -281,21 +281,6 @@ fn many_requests_at_once_are_each_done_once() {
     }
 }
 
-#[test]
-fn requests_that_come_one_at_a_time_are_noticed() {
-    let (_dir, disk) = scratch();
-    let (block, _disk, _errors) = device_unlocked(&disk);
-    let mut server = Server::new(Arc::clone(&block.engine));
-    let mut run = |firsts: &[bool]| {
-        let alone = firsts.iter().map(|first| server.is_alone(*first));
-        alone.collect::<Vec<_>>()
-    };
-    assert_eq!(run(&[true; 8]), [false; 8]);
-    assert_eq!(run(&[true; 2]), [true; 2]);
-    // One that came while another was carried out: from here on threads do it.
-    assert_eq!(run(&[false, true, true]), [false; 3]);
-}
-
 /// A second device on the disk of `disk`, which gives its locks away for it.
 fn device_unlocked(disk: &TestDisk) -> (Arc<Block>, Arc<Disk>, Receiver<IoError>) {
     disk.disk.image().unlock().unwrap();
