@@ -1,5 +1,5 @@
 //! Carrying requests out: on the device's thread while the disk answers at once, as a page cache
-//! does, and by several threads when it takes its time, as it does for a flush.
+//! does, and by several threads when it takes its time.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -122,13 +122,8 @@ impl Engine {
         !self.state().halted
     }
 
-    /// Whether a request will take its time: others should not wait for it.
-    fn is_slow(&self, request: &Request) -> bool {
-        let waits_for_the_disk = matches!(
-            request.operation,
-            Some(Operation::Flush | Operation::Discard | Operation::WriteZeroes)
-        );
-        waits_for_the_disk || self.service_ns.load(Ordering::Relaxed) > SLOW.as_nanos() as u64
+    fn is_slow(&self) -> bool {
+        self.service_ns.load(Ordering::Relaxed) > SLOW.as_nanos() as u64
     }
 
     /// Carries a request out and gives it back, or holds it. Whether it was given back.
@@ -265,7 +260,7 @@ impl Server {
     fn begin(&self, activation: &Activation, chain: Chain) -> bool {
         let engine = &self.0;
         match Request::decode(activation.memory(), chain) {
-            Ok(request) if engine.is_slow(&request) => {
+            Ok(request) if engine.is_slow() => {
                 engine.submit(request);
                 false
             }
