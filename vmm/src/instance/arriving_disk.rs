@@ -8,9 +8,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use devices::disk::Disk;
-use devices::image::{self, ExtentKind, Image, ImageConfig, NewBacking, Scope, free_space};
+use devices::image::{
+    self, Cache, ExtentKind, Format, Image, ImageConfig, NewBacking, Scope, free_space,
+};
 use migration::disk::DestinationDisk;
 use migration::vm::VmError;
+use tracing::warn;
 
 use super::offer::{BackingIdentity, MovingDisk};
 use crate::machine::config::DiskOptions;
@@ -90,18 +93,19 @@ pub(super) struct Arrival<'a> {
     pub(super) capacity: u64,
 }
 
-/// Checks that there is room for all of them. What their images take here already is theirs.
+/// Checks that there is room for all of them. What an image takes that is here already counts for
+/// nothing: it stays until the new one is whole, but what an attempt before has left goes.
 pub(super) fn check_space(arrivals: &[Arrival<'_>]) -> Result<(), ArrivalError> {
     let mut needed: BTreeMap<u64, (PathBuf, u64)> = BTreeMap::new();
     for arrival in arrivals {
         let path = &arrival.options.file;
-        let here = fs::metadata(path).ok();
-        if here
-            .as_ref()
-            .is_some_and(|here| here.file_type().is_block_device())
-        {
+        if is_block_device(path) {
             continue;
         }
+        let left = match Unfinished::before(path).exists() {
+            true => fs::metadata(path).ok(),
+            false => None,
+        };
         let dir = match path.parent() {
             Some(dir) if !dir.as_os_str().is_empty() => dir,
             _ => Path::new("."),
@@ -118,7 +122,7 @@ pub(super) fn check_space(arrivals: &[Arrival<'_>]) -> Result<(), ArrivalError> 
             arrival.capacity
         };
         // Blocks of 512 bytes, whatever the file system's are (stat(2)).
-        let taken = here.map_or(0, |here| here.blocks() * 512);
+        let taken = left.map_or(0, |left| left.blocks() * 512);
         let (_, sum) = needed
             .entry(device.dev())
             .or_insert_with(|| (dir.to_owned(), 0));
@@ -137,47 +141,170 @@ pub(super) fn check_space(arrivals: &[Arrival<'_>]) -> Result<(), ArrivalError> 
     Ok(())
 }
 
+/// An image to be filled.
+pub(super) struct Prepared {
+    /// The image, locked.
+    pub(super) image: Image,
+    /// Whether it has nothing in it yet.
+    pub(super) fresh: bool,
+    /// What becomes of the file if the disk doesn't arrive.
+    pub(super) unfinished: Option<Unfinished>,
+}
+
+/// An image under its own name that is not whole yet. What had that name before is kept beside it,
+/// with `.before` behind its name; an empty file if there was nothing. As long as that is there, the
+/// image is of no use: so the next attempt knows, even after this process was killed.
+///
+/// Undone when it is dropped.
+pub(super) struct Unfinished {
+    path: PathBuf,
+    before: PathBuf,
+    whole: bool,
+}
+
+impl Unfinished {
+    fn before(path: &Path) -> PathBuf {
+        let mut before = path.to_owned().into_os_string();
+        before.push(".before");
+        before.into()
+    }
+
+    /// Makes room for a new image at `path`.
+    fn begin(path: &Path) -> io::Result<Self> {
+        let before = Self::before(path);
+        if before.exists() {
+            // What an earlier attempt has left.
+            remove(path)?;
+        } else if path.exists() {
+            fs::rename(path, &before)?;
+        } else {
+            fs::File::create_new(&before)?;
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            before,
+            whole: false,
+        })
+    }
+
+    /// The image is whole, and on the disk: what was there before goes.
+    pub(super) fn finish(mut self) -> io::Result<()> {
+        self.whole = true;
+        remove(&self.before)
+    }
+
+    fn undo(&self) -> io::Result<()> {
+        remove(&self.path)?;
+        match fs::metadata(&self.before)?.len() {
+            0 => remove(&self.before),
+            _ => fs::rename(&self.before, &self.path),
+        }
+    }
+}
+
+fn is_block_device(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|here| here.file_type().is_block_device())
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if self.whole {
+            return;
+        }
+        if let Err(err) = self.undo() {
+            warn!(
+                image = %self.path.display(),
+                before = %self.before.display(),
+                %err,
+                "what was there before can't be put back"
+            );
+        }
+    }
+}
+
+/// Removes a file, if it is there.
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 impl Arrival<'_> {
-    /// The image to be filled, locked, and whether it has nothing in it yet.
-    pub(super) fn prepare(&self) -> Result<(Image, bool), ArrivalError> {
-        match &self.moving.backing {
-            None => self.prepare_whole(),
-            Some(backing) => Ok((self.prepare_overlay(backing)?, true)),
-        }
-    }
-
-    fn prepare_whole(&self) -> Result<(Image, bool), ArrivalError> {
+    /// The image to be filled.
+    pub(super) fn prepare(&self) -> Result<Prepared, ArrivalError> {
         let path = &self.options.file;
-        let is_new = match fs::metadata(path) {
-            Ok(here) => here.is_file() && here.len() == 0,
-            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        if is_block_device(path) {
+            let image = self.open(path)?;
+            image.lock().map_err(|source| self.failed(source))?;
+            return Ok(Prepared {
+                image,
+                fresh: false,
+                unfinished: None,
+            });
+        }
+        let before = Unfinished::before(path);
+        let old = if before.exists() {
+            // The unfinished image of an attempt that may still go on.
+            self.check_unused(path)?;
+            before
+        } else {
+            path.clone()
         };
-        if is_new {
-            let format = self
-                .options
-                .format
-                .unwrap_or_else(|| self.moving.format.into());
-            let image = Image::create(path, format, self.capacity, None, self.options.cache);
-            return Ok((image.map_err(|source| self.failed(source))?, true));
-        }
-        let image = self.open()?;
-        image.lock().map_err(|source| self.failed(source))?;
-        Ok((image, false))
+        let (format, backing) = match &self.moving.backing {
+            None => (self.whole_format(&old)?, None),
+            Some(expected) => {
+                let (format, backing) = self.overlay_format(&old, expected)?;
+                (format, Some(backing))
+            }
+        };
+        let io = |source| ArrivalError::Io {
+            id: self.moving.id.clone(),
+            what: "replace",
+            path: path.clone(),
+            source,
+        };
+        let unfinished = Unfinished::begin(path).map_err(io)?;
+        let cache = self.options.cache;
+        let image = Image::create(path, format, self.capacity, backing.as_ref(), cache)
+            .map_err(|source| self.failed(source))?;
+        Ok(Prepared {
+            image,
+            fresh: true,
+            unfinished: Some(unfinished),
+        })
     }
 
-    /// A new, empty overlay in the place of the one that is here: an overlay that has something
-    /// in it can't be made to show its backing file again.
-    fn prepare_overlay(&self, expected: &BackingIdentity) -> Result<Image, ArrivalError> {
-        let path = &self.options.file;
+    /// The format of a whole disk's new image: that of the one that was there, if any.
+    fn whole_format(&self, old: &Path) -> Result<Format, ArrivalError> {
+        if fs::metadata(old).is_ok_and(|old| !old.is_file() || old.len() > 0) {
+            let old = self.open(old)?;
+            // Nobody may be using it.
+            old.lock().map_err(|source| self.failed(source))?;
+            return Ok(old.format());
+        }
+        Ok(self
+            .options
+            .format
+            .unwrap_or_else(|| self.moving.format.into()))
+    }
+
+    /// The format of a new overlay, and its backing file: those of the one that was there, whose
+    /// backing file must be the one that is expected.
+    fn overlay_format(
+        &self,
+        old: &Path,
+        expected: &BackingIdentity,
+    ) -> Result<(Format, NewBacking), ArrivalError> {
         let wrong = |reason: String| ArrivalError::Backing {
             id: self.moving.id.clone(),
-            path: path.clone(),
+            path: self.options.file.clone(),
             reason,
         };
-        if !path.exists() {
+        if !fs::metadata(old).is_ok_and(|old| old.len() > 0) {
             return Err(wrong("does not exist".to_owned()));
         }
-        let here = self.open()?;
+        let here = self.open(old)?;
         let Some(backing) = here.backing().map_err(|source| self.failed(source))? else {
             return Err(wrong("has no backing file".to_owned()));
         };
@@ -192,39 +319,31 @@ impl Arrival<'_> {
         }
         // Nobody may be using it.
         here.lock().map_err(|source| self.failed(source))?;
-        let mut fresh = path.clone().into_os_string();
-        fresh.push(".incoming");
-        let fresh = PathBuf::from(fresh);
-        let io = |what, path: &Path, source| ArrivalError::Io {
-            id: self.moving.id.clone(),
-            what,
-            path: path.to_owned(),
-            source,
-        };
-        match fs::remove_file(&fresh) {
-            // What an earlier attempt has left.
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                return Err(io("remove", &fresh, source));
-            }
-            _ => {}
-        }
         let new = NewBacking {
             name: backing.name,
             format: backing.format,
         };
-        let cache = self.options.cache;
-        let image = Image::create(&fresh, here.format(), self.capacity, Some(&new), cache);
-        drop(image.map_err(|source| self.failed(source))?);
-        fs::rename(&fresh, path).map_err(|source| io("replace", path, source))?;
-        drop(here);
-        let image = self.open()?;
-        image.lock().map_err(|source| self.failed(source))?;
-        Ok(image)
+        Ok((here.format(), new))
     }
 
-    fn open(&self) -> Result<Image, ArrivalError> {
+    /// Checks that nobody has a file locked, whatever is in it.
+    fn check_unused(&self, path: &Path) -> Result<(), ArrivalError> {
+        if !path.exists() {
+            return Ok(());
+        }
+        Image::open(&ImageConfig {
+            path: path.to_owned(),
+            format: Some(Format::Raw),
+            readonly: false,
+            cache: Cache::Writeback,
+        })
+        .and_then(|image| image.lock())
+        .map_err(|source| self.failed(source))
+    }
+
+    fn open(&self, path: &Path) -> Result<Image, ArrivalError> {
         let image = Image::open(&ImageConfig {
-            path: self.options.file.clone(),
+            path: path.to_owned(),
             format: self.options.format,
             readonly: false,
             cache: self.options.cache,
@@ -236,7 +355,7 @@ impl Arrival<'_> {
             Err(ArrivalError::Size {
                 id: self.moving.id.clone(),
                 expected: self.capacity,
-                path: self.options.file.clone(),
+                path: path.to_owned(),
                 found: image.capacity(),
             })
         }

@@ -21,7 +21,7 @@ use migration::vm::{DestinationVm, Offer, Start, VmError};
 use rustix::fs::{MemfdFlags, memfd_create};
 use tracing::{error, info};
 
-use super::arriving_disk::{self, Arrival, ArrivingDisk};
+use super::arriving_disk::{self, Arrival, ArrivingDisk, Unfinished};
 use super::offer::{INITRD, KERNEL, MovingMachine};
 use super::{Exit, Shared, info as show};
 use crate::control::command::{EventKind, MigrationInfo, RunState, ShutdownCause};
@@ -181,6 +181,8 @@ struct Arriving {
     /// The kernel and the initrd, as far as they have come, in the order of the offer's blobs.
     files: Vec<File>,
     machine: Arc<Machine>,
+    /// The images that are new; put back if the guest doesn't arrive.
+    unfinished: Vec<Unfinished>,
 }
 
 impl Destination {
@@ -193,12 +195,12 @@ impl Destination {
 
 impl Destination {
     /// Opens the host's side of the devices, with images for the disks that travel; for each of
-    /// those whether its image is new.
+    /// those whether its image is new, and what to do with it in the end.
     fn backends(
         &self,
         moving: &MovingMachine,
         offer: &Offer,
-    ) -> Result<(Backends, Vec<bool>), VmError> {
+    ) -> Result<(Backends, Vec<bool>, Vec<Unfinished>), VmError> {
         let given = &self.shared.settings.given;
         let mut arrivals = Vec::new();
         for (disk, Disk { capacity, .. }) in moving.disks.iter().zip(&offer.disks) {
@@ -212,14 +214,16 @@ impl Destination {
             });
         }
         arriving_disk::check_space(&arrivals)?;
-        let (mut images, mut fresh) = (BTreeMap::new(), Vec::new());
+        let (mut fresh, mut unfinished) = (Vec::new(), Vec::new());
+        let mut images = BTreeMap::new();
         for arrival in &arrivals {
-            let (image, is_new) = arrival.prepare()?;
-            images.insert(arrival.moving.id.as_str(), image);
-            fresh.push(is_new);
+            let prepared = arrival.prepare()?;
+            images.insert(arrival.moving.id.as_str(), prepared.image);
+            fresh.push(prepared.fresh);
+            unfinished.extend(prepared.unfinished);
         }
         let backends = self.shared.open_backends_for(|id| images.remove(id))?;
-        Ok((backends, fresh))
+        Ok((backends, fresh, unfinished))
     }
 }
 
@@ -244,7 +248,7 @@ impl DestinationVm for Destination {
         if !objections.is_empty() {
             return Err(objections.join("\n").into());
         }
-        let (backends, fresh) = self.backends(&moving, offer)?;
+        let (backends, fresh, unfinished) = self.backends(&moving, offer)?;
         let shared = &self.shared;
         let machine = shared.build(moving.config.clone(), Some(&moving.cpu), backends)?;
         let here = machine.devices().inventory();
@@ -257,6 +261,7 @@ impl DestinationVm for Destination {
             fresh,
             files: Vec::new(),
             machine,
+            unfinished,
         });
         Ok(ram)
     }
@@ -289,6 +294,10 @@ impl DestinationVm for Destination {
 
     fn load(&mut self, sections: Vec<Section>) -> Result<(), VmError> {
         let arriving = self.arriving()?;
+        // The engine has flushed them.
+        for unfinished in arriving.unfinished.drain(..) {
+            unfinished.finish()?;
+        }
         let mut files = std::mem::take(&mut arriving.files).into_iter();
         let kernel = files.next().ok_or("the kernel has not come")?;
         arriving.machine.set_files(BootFiles {

@@ -253,6 +253,17 @@ fn an_image_that_does_not_fit_is_refused() {
 #[test]
 fn cut_at_any_phase_the_source_goes_on_and_a_retry_gives_equal_disks() {
     require_kvm!();
+    fails_at_any_phase(Then::Cut);
+}
+
+#[test]
+fn with_the_destination_killed_at_any_phase_too() {
+    require_kvm!();
+    fails_at_any_phase(Then::Wait);
+}
+
+/// At each phase the connection is cut, or the destination is killed.
+fn fails_at_any_phase(then: Then) {
     let dir = scratch();
     let here = new_image(dir.path(), "here", Format::Qcow2);
     let there = dir.path().join("there");
@@ -261,23 +272,33 @@ fn cut_at_any_phase_the_source_goes_on_and_a_retry_gives_equal_disks() {
     let places = [
         (kind::HELLO, 0),
         (kind::BLOCKS, 0),
-        (kind::BLOCKS, 10),
+        (kind::BLOCKS, 3),
         (kind::FLUSH, 0),
         (kind::FLUSHED, 0),
-        (kind::PAGES, 3),
+        (kind::PAGES, 1),
         (kind::STATE, 1),
         (kind::END, 0),
         (kind::READY, 0),
     ];
     for (index, (kind, nth)) in places.into_iter().enumerate() {
+        if kind == kind::READY && matches!(then, Then::Wait) {
+            // It has been said: the source hands over, and doesn't know what became of it.
+            continue;
+        }
         let (mut destination, uri) =
             incoming(dir.path(), &format!("d{index}"), &[drive(&there, "")]);
-        let proxy = FrameProxy::to(&uri, Some((kind, nth, Then::Cut)));
+        let proxy = FrameProxy::to(&uri, Some((kind, nth, then)));
         migrate(&mut source, &proxy.uri, "blk");
         proxy.wait_reached();
+        if matches!(then, Then::Wait) {
+            destination.process.kill().unwrap();
+            proxy.go_on();
+        }
         source.wait_migrated("failed");
         assert_eq!(source.status(), "running", "cut at {kind:#x}, {nth}");
-        destination.wait_exit();
+        if matches!(then, Then::Cut) {
+            destination.wait_exit();
+        }
         wait_progress(&source, 50);
         let output = refused_start(dir.path(), &format!("x{index}"), &[drive(&here, "")]);
         assert!(output.contains("is another process"), "{output}");
