@@ -17,4 +17,5 @@ mod handover;
 mod hostile;
 mod machine;
 mod proxy;
+mod snapshot;
 mod whole;
