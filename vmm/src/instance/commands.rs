@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use tokio::sync::broadcast;
-use tracing::warn;
+use tracing::{info as log, warn};
 
 use super::incoming::Incoming;
 use super::outgoing::Outgoing;
@@ -81,13 +81,17 @@ impl Control for Instance {
                 CommandError::generic("Resetting the Virtual Machine is required"),
             ),
             RunState::Postmigrate => {
-                match state.outgoing.as_ref().map(Outgoing::guest_is_elsewhere) {
-                    Some(true) => {
+                match &state.outgoing {
+                    Some(outgoing) if outgoing.guest_is_elsewhere() => {
                         return Err(CommandError::generic(
                             "the guest has moved: it belongs to the destination, and is never \
                              run twice",
                         ));
                     }
+                    Some(outgoing) if outgoing.guest_is_in_file() => log!(
+                        "the guest was saved to a file, and runs on here: what it writes to its \
+                         disks from now on, the file does not know"
+                    ),
                     _ => warn!(
                         "'cont' overrides an unfinished hand-over: if the guest runs at the \
                          destination, it now runs twice"

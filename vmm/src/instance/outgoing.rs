@@ -15,6 +15,7 @@ use migration::layout::{GuestRam, Layout};
 use migration::link::Deadlines;
 use migration::progress::{Observer, Progress, Status};
 use migration::section::Section;
+use migration::snapshot;
 use migration::source::{self, Guest, Job, Outcome, Peer};
 use migration::uri::Uri;
 use migration::vm::{Blob, Offer, Pause, SourceVm, VmError};
@@ -36,6 +37,7 @@ const STATE_BYTES_PER_VCPU: u64 = 16 << 10;
 pub(super) struct Outgoing {
     cancel: Cancel,
     progress: Arc<Progress>,
+    into_file: bool,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -58,6 +60,7 @@ impl Outgoing {
                 ..Costs::default()
             },
         };
+        let into_file = matches!(uri, Uri::File(_));
         let thread = thread::Builder::new()
             .name("migration".to_owned())
             .spawn(move || {
@@ -67,7 +70,10 @@ impl Outgoing {
                     log: None,
                     before: RunState::Running,
                 };
-                let outcome = source::migrate(&mut source, Peer::Uri(uri), &job);
+                let outcome = match uri {
+                    Uri::File(path) => snapshot::save(&mut source, &path, &job),
+                    uri => source::migrate(&mut source, Peer::Uri(uri), &job),
+                };
                 debug!(?outcome, "the migration has ended");
                 if let Outcome::Failed {
                     guest: Guest::Stuck(err),
@@ -88,6 +94,7 @@ impl Outgoing {
         Ok(Self {
             cancel,
             progress,
+            into_file,
             thread: Some(thread),
         })
     }
@@ -100,7 +107,12 @@ impl Outgoing {
 
     /// Whether the guest is known to be at the destination.
     pub(super) fn guest_is_elsewhere(&self) -> bool {
-        self.progress.status() == Status::Completed
+        self.progress.status() == Status::Completed && !self.into_file
+    }
+
+    /// Whether the guest is in a file, from which anybody may load it.
+    pub(super) fn guest_is_in_file(&self) -> bool {
+        self.progress.status() == Status::Completed && self.into_file
     }
 
     /// Cancels it, if it is not over.

@@ -124,8 +124,8 @@ pub const COMMANDS: &[Command] = &[
     Command {
         names: &["migrate"],
         parameters: "[-d] uri",
-        help: "migrate the guest to tcp:HOST:PORT or unix:PATH (-d: do not wait for the end); \
-               Ctrl-C while waiting cancels",
+        help: "migrate the guest to tcp:HOST:PORT or unix:PATH, or save it to file:PATH (-d: do not \
+               wait for the end); Ctrl-C while waiting cancels",
         completion: Completion::Address,
         run: |session, mut words| {
             let detach = words.options("d")?.contains('d');
@@ -155,7 +155,8 @@ pub const COMMANDS: &[Command] = &[
     Command {
         names: &["migrate_incoming"],
         parameters: "uri",
-        help: "wait for a guest on tcp:HOST:PORT or unix:PATH, after --incoming defer",
+        help: "wait for a guest on tcp:HOST:PORT or unix:PATH, or load it from file:PATH, after \
+               --incoming defer",
         completion: Completion::Address,
         run: |session, mut words| {
             let uri = words.required()?;

@@ -163,7 +163,7 @@ async fn migrate_takes_a_uri_or_a_channel() {
         ),
         (
             json!({"uri": "exec:cat"}),
-            "'exec:cat' is no migration address: expected tcp:HOST:PORT or unix:PATH",
+            "'exec:cat' is no migration address: expected tcp:HOST:PORT, unix:PATH or file:PATH",
         ),
         (
             json!({"channels": {}}),
