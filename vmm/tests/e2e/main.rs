@@ -22,4 +22,5 @@ mod linux;
 mod migrate;
 mod mutation;
 mod proxy;
+mod snapshot;
 mod terminal;
