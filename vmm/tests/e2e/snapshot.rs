@@ -164,7 +164,7 @@ fn a_file_that_cannot_be_is_refused_with_its_reason() {
             &uri,
         ];
         let log = dir.path().join("refused.log");
-        let mut process = Process::spawn(ferry(), &arguments, &log).unwrap();
+        let mut process = Process::spawn(ferry(), arguments, &log).unwrap();
         let status = process.wait(PATIENCE).unwrap().expect("it does not end");
         let output = process.output();
         assert!(
