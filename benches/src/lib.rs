@@ -2,11 +2,12 @@
 //!
 //! A [`scenario::Scenario`] says what the guest is and does. A [`vmm::Vmm`] is a program that can
 //! run and migrate it; all are measured in turn (A B A B …), so that a busy machine hurts them alike,
-//! and compared pair by pair. [`migration`], [`start`] and [`pause`] each measure one thing once;
+//! and compared pair by pair. [`migration`], [`start`], [`pause`] and [`disk`] each measure one thing once;
 //! [`summary`] makes medians and tables of many.
 //!
 //! How to read the figures is in `docs/performance.md`.
 
+pub mod disk;
 pub mod error;
 pub mod migration;
 pub mod pause;

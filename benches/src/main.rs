@@ -7,11 +7,12 @@ use std::time::Duration;
 use benches::error::Error;
 use benches::scenario::Scenario;
 use benches::summary::{Spread, Table};
-use benches::vmm::{Ferry, Qemu, Vmm};
-use benches::{migration, pause, proc, start};
+use benches::vmm::{Drive, DriveCache, DriveFormat, Ferry, Qemu, Vmm};
+use benches::{disk, migration, pause, proc, start};
 use clap::{Args, Parser, Subcommand};
 use guest_tests::Size;
 use guest_tests::dirtier::{Data, Pattern, Rate};
+use guest_tests::mmio::Wait;
 use serde_json::{Value, json};
 
 /// Measures Ferry, and QEMU beside it, on this machine
@@ -58,6 +59,33 @@ enum What {
         #[arg(long, default_value_t = 100)]
         times: usize,
     },
+    /// How fast the guest's driver finds its disk
+    Disk(Disk),
+}
+
+#[derive(Args, Debug)]
+struct Disk {
+    /// The image's format
+    #[arg(long, value_enum, default_value = "raw")]
+    format: DriveFormat,
+    /// How the host's page cache is used
+    #[arg(long, value_enum, default_value = "writeback")]
+    cache: DriveCache,
+    /// How the guest waits for its disk: irq, poll
+    #[arg(long, default_value = "irq", value_parser = word::<Wait>)]
+    wait: Wait,
+    /// The disk's size
+    #[arg(long, default_value = "256M", value_parser = word::<Size>)]
+    size: Size,
+    /// How long each measurement lasts
+    #[arg(long, default_value_t = 1)]
+    seconds: u64,
+    /// Only work whose description contains this, such as `randread` or `depth 32`
+    #[arg(long, default_value = "")]
+    only: String,
+    /// The directory for the image, on the file system to be measured
+    #[arg(long, default_value = "target")]
+    dir: PathBuf,
 }
 
 #[derive(Args, Debug)]
@@ -134,7 +162,7 @@ fn main() -> ExitCode {
 }
 
 fn bench(cli: &Cli) -> Result<(), Error> {
-    let vmms = contenders(&cli.common)?;
+    let mut vmms = contenders(&cli.common)?;
     if cli.common.no_huge_pages {
         // Children inherit it.
         rustix::thread::disable_transparent_huge_pages(true)
@@ -146,6 +174,12 @@ fn bench(cli: &Cli) -> Result<(), Error> {
         What::Migration(options) => migrations(cli, options, &vmms)?,
         What::Start(work) => starts(cli, &work.scenario(), &vmms)?,
         What::Pause { times } => pauses(*times, &vmms)?,
+        What::Disk(options) => {
+            if let Some(qemu) = Qemu::find().filter(|_| !cli.common.without_qemu) {
+                vmms.push(Box::new(qemu.with_iothread()));
+            }
+            disks(cli.common.runs, options, &vmms)?
+        }
     };
     println!("Load average: {load} before, {} after.", proc::load());
     record["load"] = json!(load);
@@ -325,4 +359,56 @@ fn pauses(times: usize, vmms: &[Box<dyn Vmm>]) -> Result<Value, Error> {
     }
     print!("{table}");
     Ok(json!({ "pauses": record }))
+}
+
+fn disks(runs: u16, options: &Disk, vmms: &[Box<dyn Vmm>]) -> Result<Value, Error> {
+    let sockets = scratch()?;
+    let dir = tempfile::Builder::new()
+        .prefix("bench")
+        .tempdir_in(&options.dir)
+        .map_err(Error::io(format!(
+            "a directory in {}",
+            options.dir.display()
+        )))?;
+    let drive = Drive {
+        path: disk::image(dir.path(), options.format, options.size.0)?,
+        format: options.format,
+        cache: options.cache,
+        size: options.size.0,
+    };
+    println!(
+        "{:?}, cache {:?}, {}, the guest waits by {}",
+        options.format, options.cache, options.size, options.wait
+    );
+    let mut table = table(vmms);
+    let mut record = Vec::new();
+    for work in disk::Work::all().filter(|work| work.to_string().contains(&options.only)) {
+        let outcomes = in_turn(runs, vmms, |vmm| {
+            disk::run(
+                vmm,
+                work,
+                options.wait,
+                options.seconds,
+                &drive,
+                sockets.path(),
+            )
+        })?;
+        table.push_figures(
+            &format!("{work}: requests/s"),
+            0,
+            &figures(&outcomes, |o| Some(o.iops)),
+        );
+        table.push_figures(
+            "  median latency, µs",
+            1,
+            &figures(&outcomes, |o| Some(o.p50)),
+        );
+        table.push_figures("  99 %, µs", 1, &figures(&outcomes, |o| Some(o.p99)));
+        record.push(json!({ "work": work.to_string(), "runs": by_name(vmms, &outcomes) }));
+    }
+    print!("{table}");
+    Ok(json!({
+        "format": options.format, "cache": options.cache, "wait": options.wait.to_string(),
+        "size": options.size.0, "seconds": options.seconds, "disk": record,
+    }))
 }

@@ -71,6 +71,7 @@ pub fn run(
         kernel,
         append,
         memory: scenario.memory,
+        drives: vec![],
     };
     let mut source = Running::start(vmm, &guest, Role::Source, dir)?;
     let mut destination = Running::start(vmm, &guest, Role::Destination, dir)?;

@@ -43,6 +43,7 @@ fn first_byte(vmm: &dyn Vmm, memory: u64, dir: &Path) -> Result<f64, Error> {
         kernel,
         append: String::new(),
         memory,
+        drives: vec![],
     };
     let log = std::fs::File::create(dir.join("start.log")).map_err(Error::io("a log"))?;
     let begin = Instant::now();
@@ -92,6 +93,7 @@ fn resident(vmm: &dyn Vmm, scenario: &Scenario, dir: &Path) -> Result<Resident, 
         kernel,
         append: scenario.work.to_string(),
         memory: scenario.memory,
+        drives: vec![],
     };
     let mut running = Running::start(vmm, &guest, Role::Source, dir)?;
     running.execute("cont", serde_json::Value::Null)?;

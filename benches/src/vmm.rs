@@ -5,6 +5,7 @@ mod qemu;
 
 use std::path::{Path, PathBuf};
 
+use clap::ValueEnum;
 use guest_tests::driver::process::Process;
 use guest_tests::driver::qmp::Client;
 use guest_tests::driver::serial::Watcher;
@@ -25,6 +26,56 @@ pub struct Guest {
     pub append: String,
     /// Its RAM in bytes, whole MiB.
     pub memory: u64,
+    /// Its disks.
+    pub drives: Vec<Drive>,
+}
+
+/// A disk.
+#[derive(Clone, Debug)]
+pub struct Drive {
+    /// The image.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: DriveFormat,
+    /// How the host's page cache is used: `writeback` or `none`.
+    pub cache: DriveCache,
+    /// Bytes of the disk.
+    pub size: u64,
+}
+
+/// An image's format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DriveFormat {
+    /// As it is.
+    Raw,
+    /// QEMU's.
+    Qcow2,
+}
+
+/// How the host's page cache is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DriveCache {
+    /// For reading and writing.
+    Writeback,
+    /// Not at all (`O_DIRECT`).
+    None,
+}
+
+impl Drive {
+    /// The options that all VMMs understand alike.
+    fn options(&self) -> String {
+        let format = match self.format {
+            DriveFormat::Raw => "raw",
+            DriveFormat::Qcow2 => "qcow2",
+        };
+        let cache = match self.cache {
+            DriveCache::Writeback => "writeback",
+            DriveCache::None => "none",
+        };
+        format!("file={},format={format},cache={cache}", self.path.display())
+    }
 }
 
 /// What a process is to do.

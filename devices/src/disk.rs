@@ -1,7 +1,7 @@
 //! A disk: an image, and a log of what is written to it, by which a migration finds the blocks
 //! that it must send again.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::image::Image;
@@ -15,6 +15,7 @@ pub struct Disk {
     id: String,
     image: Image,
     log: RwLock<Option<Arc<WriteLog>>>,
+    waits_for_space: AtomicBool,
 }
 
 impl Disk {
@@ -24,6 +25,7 @@ impl Disk {
             id,
             image,
             log: RwLock::new(None),
+            waits_for_space: AtomicBool::new(false),
         }
     }
 
@@ -35,6 +37,15 @@ impl Disk {
     /// The image. Who writes to it says so with [`written`](Self::written).
     pub fn image(&self) -> &Image {
         &self.image
+    }
+
+    /// Whether a request waits for space on the host.
+    pub fn waits_for_space(&self) -> bool {
+        self.waits_for_space.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_waits_for_space(&self, waits: bool) {
+        self.waits_for_space.store(waits, Ordering::Relaxed);
     }
 
     /// Begins to log writes, with nothing written yet.

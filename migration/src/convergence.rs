@@ -13,6 +13,9 @@ const PAGE_ON_WIRE: u64 = PAGE_SIZE + 17;
 /// its latency.
 pub const STRONG: u64 = 256 << 10;
 
+/// How many preparations of the release are remembered.
+const RELEASES: usize = 4;
+
 /// How many deliveries the bandwidth is estimated from.
 const WINDOW: usize = 5;
 
@@ -38,6 +41,8 @@ pub struct Costs {
     pub load: Duration,
     /// Starting the vCPUs there.
     pub start: Duration,
+    /// Giving up, before the hand-over, what only one side may hold.
+    pub release: Duration,
     /// Flushing a few blocks there, until that has been measured.
     pub flush: Duration,
 }
@@ -51,6 +56,7 @@ impl Default for Costs {
             state_bytes: 64 << 10,
             load: Duration::from_millis(2),
             start: Duration::from_micros(500),
+            release: Duration::ZERO,
             flush: Duration::from_millis(10),
         }
     }
@@ -196,11 +202,23 @@ pub struct Convergence {
     /// The disks at both ends.
     pub disks: DiskSpeed,
     round_trip: Option<Duration>,
+    releases: Vec<Duration>,
     dirty_rate: f64,
     dirty_block_rate: f64,
 }
 
 impl Convergence {
+    /// Records how long it took to prepare for giving up what only one side may hold. The least of
+    /// the last few counts: one slow write-back says little about the next, and a guest that writes all
+    /// the time would never be stopped.
+    pub fn release_took(&mut self, time: Duration) {
+        self.releases.push(time);
+        if self.releases.len() > RELEASES {
+            self.releases.remove(0);
+        }
+        self.costs.release = self.releases.iter().min().copied().unwrap_or_default();
+    }
+
     /// Records how long an answer took with nothing else on the link.
     pub fn round_trip_took(&mut self, time: Duration) {
         self.round_trip = Some(self.round_trip.map_or(time, |shortest| shortest.min(time)));
@@ -266,6 +284,7 @@ impl Convergence {
                 costs.save,
                 costs.load,
                 costs.start,
+                costs.release,
                 latency,
             ]
             .into_iter()

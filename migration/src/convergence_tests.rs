@@ -412,3 +412,22 @@ fn the_decision_is_over_blocks_and_pages() {
         Decision::SwitchOver
     );
 }
+
+/// What takes time at the hand-over counts, though it moves nothing.
+#[test]
+fn a_release_that_takes_long_is_a_part_of_the_downtime() {
+    let mut state = Convergence::default();
+    state.bandwidth.delivered(
+        1 << 30,
+        Duration::ZERO,
+        Duration::from_secs(1),
+        Duration::ZERO,
+    );
+    let without = state.expected_downtime(pages_only(0), 0).unwrap();
+    state.release_took(Duration::from_millis(40));
+    state.release_took(Duration::from_millis(90));
+    let with = state.expected_downtime(pages_only(0), 0).unwrap();
+    assert_eq!(with - without, Duration::from_millis(40));
+    let limit = Duration::from_millis(30);
+    assert_eq!(state.decide(pages_only(0), limit, 0), Decision::NeverFits);
+}

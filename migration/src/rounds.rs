@@ -101,7 +101,14 @@ impl Memory {
         self.told = Sent::default();
         self.frame.limit = session.frame_pages() as usize;
         let mut next = 0;
-        while let Some(chunk) = self.next_chunk(next) {
+        loop {
+            if pass == Pass::First {
+                // Between chunks: a page that is protected in order to be sent must be sent.
+                self.leave_out(&vm.free_pages(), round, session)?;
+            }
+            let Some(chunk) = self.next_chunk(next) else {
+                break;
+            };
             next = chunk.end();
             if pass != Pass::Last {
                 vm.protect(&self.pending, chunk.first, chunk.count)
@@ -193,6 +200,30 @@ impl Memory {
         self.sent.skipped += end - first;
         let count = end - first;
         self.add_zero(PageRun { first, count }, round, session)
+    }
+
+    /// Tells of the pages that are still pending in `free` that they are zero: the guest has no
+    /// use for what they hold.
+    fn leave_out(
+        &mut self,
+        free: &[PageRun],
+        round: u64,
+        session: &mut Session,
+    ) -> Result<(), ChannelError> {
+        for run in free {
+            let mut at = run.first;
+            while let Some(part) = self
+                .pending
+                .runs(at, run.end().saturating_sub(at), CHUNK)
+                .next()
+            {
+                let part = self.pages.within_region(part);
+                at = part.end();
+                self.skip(part.first, part.end(), round, session)?;
+                self.pending.clear_range(part.first, part.count);
+            }
+        }
+        Ok(())
     }
 
     fn send_touched(

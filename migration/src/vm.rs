@@ -8,7 +8,7 @@ use std::io::{Read, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::bitmap::PageBitmap;
+use crate::bitmap::{PageBitmap, PageRun};
 use crate::disk::{DestinationDisk, Disk, SourceDisk};
 use crate::layout::{GuestRam, Layout};
 use crate::section::Section;
@@ -69,6 +69,13 @@ pub trait SourceVm {
     /// [protected](Self::protect) after the harvest before.
     fn start_dirty_log(&mut self) -> Result<(), VmError>;
 
+    /// Does what [`release`](Self::release) will have to, as far as it can be done while the guest
+    /// runs: its images are written back. Called before the harvest of each round; the time that it
+    /// takes is what the release is expected to take.
+    fn prepare_release(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+
     /// Adds to `dirty` the pages written since they were last protected. Pages may be reported
     /// that were not written; a page that was written is never left out. What was reported must
     /// be protected before it is read for sending, or it will be reported again.
@@ -78,6 +85,14 @@ pub trait SourceVm {
     /// multiples of 64 (or up to the end of the RAM). The engine reads them only afterwards, so
     /// that a write in between is caught by the next harvest.
     fn protect(&mut self, dirty: &PageBitmap, first: u64, count: u64) -> Result<(), VmError>;
+
+    /// Pages that need not be sent, as the guest has said since this was asked last: free ones.
+    /// Asked while the first round goes on, until the first harvest. A page that is written after
+    /// the guest has said so is in the log like any other, without having been protected by the
+    /// engine. The default knows none.
+    fn free_pages(&mut self) -> Vec<PageRun> {
+        Vec::new()
+    }
 
     /// Stops the guest; a guest that is stopped already stays so. In-flight device work is
     /// finished when this returns: no more writes to RAM or to a disk until

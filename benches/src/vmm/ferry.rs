@@ -63,10 +63,13 @@ impl Vmm for Ferry {
     }
 }
 
-fn machine(guest: &Guest) -> [String; 3] {
-    [
+fn machine(guest: &Guest) -> Vec<String> {
+    let mut arguments = vec![
         format!("--kernel={}", guest.kernel.display()),
         format!("--append={}", guest.append),
         format!("--memory={}M", guest.memory >> 20),
-    ]
+    ];
+    let drives = guest.drives.iter();
+    arguments.extend(drives.map(|drive| format!("--disk={}", drive.options())));
+    arguments
 }

@@ -136,7 +136,8 @@ impl HostFile {
         Ok(self.file.metadata()?.blocks().saturating_mul(512))
     }
 
-    /// Fills `bufs` from `offset`; beyond the end of the file with zeroes.
+    /// Fills `bufs` from `offset`; beyond the end of the file with zeroes. A file that has become
+    /// shorter by somebody else's hand is an error: what is lost must not read as zeroes.
     pub(super) fn read(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<()> {
         let len = total(bufs);
         let first = if bufs.len() <= MAX_BUFFERS {
@@ -154,14 +155,14 @@ impl HostFile {
         IoSliceMut::advance_slices(&mut rest, first);
         while !rest.is_empty() {
             let count = rest.len().min(MAX_BUFFERS);
-            let done = if at >= self.size() {
-                0
-            } else {
-                self.read_some(rest.get_mut(..count).unwrap_or_default(), at)?
-            };
-            if done == 0 {
+            if at >= self.size() {
                 rest.iter_mut().for_each(|buf| buf.fill(0));
                 return Ok(());
+            }
+            let done = self.read_some(rest.get_mut(..count).unwrap_or_default(), at)?;
+            if done == 0 {
+                let reason = format!("the file ends before {at}: was it truncated?");
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, reason));
             }
             at = at.saturating_add(done as u64);
             IoSliceMut::advance_slices(&mut rest, done);

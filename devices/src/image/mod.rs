@@ -93,6 +93,7 @@ pub struct Image {
     path: PathBuf,
     format: Format,
     readonly: bool,
+    cache: Cache,
     /// The format was guessed to be raw: sector 0 is guarded.
     guessed_raw: bool,
     /// Size of the disk in bytes.
@@ -139,6 +140,7 @@ impl Image {
             path: config.path.clone(),
             format: top.format,
             readonly: config.readonly,
+            cache: config.cache,
             guessed_raw: config.format.is_none() && top.format == Format::Raw,
             capacity: top.capacity(),
             state: RwLock::new(State {
@@ -163,6 +165,22 @@ impl Image {
     /// Whether writes are refused.
     pub fn readonly(&self) -> bool {
         self.readonly
+    }
+
+    /// How the page cache is used.
+    pub fn cache(&self) -> Cache {
+        self.cache
+    }
+
+    /// How many backing files there are, each of the one before.
+    pub fn backing_depth(&self) -> usize {
+        self.layers.len().saturating_sub(1)
+    }
+
+    /// Bytes of a cluster, in a format that has them.
+    pub fn cluster_size(&self) -> Option<u64> {
+        let header = self.layers.first()?.header.as_ref();
+        header.map(|header| header.cluster_size)
     }
 
     /// Size of the disk in bytes, a multiple of 512.

@@ -7,9 +7,12 @@
 //! for the queues' notifications, and stands still, with nothing in flight, when the machine does.
 
 pub mod activation;
+pub mod balloon;
 pub mod blk;
 pub mod chain;
+pub mod console;
 pub mod interrupt;
+pub mod net;
 pub mod notifier;
 pub mod rng;
 mod saved;
@@ -71,6 +74,12 @@ pub trait VirtioDevice: Send + Sync {
 
     /// The features that it offers beside [`TRANSPORT_FEATURES`].
     fn features(&self) -> u64;
+
+    /// What it would take to offer `features`, which a driver took elsewhere and which are not
+    /// offered here: a phrase to follow "expected"; `None` if there is nothing particular to say.
+    fn explain_missing(&self, _features: u64) -> Option<String> {
+        None
+    }
 
     /// The most entries of each of its queues: powers of two.
     fn queue_sizes(&self) -> Vec<u16>;

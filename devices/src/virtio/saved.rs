@@ -75,12 +75,13 @@ impl SavedTransport {
     }
 
     /// Checks it for a device of that kind, with those features and sizes of queues, in a machine
-    /// with that memory.
+    /// with that memory. `missing` says why the device doesn't offer what the driver uses.
     pub(super) fn check(
         self,
         device: &str,
         kind: u32,
         offered: u64,
+        missing: Option<&str>,
         max_sizes: &[u16],
         memory: &GuestRam,
     ) -> Result<Restored, StateError> {
@@ -128,7 +129,7 @@ impl SavedTransport {
             "driver_features",
             driver_features,
             taken || !features_ok,
-            "features that the device offers, with VIRTIO_F_VERSION_1",
+            missing.unwrap_or("features that the device offers, with VIRTIO_F_VERSION_1"),
         )?;
         field(
             "queues",

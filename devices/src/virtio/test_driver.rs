@@ -127,6 +127,11 @@ impl TestDriver {
 
     /// Negotiates `features` beside VIRTIO_F_VERSION_1; all queues at the size that is offered.
     pub(crate) fn start(&self, features: u64) {
+        self.start_queues(features, |_| true);
+    }
+
+    /// The same with some of the queues.
+    pub(crate) fn start_queues(&self, features: u64, used: impl Fn(u32) -> bool) {
         let features = features | F_VERSION_1;
         for bits in [1, 3] {
             self.set(0x70, bits);
@@ -158,7 +163,7 @@ impl TestDriver {
             self.memory
                 .write_slice(&[0; RING_LEN as usize], GuestAddress(rings))
                 .unwrap();
-            self.set(0x44, 1);
+            self.set(0x44, used(index).into());
             state.queues.push(Queue {
                 size: size as u16,
                 ..Queue::default()
@@ -239,6 +244,14 @@ impl TestDriver {
                 Ordering::Release,
             )
             .unwrap();
+    }
+
+    /// Says after which index of the used ring to interrupt.
+    pub(crate) fn set_used_event(&self, index: usize, event: u16) {
+        let size = self.state.lock().unwrap().queues[index].size;
+        let rings = RINGS + index as u64 * RING_LEN;
+        let place = GuestAddress(rings + AVAILABLE + 4 + 2 * u64::from(size));
+        self.memory.write_obj(event, place).unwrap();
     }
 
     /// Makes the device believe that it has taken the next request already.

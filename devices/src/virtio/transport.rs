@@ -305,7 +305,7 @@ impl VirtioMmio {
     fn reset_with(&self, registers: &mut Registers) {
         self.device.reset();
         for queue in self.queues.iter() {
-            queue.ring().reset();
+            queue.reset();
             queue.notifier().consume();
         }
         self.interrupt.restore(0, 0);
@@ -361,10 +361,12 @@ impl SaveRestore for VirtioMmio {
             .iter()
             .map(|queue| queue.ring().max_size())
             .collect();
+        let missing = saved.driver_features & !self.features();
         let restored = saved.check(
             &self.name,
             self.device.kind() as u32,
             self.features(),
+            self.device.explain_missing(missing).as_deref(),
             &sizes,
             &self.memory,
         )?;

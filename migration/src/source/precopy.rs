@@ -125,7 +125,14 @@ impl Source<'_> {
             let mark = session.mark(number)?;
             guest.disks.flush(number, session, progress)?;
 
+            let release_began = self.clock.now();
+            self.vm
+                .prepare_release()
+                .map_err(vm("writing back what the guest has written"))?;
             let harvest_began = self.clock.now();
+            session
+                .convergence
+                .release_took(harvest_began.saturating_sub(release_began));
             let dirty = self.harvest(guest)?;
             let now = self.clock.now();
             session.convergence.costs.pause =

@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use migration::bitmap::PageBitmap;
+use migration::bitmap::{PageBitmap, PageRun};
 use migration::clock::{Clock, MonotonicClock};
 use migration::disk::{DestinationDisk, Disk, SourceDisk};
 use migration::layout::{GuestRam, Layout, PAGE_SIZE};
@@ -96,6 +96,8 @@ fn write_to_disk(disk: &FakeDisk, random: u64) {
 /// Told which call the engine makes; its error becomes that of the call.
 pub(crate) type Hook = Box<dyn FnMut(&str) -> Result<(), VmError> + Send>;
 
+pub(crate) type FreePages = Box<dyn FnMut() -> Vec<PageRun> + Send>;
+
 #[derive(Default)]
 struct Guest {
     running: bool,
@@ -122,6 +124,8 @@ pub(crate) struct Source {
     pub(crate) calls: Arc<Mutex<Vec<String>>>,
     /// Called at the start of each of the engine's calls, by its name.
     pub(crate) hook: Hook,
+    /// What the guest names as free, each time it is asked; then all is armed from the start.
+    pub(crate) free: Option<FreePages>,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
@@ -153,6 +157,7 @@ impl Source {
             other_disks: vec![],
             calls: Arc::default(),
             hook: Box::new(|_| Ok(())),
+            free: None,
             shared: Arc::new(Shared {
                 guest: Mutex::default(),
                 wake: Condvar::new(),
@@ -296,8 +301,15 @@ impl SourceVm for Source {
         self.called("start_dirty_log")?;
         let mut guest = self.shared.guest.lock().unwrap();
         assert!(guest.log.is_none(), "logging already");
-        guest.log = Some(PageBitmap::full(self.layout.pages()));
+        guest.log = Some(match self.free {
+            Some(_) => PageBitmap::new(self.layout.pages()),
+            None => PageBitmap::full(self.layout.pages()),
+        });
         Ok(())
+    }
+
+    fn free_pages(&mut self) -> Vec<PageRun> {
+        self.free.as_mut().map_or_else(Vec::new, |free| free())
     }
 
     fn harvest_dirty(&mut self, dirty: &mut PageBitmap) -> Result<(), VmError> {

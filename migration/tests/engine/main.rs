@@ -14,6 +14,7 @@ mod cuts;
 mod damage;
 mod disks;
 mod handover;
+mod hints;
 mod hostile;
 mod machine;
 mod proxy;

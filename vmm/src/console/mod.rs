@@ -49,7 +49,7 @@ use sink::Sink;
 use stdio::{Keyboard, MonitorEnd, MonitorHooks};
 use terminal::{RawTerminal, Signals};
 
-/// What the guest's serial port is connected to (`--serial`).
+/// What the guest's serial port (`--serial`) or its virtio console (`--console`) is connected to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SerialBackend {
     /// Standard input and output.
@@ -95,10 +95,20 @@ impl Console {
     /// of the monitor: start [it](crate::control::monitor::terminal::spawn) then, and
     /// [connect](Self::connect_monitor) it.
     pub fn open(serial: &SerialBackend, monitor_on_stdio: bool) -> io::Result<Self> {
+        Self::open_as("serial port", serial, monitor_on_stdio)
+    }
+
+    /// The same for another device than the serial port, which messages call `device`. One
+    /// console of a process can be on standard input and output.
+    pub fn open_as(
+        device: &str,
+        serial: &SerialBackend,
+        monitor_on_stdio: bool,
+    ) -> io::Result<Self> {
         let context = |what: &str, error: io::Error| {
             io::Error::new(
                 error.kind(),
-                format!("cannot open the serial port's {what}: {error}"),
+                format!("cannot open the {device}'s {what}: {error}"),
             )
         };
         let mut console = match serial {
@@ -149,7 +159,7 @@ impl Console {
         let (master, path) = pty::open()?;
         let reader = Sink::pty(fcntl_dupfd_cloexec(&master, 0)?)?;
         let mut console = Self::with_sink(Some(Sink::pty(master)?))?;
-        tracing::info!(path = %path.display(), "the serial port is a pty");
+        tracing::info!(path = %path.display(), "a console is a pty");
         console.pty = Some(path);
         let inlet = Arc::clone(&console.inlet);
         spawn(move || pty::run(&inlet, &reader))?;

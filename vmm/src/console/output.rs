@@ -6,6 +6,7 @@
 //! guest ([`Interrupt`]): then the byte goes beyond the bound, so that nothing is lost.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -28,12 +29,23 @@ pub struct SerialOutput(Arc<Shared>);
 #[derive(Clone, Debug)]
 pub struct Interrupt(Arc<Shared>);
 
-#[derive(Debug)]
+/// What is called when output that was refused can be tried again.
+type OnRoom = Box<dyn Fn() + Send + Sync>;
+
 struct Shared {
     state: Mutex<State>,
+    on_room: Mutex<Option<OnRoom>>,
     /// There is room, or an interrupt.
     changed: Condvar,
     wake: Wake,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared")
+            .field("state", &self.state)
+            .finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]
@@ -42,6 +54,8 @@ struct State {
     /// Without one, what the guest writes is thrown away.
     sink: Option<Arc<Sink>>,
     interrupted: bool,
+    /// Whether [`SerialOutput::try_send`] has not taken all.
+    refused: bool,
     /// Whether a lost byte has been told.
     warned: bool,
     /// Whether the console has been dropped: then nothing is kept.
@@ -74,11 +88,13 @@ impl SerialOutput {
             queue: VecDeque::new(),
             sink: sink.map(Arc::new),
             interrupted: false,
+            refused: false,
             warned: false,
             closed: false,
         };
         let shared = Shared {
             state: Mutex::new(state),
+            on_room: Mutex::default(),
             changed: Condvar::new(),
             wake: Wake::new()?,
         };
@@ -129,6 +145,34 @@ impl SerialOutput {
                 .0;
         }
         true
+    }
+
+    /// Writes as much as there is room for, in order and without waiting; returns how many bytes.
+    /// After it has not taken all, what [`on_room`](Self::on_room) has set is called when there
+    /// is room.
+    pub fn try_send(&self, bytes: &[u8]) -> usize {
+        let mut state = self.0.lock();
+        let mut rest = bytes;
+        if state.queue.is_empty() {
+            rest = state.write_through(rest);
+        }
+        if rest.is_empty() || state.sink.is_none() {
+            return bytes.len();
+        }
+        let room = QUEUE.saturating_sub(state.queue.len()).min(rest.len());
+        let (now, later) = rest.split_at(room);
+        if state.queue.is_empty() {
+            self.0.wake.wake();
+        }
+        state.queue.extend(now);
+        state.refused = !later.is_empty();
+        bytes.len() - later.len()
+    }
+
+    /// Sets what is called when output that was refused can be tried again, on a thread of the
+    /// console's. It replaces what was set before.
+    pub fn on_room(&self, on_room: Box<dyn Fn() + Send + Sync>) {
+        *self.0.hook() = Some(on_room);
     }
 
     /// Writes all bytes, in order: see the module. Never fails.
@@ -195,6 +239,20 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn hook(&self) -> MutexGuard<'_, Option<OnRoom>> {
+        self.on_room.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Room was made.
+    fn tell_room(&self, mut state: MutexGuard<'_, State>) {
+        let refused = std::mem::take(&mut state.refused);
+        drop(state);
+        self.changed.notify_all();
+        if refused && let Some(on_room) = &*self.hook() {
+            on_room();
+        }
+    }
+
     fn drain_until_closed(&self) {
         loop {
             let (sink, closed, queued) = {
@@ -231,7 +289,7 @@ impl Shared {
             sink.map(Arc::new)
         };
         state.warned = false;
-        self.changed.notify_all();
+        self.tell_room(state);
         self.wake.wake();
     }
 
@@ -246,7 +304,7 @@ impl Shared {
         if state.sink.is_some() {
             state.queue = queue;
         }
-        self.changed.notify_all();
+        self.tell_room(state);
     }
 }
 
@@ -264,7 +322,7 @@ impl State {
                     }
                     if !self.warned {
                         self.warned = true;
-                        tracing::warn!(%error, "the guest's serial output is lost");
+                        tracing::warn!(%error, "the guest's console output is lost");
                     }
                     return &[];
                 }

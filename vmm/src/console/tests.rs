@@ -77,6 +77,38 @@ fn pattern(len: usize) -> Vec<u8> {
 }
 
 #[test]
+fn output_that_need_not_wait_is_refused_and_asked_for_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(&dir);
+    let console = Console::open(&SerialBackend::File(path.clone()), false).unwrap();
+    let output = console.output();
+    let (room, made) = channel();
+    output.on_room(Box::new(move || room.send(()).unwrap()));
+    let mut sent = 0;
+    let taken = loop {
+        let taken = output.try_send(&[b'x'; 5000]);
+        sent += taken;
+        if taken < 5000 {
+            break taken;
+        }
+    };
+    assert_eq!(output.queued(), QUEUE, "after {taken} bytes more");
+    assert_eq!(output.try_send(b"y"), 0);
+    assert!(made.try_recv().is_err());
+    let mut reader = File::open(&path).unwrap();
+    let mut read = vec![0; sent];
+    reader.read_exact(&mut read).unwrap();
+    made.recv().unwrap();
+    assert_eq!(output.try_send(b"z"), 1);
+    assert!(made.try_recv().is_err(), "told once");
+    let mut last = [0];
+    reader.read_exact(&mut last).unwrap();
+    assert_eq!(last, *b"z");
+    drop(console);
+    assert_eq!(output.try_send(b"nowhere"), 7);
+}
+
+#[test]
 fn a_file_is_created_or_emptied() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("log");

@@ -20,7 +20,7 @@ pub(super) fn run(inlet: &Inlet, output: &SerialOutput, listener: &UnixListener)
         let client = match listener.accept() {
             Ok((client, _)) => client,
             Err(error) => {
-                tracing::debug!(%error, "a client of the serial port was gone at once");
+                tracing::debug!(%error, "a client of a console was gone at once");
                 continue;
             }
         };
@@ -30,7 +30,7 @@ pub(super) fn run(inlet: &Inlet, output: &SerialOutput, listener: &UnixListener)
         {
             Ok(sink) => output.replace_sink(Some(sink)),
             Err(error) => {
-                tracing::warn!(%error, "a client of the serial port cannot be served");
+                tracing::warn!(%error, "a client of a console cannot be served");
                 continue;
             }
         }

@@ -7,12 +7,15 @@ use tokio::sync::broadcast;
 pub use migration::uri::Uri;
 
 pub use super::address::SocketAddress;
+pub use super::balloon::{BalloonInfo, FerryBalloonInfo};
+pub use super::block::BlockInfo;
 pub use super::event::{Event, EventKind, ShutdownCause};
 pub use super::migration::{
     BytesByKind, DowntimeParts, FerryMigrationInfo, MigrateRequest, MigrationCapabilityStatus,
     MigrationInfo, MigrationParameters, MigrationRound, MigrationStats, MigrationStatus,
-    ParameterChange,
+    ParameterChange, StorageCopy,
 };
+pub use super::network::{AnnounceChange, AnnounceParameters, AnnounceRequest, NetworkInfo};
 pub use super::run_state::{CpuInfo, RunState, StatusInfo};
 
 /// The result of a command.
@@ -37,6 +40,9 @@ pub trait Control: Send + Sync {
     /// guest for a moment. Fails if there is no such vCPU.
     fn registers(&self, cpu: u32) -> CommandResult<String>;
 
+    /// The disks, in the order of the guest's devices. Empty while there is no guest.
+    fn disks(&self) -> Vec<BlockInfo>;
+
     /// Stops the guest; does nothing if it is stopped. Sends [`EventKind::Stop`] if it ran.
     fn stop(&self) -> CommandResult<()>;
 
@@ -50,6 +56,22 @@ pub trait Control: Send + Sync {
     /// Presses the machine's power button: what follows is the guest's to decide. Sends
     /// [`EventKind::Powerdown`].
     fn system_powerdown(&self) -> CommandResult<()>;
+
+    /// The memory balloon. Fails if there is none. What the guest tells of its memory is asked for
+    /// anew, for the next call.
+    fn balloon(&self) -> CommandResult<BalloonInfo>;
+
+    /// Asks the guest to give memory back, or to take it, until `bytes` are left to it. Fails if
+    /// there is no balloon. Sends [`EventKind::BalloonChange`] when the guest does so.
+    fn set_balloon(&self, bytes: u64) -> CommandResult<()>;
+    /// The network cards, in their order. Empty while a destination does not know them yet.
+    fn networks(&self) -> Vec<NetworkInfo>;
+
+    /// Plugs a network card's cable in or out.
+    fn set_link(&self, name: &str, up: bool) -> CommandResult<()>;
+
+    /// Tells the network where the guest is, in the background.
+    fn announce_self(&self, request: AnnounceRequest) -> CommandResult<()>;
 
     /// Ends the process, soon: the answer to this command is still delivered.
     fn quit(&self, cause: ShutdownCause);

@@ -65,6 +65,11 @@ pub enum EventKind {
     },
     /// The machine's power button was pressed.
     Powerdown,
+    /// The guest has inflated or deflated the memory balloon; at most once a second.
+    BalloonChange {
+        /// The RAM that it has now, in bytes.
+        actual: u64,
+    },
     /// The machine has shut down, or is about to because of a request to quit.
     Shutdown {
         /// Whether the guest did it.
@@ -196,6 +201,10 @@ mod tests {
                     status: MigrationStatus::Active,
                 },
                 r#""event":"MIGRATION","data":{"status":"active"}}"#,
+            ),
+            (
+                EventKind::BalloonChange { actual: 4096 },
+                r#""event":"BALLOON_CHANGE","data":{"actual":4096}}"#,
             ),
             (
                 EventKind::MigrationPass { pass: 3 },

@@ -14,9 +14,11 @@ pub(crate) struct FakeMachine {
 pub(crate) struct State {
     pub(crate) name: Option<String>,
     pub(crate) run_state: RunState,
+    pub(crate) disks: Vec<BlockInfo>,
     pub(crate) info: MigrationInfo,
     pub(crate) parameters: MigrationParameters,
     pub(crate) events_capability: bool,
+    pub(crate) balloon: BalloonInfo,
     /// The commands that arrived, in words.
     pub(crate) calls: Vec<String>,
     /// What the next command that can fail fails with.
@@ -28,9 +30,14 @@ impl FakeMachine {
         let state = State {
             name: Some("fake".into()),
             run_state: RunState::Running,
+            disks: Vec::new(),
             info: MigrationInfo::default(),
             parameters: MigrationParameters::default(),
             events_capability: true,
+            balloon: BalloonInfo {
+                actual: 512 << 20,
+                ferry: None,
+            },
             calls: Vec::new(),
             failure: None,
         };
@@ -86,6 +93,10 @@ impl Control for FakeMachine {
             .collect()
     }
 
+    fn disks(&self) -> Vec<BlockInfo> {
+        self.state().disks.clone()
+    }
+
     fn registers(&self, cpu: u32) -> CommandResult<String> {
         match cpu {
             0 | 1 => Ok(format!("RAX={cpu:016x}\nRIP=0000000000100000\n")),
@@ -117,6 +128,36 @@ impl Control for FakeMachine {
         self.call("system_powerdown")?;
         self.send(EventKind::Powerdown);
         Ok(())
+    }
+
+    fn balloon(&self) -> CommandResult<BalloonInfo> {
+        Ok(self.state().balloon.clone())
+    }
+
+    fn set_balloon(&self, bytes: u64) -> CommandResult<()> {
+        self.call(format!("balloon {bytes}"))
+    }
+
+    fn networks(&self) -> Vec<NetworkInfo> {
+        vec![NetworkInfo {
+            name: "net0".into(),
+            mac: "52:54:00:12:34:56".into(),
+            ifname: "tap3".into(),
+            link_up: true,
+            received: (7, 1),
+            sent: (5, 0),
+        }]
+    }
+
+    fn set_link(&self, name: &str, up: bool) -> CommandResult<()> {
+        self.call(format!("set_link {name} {up}"))
+    }
+
+    fn announce_self(&self, request: AnnounceRequest) -> CommandResult<()> {
+        self.call(format!(
+            "announce_self {:?} rounds {:?}",
+            request.interfaces, request.how.rounds
+        ))
     }
 
     fn quit(&self, cause: ShutdownCause) {

@@ -10,7 +10,7 @@ use serde::Serialize;
 use migration::uri::Uri;
 
 use super::address::SocketAddress;
-use super::command::{CommandError, CommandResult};
+use super::command::{AnnounceChange, AnnounceParameters, CommandError, CommandResult};
 
 /// QAPI's `MigrationStatus`, as far as Ferry has the states.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
@@ -76,6 +76,9 @@ pub struct MigrationInfo {
     /// What has moved, and what has not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ram: Option<MigrationStats>,
+    /// The same of the disks that travel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk: Option<MigrationStats>,
     /// Milliseconds since it began, or that it took.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub total_time: Option<u64>,
@@ -233,6 +236,31 @@ pub struct DowntimeParts {
 pub struct MigrateRequest {
     /// Where to.
     pub address: Uri,
+    /// What of the disks is copied.
+    pub copy: StorageCopy,
+}
+
+/// Whether the contents of disks travel with the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StorageCopy {
+    /// No: both hosts see the same storage.
+    #[default]
+    None,
+    /// All that is on them (`migrate -b`).
+    Full,
+    /// What is above their backing files, which the destination has, too (`migrate -i`).
+    Incremental,
+}
+
+impl StorageCopy {
+    /// From the two switches of QEMU's `migrate`, of which the second narrows the first.
+    pub fn of(full: bool, incremental: bool) -> Self {
+        match (full, incremental) {
+            (_, true) => Self::Incremental,
+            (true, false) => Self::Full,
+            (false, false) => Self::None,
+        }
+    }
 }
 
 /// QAPI's `MigrationParameters`, as far as Ferry has them.
@@ -245,6 +273,9 @@ pub struct MigrationParameters {
     pub avail_switchover_bandwidth: u64,
     /// Milliseconds that the guest may be stopped.
     pub downtime_limit: u64,
+    /// How a guest that has arrived is announced to the network.
+    #[serde(flatten)]
+    pub announce: AnnounceParameters,
 }
 
 impl Default for MigrationParameters {
@@ -253,6 +284,7 @@ impl Default for MigrationParameters {
             max_bandwidth: 0,
             avail_switchover_bandwidth: 0,
             downtime_limit: 30,
+            announce: AnnounceParameters::default(),
         }
     }
 }
@@ -266,6 +298,8 @@ pub struct ParameterChange {
     pub avail_switchover_bandwidth: Option<u64>,
     /// See [`MigrationParameters::downtime_limit`].
     pub downtime_limit: Option<u64>,
+    /// See [`MigrationParameters::announce`].
+    pub announce: AnnounceChange,
 }
 
 impl ParameterChange {
@@ -274,6 +308,7 @@ impl ParameterChange {
 
     /// Refuses values out of range, in QEMU's words.
     pub fn check(&self) -> CommandResult<()> {
+        self.announce.check()?;
         match self.downtime_limit {
             Some(limit) if limit > Self::MAX_DOWNTIME_LIMIT => Err(CommandError::generic(format!(
                 "Parameter 'downtime-limit' expects an integer in the range of 0 to {} ms, \
@@ -290,7 +325,9 @@ impl ParameterChange {
             max_bandwidth,
             avail_switchover_bandwidth,
             downtime_limit,
+            announce,
         } = *self;
+        announce.apply(&mut parameters.announce);
         if let Some(value) = max_bandwidth {
             parameters.max_bandwidth = value;
         }

@@ -6,10 +6,13 @@
 //! one for people.
 
 pub mod address;
+pub mod balloon;
+pub mod block;
 pub mod command;
 pub mod event;
 pub mod migration;
 pub mod monitor;
+pub mod network;
 pub mod qmp;
 pub mod run_state;
 pub mod size;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use devices::virtio::balloon::Balloon;
 use tokio::sync::broadcast;
 use tracing::{info as log, warn};
 
@@ -9,9 +10,10 @@ use super::incoming::Incoming;
 use super::outgoing::Outgoing;
 use super::{Exit, Instance, State, info};
 use crate::control::command::{
-    CommandError, CommandResult, Control, CpuInfo, Event, EventKind, MigrateRequest,
-    MigrationCapabilityStatus, MigrationInfo, MigrationParameters, MigrationStatus,
-    ParameterChange, RunState, ShutdownCause, StatusInfo, Uri,
+    AnnounceRequest, BalloonInfo, BlockInfo, CommandError, CommandResult, Control, CpuInfo,
+    ErrorClass, Event, EventKind, FerryBalloonInfo, MigrateRequest, MigrationCapabilityStatus,
+    MigrationInfo, MigrationParameters, MigrationStatus, NetworkInfo, ParameterChange, RunState,
+    ShutdownCause, StatusInfo, StorageCopy, Uri,
 };
 use crate::machine::{Machine, backends};
 
@@ -38,6 +40,17 @@ impl Control for Instance {
     fn cpus(&self) -> Vec<CpuInfo> {
         match &self.0.state().guest {
             Some(guest) => guest.cpus(),
+            None => Vec::new(),
+        }
+    }
+
+    fn disks(&self) -> Vec<BlockInfo> {
+        match &self.0.state().guest {
+            Some(guest) => guest
+                .disks()
+                .iter()
+                .map(|disk| BlockInfo::of(disk))
+                .collect(),
             None => Vec::new(),
         }
     }
@@ -97,7 +110,10 @@ impl Control for Instance {
                          destination, it now runs twice"
                     ),
                 }
-                self.run(&mut state)
+                self.run(&mut state)?;
+                // The network may have heard of it from the destination.
+                state.announce();
+                Ok(())
             }
             RunState::Paused | RunState::Prelaunch | RunState::IoError | RunState::Debug => {
                 self.run(&mut state)
@@ -138,6 +154,47 @@ impl Control for Instance {
         }
     }
 
+    fn balloon(&self) -> CommandResult<BalloonInfo> {
+        let state = self.0.state();
+        let balloon = balloon(&state)?;
+        let ferry = balloon.guest_stats().map(|stats| FerryBalloonInfo {
+            guest_stats: stats.iter().collect(),
+            guest_stats_age: u64::try_from(stats.at().elapsed().as_millis()).unwrap_or(u64::MAX),
+        });
+        Ok(BalloonInfo {
+            actual: balloon.actual(),
+            ferry,
+        })
+    }
+
+    fn set_balloon(&self, bytes: u64) -> CommandResult<()> {
+        let state = self.0.state();
+        let balloon = balloon(&state)?;
+        match state.run {
+            RunState::FinishMigrate => Err(handing_over("balloon")),
+            RunState::Postmigrate => Err(CommandError::generic(
+                "the guest is not here any more: its balloon is at the destination",
+            )),
+            _ if bytes == 0 => Err(CommandError::generic("Parameter 'value' expects a size")),
+            _ => {
+                balloon.set_target(bytes);
+                Ok(())
+            }
+        }
+    }
+
+    fn networks(&self) -> Vec<NetworkInfo> {
+        self.network_info()
+    }
+
+    fn set_link(&self, name: &str, up: bool) -> CommandResult<()> {
+        self.plug_link(name, up)
+    }
+
+    fn announce_self(&self, request: AnnounceRequest) -> CommandResult<()> {
+        self.announce(request)
+    }
+
     fn quit(&self, cause: ShutdownCause) {
         self.0.exit(cause, Exit::Success);
     }
@@ -171,7 +228,13 @@ impl Control for Instance {
         if !blockers.is_empty() {
             return Err(CommandError::generic(blockers.join("\n")));
         }
-        let outgoing = Outgoing::start(Arc::clone(&self.0), guest, request.address)
+        if matches!(request.address, Uri::File(_)) && request.copy != StorageCopy::None {
+            return Err(CommandError::generic(
+                "the contents of disks can't travel in a file: migrate without -b and -i, and keep \
+                 the images unchanged until the guest is loaded",
+            ));
+        }
+        let outgoing = Outgoing::start(Arc::clone(&self.0), guest, request)
             .map_err(|err| CommandError::generic(format!("can't start a migration: {err}")))?;
         state.outgoing = Some(outgoing);
         Ok(())
@@ -221,11 +284,12 @@ impl Control for Instance {
     }
 
     fn parameters(&self) -> MigrationParameters {
-        info::parameters(&self.0.parameters)
+        info::parameters(&self.0.parameters, self.0.state().announce)
     }
 
     fn set_parameters(&self, change: ParameterChange) -> CommandResult<()> {
         change.check()?;
+        change.announce.apply(&mut self.0.state().announce);
         info::change(&self.0.parameters, change)
     }
 
@@ -265,7 +329,17 @@ impl Instance {
     }
 }
 
-fn handing_over(command: &str) -> CommandError {
+fn balloon(state: &State) -> CommandResult<&Balloon> {
+    match state.guest()?.devices().balloon() {
+        Some(balloon) => Ok(balloon),
+        None => Err(CommandError::new(
+            ErrorClass::DeviceNotActive,
+            "No balloon device has been activated",
+        )),
+    }
+}
+
+pub(super) fn handing_over(command: &str) -> CommandError {
     CommandError::generic(format!(
         "the guest is being handed over to the destination: '{command}' is possible before or \
          after that"

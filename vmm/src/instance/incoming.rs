@@ -1,6 +1,7 @@
 //! The destination's half of a migration: listening for a source, or opening a file, and the
 //! machine that the guest arrives in.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,6 +10,7 @@ use std::thread::{self, JoinHandle};
 use migration::cancel::Cancel;
 use migration::clock::MonotonicClock;
 use migration::destination::{self, Job};
+use migration::disk::{DestinationDisk, Disk};
 use migration::layout::GuestRam;
 use migration::link::Deadlines;
 use migration::listener::{ListenError, Listener};
@@ -20,11 +22,13 @@ use migration::vm::{DestinationVm, Offer, Start, VmError};
 use rustix::fs::{MemfdFlags, memfd_create};
 use tracing::{error, info};
 
+use super::arriving_disk::{self, Arrival, ArrivingDisk};
 use super::offer::{INITRD, KERNEL, MovingMachine};
 use super::{Exit, Shared, info as show};
 use crate::control::command::{EventKind, MigrationInfo, RunState, ShutdownCause};
 use crate::cpuid::HostCpu;
-use crate::machine::backends;
+use crate::machine::backends::{self, Backends};
+use crate::machine::config::VirtioConfig;
 use crate::machine::{BootFiles, Machine};
 
 /// Why no guest can be waited for.
@@ -209,6 +213,8 @@ struct Destination {
 
 struct Arriving {
     moving: MovingMachine,
+    /// For each disk that travels whether its image was made for it.
+    fresh: Vec<bool>,
     /// The kernel and the initrd, as far as they have come, in the order of the offer's blobs.
     files: Vec<File>,
     machine: Arc<Machine>,
@@ -219,6 +225,38 @@ impl Destination {
         self.arriving
             .as_mut()
             .ok_or_else(|| "no machine was prepared".into())
+    }
+}
+
+impl Destination {
+    /// Opens the host's side of the devices, with images for the disks that travel; for each of
+    /// those whether its image is new.
+    fn backends(
+        &self,
+        moving: &MovingMachine,
+        offer: &Offer,
+    ) -> Result<(Backends, Vec<bool>), VmError> {
+        let given = &self.shared.settings.given;
+        let mut arrivals = Vec::new();
+        for (disk, Disk { capacity, .. }) in moving.disks.iter().zip(&offer.disks) {
+            let mut here = given.disks.iter().enumerate();
+            let options = here.find(|(index, options)| options.id(*index) == disk.id);
+            let (_, options) = options.ok_or("a disk that arrives has no image here")?;
+            arrivals.push(Arrival {
+                moving: disk,
+                options,
+                capacity: *capacity,
+            });
+        }
+        arriving_disk::check_space(&arrivals)?;
+        let (mut images, mut fresh) = (BTreeMap::new(), Vec::new());
+        for arrival in &arrivals {
+            let (image, is_new) = arrival.prepare()?;
+            images.insert(arrival.moving.id.as_str(), image);
+            fresh.push(is_new);
+        }
+        let backends = self.shared.open_backends_for(|id| images.remove(id))?;
+        Ok((backends, fresh))
     }
 }
 
@@ -239,10 +277,12 @@ impl DestinationVm for Destination {
             ));
         }
         objections.extend(misplaced_files(&moving, offer));
+        objections.extend(misplaced_disks(&moving, offer));
         if !objections.is_empty() {
             return Err(objections.join("\n").into());
         }
-        let backends = shared.open_backends()?;
+        let (backends, fresh) = self.backends(&moving, offer)?;
+        let shared = &self.shared;
         let machine = shared.build(moving.config.clone(), Some(&moving.cpu), backends)?;
         let here = machine.devices().inventory();
         if here != moving.devices {
@@ -251,6 +291,7 @@ impl DestinationVm for Destination {
         let ram = machine.ram().clone();
         self.arriving = Some(Arriving {
             moving,
+            fresh,
             files: Vec::new(),
             machine,
         });
@@ -266,6 +307,21 @@ impl DestinationVm for Destination {
         let file = File::from(memfd_create(&*identity.name, MemfdFlags::CLOEXEC)?);
         arriving.files.push(file.try_clone()?);
         Ok(Box::new(file))
+    }
+
+    fn open_disk(&mut self, index: usize) -> Result<Box<dyn DestinationDisk>, VmError> {
+        let Arriving {
+            moving,
+            fresh,
+            machine,
+            ..
+        } = self.arriving()?;
+        let (Some(disk), Some(&fresh)) = (moving.disks.get(index), fresh.get(index)) else {
+            return Err(format!("there is no disk {index}").into());
+        };
+        let disk = machine.disks().iter().find(|here| here.id() == disk.id);
+        let disk = Arc::clone(disk.ok_or("the disk is not here")?);
+        Ok(Box::new(ArrivingDisk { disk, fresh }))
     }
 
     fn load(&mut self, sections: Vec<Section>) -> Result<(), VmError> {
@@ -296,6 +352,8 @@ impl DestinationVm for Destination {
             state.run = RunState::Paused;
         }
         self.shared.install(&mut state, machine);
+        // Whether it runs or not, it is here now.
+        state.announce();
         state.name = state.name.take().or(moving.name);
         Ok(())
     }
@@ -303,6 +361,31 @@ impl DestinationVm for Destination {
     fn abandon(&mut self) {
         self.arriving = None;
     }
+}
+
+/// The disks that travel must be such that the guest has and can write.
+fn misplaced_disks(moving: &MovingMachine, offer: &Offer) -> Option<String> {
+    let told: Vec<_> = moving.disks.iter().map(|disk| disk.id.as_str()).collect();
+    let offered: Vec<_> = offer.disks.iter().map(|disk| disk.name.as_str()).collect();
+    if told != offered {
+        return Some(format!(
+            "the configuration names the disks {told:?}, the offer {offered:?}"
+        ));
+    }
+    let fits = |disk: &&Disk| {
+        !moving.config.virtio.iter().any(|device| match device {
+            VirtioConfig::Block(block) => {
+                block.id == disk.name && block.capacity == disk.capacity && !block.readonly
+            }
+            _ => false,
+        })
+    };
+    offer.disks.iter().find(fits).map(|disk| {
+        format!(
+            "the disk {:?} of {} bytes travels, but the guest has no such disk to write to",
+            disk.name, disk.capacity
+        )
+    })
 }
 
 /// The blobs must be the files that the configuration names.

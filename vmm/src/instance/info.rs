@@ -1,13 +1,13 @@
 //! The engine's figures in the form of the commands.
 
 use migration::parameters::Parameters;
-use migration::progress::{Bytes, Downtime, Ram, Round, Snapshot, Status};
+use migration::progress::{Bytes, Disk, Downtime, Ram, Round, Snapshot, Status};
 use migration::uri::Uri;
 
 use crate::control::command::{
-    BytesByKind, CommandError, CommandResult, DowntimeParts, FerryMigrationInfo, MigrationInfo,
-    MigrationParameters, MigrationRound, MigrationStats, MigrationStatus, ParameterChange,
-    SocketAddress,
+    AnnounceParameters, BytesByKind, CommandError, CommandResult, DowntimeParts,
+    FerryMigrationInfo, MigrationInfo, MigrationParameters, MigrationRound, MigrationStats,
+    MigrationStatus, ParameterChange, SocketAddress,
 };
 
 /// QAPI's status. Clients of QEMU know no hand-over without an answer: to them it is a failure,
@@ -47,6 +47,10 @@ pub(super) fn outgoing(snapshot: &Snapshot) -> MigrationInfo {
     MigrationInfo {
         status,
         ram: begun.then(|| stats(&snapshot.ram)),
+        disk: snapshot
+            .disk
+            .filter(|_| begun)
+            .map(|disk| disk_stats(&disk)),
         total_time: Some(ms(snapshot.total_time)),
         downtime: snapshot.downtime.map(|downtime| ms(downtime.total)),
         expected_downtime: snapshot.expected_downtime.map(ms),
@@ -97,6 +101,39 @@ fn stats(ram: &Ram) -> MigrationStats {
         postcopy_requests: 0,
         multifd_bytes: 0,
         postcopy_bytes: 0,
+    }
+}
+
+/// The disks in the form of memory, as in QEMU: its pages are blocks.
+fn disk_stats(disk: &Disk) -> MigrationStats {
+    let Disk {
+        transferred,
+        remaining,
+        total,
+        normal,
+        normal_bytes,
+        zero_bytes,
+        // What the destination has is neither sent nor told of in QEMU.
+        absent_bytes: _,
+        mbps,
+        dirty_sync_count,
+        dirty_bytes_rate,
+        flush: _,
+        downtime_bytes,
+    } = *disk;
+    MigrationStats {
+        transferred,
+        remaining,
+        total,
+        duplicate: zero_bytes / Disk::BLOCK_SIZE,
+        normal,
+        normal_bytes,
+        dirty_pages_rate: dirty_bytes_rate / Disk::BLOCK_SIZE,
+        mbps,
+        dirty_sync_count,
+        page_size: Disk::BLOCK_SIZE,
+        downtime_bytes,
+        ..MigrationStats::default()
     }
 }
 
@@ -169,20 +206,25 @@ fn parts(downtime: Downtime) -> DowntimeParts {
 }
 
 /// The parameters now.
-pub(super) fn parameters(parameters: &Parameters) -> MigrationParameters {
+pub(super) fn parameters(
+    parameters: &Parameters,
+    announce: AnnounceParameters,
+) -> MigrationParameters {
     MigrationParameters {
         max_bandwidth: parameters.max_bandwidth(),
         avail_switchover_bandwidth: parameters.avail_switchover_bandwidth(),
         downtime_limit: u64::try_from(parameters.downtime_limit().as_millis()).unwrap_or(u64::MAX),
+        announce,
     }
 }
 
-/// Changes the parameters that are given.
+/// Changes the parameters that are given, of those that are the engine's.
 pub(super) fn change(parameters: &Parameters, change: ParameterChange) -> CommandResult<()> {
     let ParameterChange {
         max_bandwidth,
         avail_switchover_bandwidth,
         downtime_limit,
+        announce: _,
     } = change;
     if let Some(limit) = downtime_limit {
         parameters

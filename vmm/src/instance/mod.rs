@@ -7,27 +7,34 @@
 //! There is one lock, on [`State`]. It is held for short, bounded work only: pausing the vCPUs is
 //! the longest. Nobody waits for a peer under it.
 
+mod announce;
+mod arriving_disk;
 mod commands;
 mod guest_events;
 mod incoming;
 mod info;
+mod leaving_disk;
+mod network;
 mod offer;
 mod outgoing;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use devices::image::Image;
 use devices::virtio::blk::errors::ErrorSink;
 use migration::uri::Uri;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{Notify, broadcast, watch};
 use tracing::{error, info};
 
+use self::announce::Announcement;
 use self::guest_events::GuestEvents;
 pub use self::incoming::WaitError;
 
 use self::incoming::Incoming;
 use self::outgoing::Outgoing;
 use crate::console::{Console, SerialInput};
-use crate::control::command::{Event, EventKind, RunState, ShutdownCause};
+use crate::control::command::{AnnounceParameters, Event, EventKind, RunState, ShutdownCause};
 use crate::cpuid::GuestCpu;
 use crate::kvm::Kvm;
 use crate::machine::backends::{self, BackendError, Backends};
@@ -37,6 +44,9 @@ use crate::vcpu::EventSink;
 
 /// How many events a subscriber may lag behind.
 const EVENT_BACKLOG: usize = 1024;
+
+/// The least time between two BALLOON_CHANGE events.
+const BALLOON_EVENT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How a process behaves, beside what its machine is made of.
 #[derive(Clone, Debug, Default)]
@@ -70,8 +80,12 @@ struct Shared {
     settings: Settings,
     kvm: Kvm,
     console: Arc<Console>,
+    /// The host's end of the virtio console, if it was given.
+    virtio_console: Option<Arc<Console>>,
     state: Mutex<State>,
     guest_events: Arc<GuestEvents>,
+    /// The guest has changed its balloon's size.
+    balloon_changed: Arc<Notify>,
     events: broadcast::Sender<Event>,
     parameters: Arc<migration::parameters::Parameters>,
     exit: watch::Sender<Option<Exit>>,
@@ -87,6 +101,10 @@ struct State {
     outgoing: Option<Outgoing>,
     /// The migration to here, for a process that was started with `--incoming`.
     incoming: Option<Incoming>,
+    /// How a guest that has arrived is announced to the network.
+    announce: AnnounceParameters,
+    /// The announcement under way, or the last one.
+    announcement: Option<Announcement>,
     /// Whether an arriving guest is to run.
     autostart: bool,
     /// QEMU's capability of that name: whether MIGRATION and MIGRATION_PASS are sent.
@@ -109,13 +127,23 @@ impl Shared {
         Backends::open(&self.settings.given, errors)
     }
 
+    /// The same for a guest that arrives, where `arriving` opens the images that come with it.
+    fn open_backends_for(
+        &self,
+        arriving: impl FnMut(&str) -> Option<Image>,
+    ) -> Result<Backends, BackendError> {
+        let errors = Arc::clone(&self.guest_events) as Arc<dyn ErrorSink>;
+        Backends::open_for(&self.settings.given, errors, arriving)
+    }
+
     /// Builds a machine, for a guest that has `seen` its processor already if it arrives.
     fn build(
         &self,
         config: MachineConfig,
         seen: Option<&GuestCpu>,
-        backends: Backends,
+        mut backends: Backends,
     ) -> Result<Arc<Machine>, MachineError> {
+        backends.console = self.virtio_console.clone();
         let events = Arc::clone(&self.guest_events) as Arc<dyn EventSink>;
         let machine = Machine::new(&self.kvm, config, seen, &self.console, backends, &events)?;
         Ok(Arc::new(machine))
@@ -125,6 +153,14 @@ impl Shared {
     fn install(&self, state: &mut State, machine: Arc<Machine>) {
         self.console
             .connect_guest(Arc::clone(machine.devices()) as Arc<dyn SerialInput>);
+        if let (Some(host), Some(input)) = (&self.virtio_console, machine.devices().console_input())
+        {
+            host.connect_guest(input);
+        }
+        if let Some(balloon) = machine.devices().balloon() {
+            let changed = Arc::clone(&self.balloon_changed);
+            balloon.on_change(Box::new(move || changed.notify_one()));
+        }
         state.guest = Some(machine);
     }
 
@@ -178,7 +214,12 @@ impl State {
 impl Instance {
     /// A process without a guest yet: follow with [`boot`](Self::boot) or
     /// [`wait_for_guest`](Self::wait_for_guest).
-    pub fn new(settings: Settings, kvm: Kvm, console: Arc<Console>) -> Self {
+    pub fn new(
+        settings: Settings,
+        kvm: Kvm,
+        console: Arc<Console>,
+        virtio_console: Option<Arc<Console>>,
+    ) -> Self {
         let (events, _) = broadcast::channel(EVENT_BACKLOG);
         let (exit, _) = watch::channel(None);
         let state = State {
@@ -187,6 +228,8 @@ impl Instance {
             guest: None,
             outgoing: None,
             incoming: None,
+            announce: AnnounceParameters::default(),
+            announcement: None,
             autostart: !settings.paused,
             migration_events: true,
         };
@@ -194,8 +237,10 @@ impl Instance {
             settings,
             kvm,
             console,
+            virtio_console,
             state: Mutex::new(state),
             guest_events: Arc::default(),
+            balloon_changed: Arc::default(),
             events,
             parameters: Arc::default(),
             exit,
@@ -230,8 +275,26 @@ impl Instance {
         }
     }
 
-    /// Does what guests' own resets and power-offs ask for, as they come. Never returns.
+    /// Does what guests' own resets and power-offs ask for, as they come, and tells of their
+    /// balloons. Never returns.
     pub async fn serve_guest_events(&self) {
+        tokio::join!(self.serve_vcpu_events(), self.tell_balloon_changes());
+    }
+
+    /// A guest could fill the events' queue: they come once a second at most, as in QEMU.
+    async fn tell_balloon_changes(&self) {
+        loop {
+            self.0.balloon_changed.notified().await;
+            let guest = self.0.state().guest.clone();
+            if let Some(balloon) = guest.as_ref().and_then(|guest| guest.devices().balloon()) {
+                let actual = balloon.actual();
+                self.0.emit(EventKind::BalloonChange { actual });
+            }
+            tokio::time::sleep(BALLOON_EVENT_INTERVAL).await;
+        }
+    }
+
+    async fn serve_vcpu_events(&self) {
         loop {
             self.0.guest_events.arrived().await;
             let mut state = self.0.state();
@@ -255,9 +318,14 @@ impl Instance {
                 error!("a migration thread panicked");
             }
         }
-        let state = shared.state();
+        let mut state = shared.state();
+        state.announcement = None;
         if let Some(guest) = &state.guest {
             guest.pause();
+            // What the guest has not flushed is not lost with the process.
+            if let Err(error) = backends::unlock(guest.disks()) {
+                error!("{error}");
+            }
         }
         info!("the process ends");
     }

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use devices::image::{Fingerprint, Format};
 use migration::section::{Section, SectionError, Sections};
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +17,7 @@ use crate::section_body::{self, BodyError};
 const MACHINE: (&str, u32) = ("machine", 1);
 const CPU: (&str, u32) = ("cpu", 1);
 const VIRTIO: (&str, u32) = ("virtio", 1);
+const DISKS: (&str, u32) = ("disks", 1);
 
 /// The most bytes of a guest's name.
 const MAX_NAME: usize = 255;
@@ -84,6 +86,67 @@ impl FileIdentity {
     }
 }
 
+/// An image's format, as it travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum MovingFormat {
+    Raw,
+    Qcow2,
+}
+
+impl From<Format> for MovingFormat {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Raw => Self::Raw,
+            Format::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
+impl From<MovingFormat> for Format {
+    fn from(format: MovingFormat) -> Self {
+        match format {
+            MovingFormat::Raw => Self::Raw,
+            MovingFormat::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
+/// What tells on another host whether a backing file has the same contents.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct BackingIdentity {
+    capacity: u64,
+    crc32: u32,
+    /// Whether the checksum is over all of it, and not only over samples.
+    whole: bool,
+}
+
+impl From<Fingerprint> for BackingIdentity {
+    fn from(fingerprint: Fingerprint) -> Self {
+        let Fingerprint {
+            capacity,
+            crc32,
+            whole,
+        } = fingerprint;
+        Self {
+            capacity,
+            crc32,
+            whole,
+        }
+    }
+}
+
+/// A disk whose contents travel with the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct MovingDisk {
+    pub(super) id: String,
+    /// The format of the source's image: that of one that is made at the destination.
+    pub(super) format: MovingFormat,
+    /// Bytes that the source's image takes there.
+    pub(super) allocated: u64,
+    /// The backing file, if only what is above it travels.
+    pub(super) backing: Option<BackingIdentity>,
+}
+
 /// The machine that moves: the configuration sections of an offer, decoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct MovingMachine {
@@ -94,6 +157,8 @@ pub(super) struct MovingMachine {
     /// The kernel, and the initrd if there is one.
     pub(super) files: Vec<FileIdentity>,
     pub(super) cpu: GuestCpu,
+    /// The disks that travel; the others are shared storage.
+    pub(super) disks: Vec<MovingDisk>,
 }
 
 /// The body of section `machine`, version 1.
@@ -124,6 +189,7 @@ impl MovingMachine {
             devices,
             files,
             cpu,
+            disks,
         } = self.clone();
         let machine = SavedMachine {
             name,
@@ -138,6 +204,7 @@ impl MovingMachine {
             section(MACHINE, &machine)?,
             section(CPU, &cpu)?,
             section(VIRTIO, &virtio)?,
+            section(DISKS, &disks)?,
         ])
     }
 
@@ -156,6 +223,7 @@ impl MovingMachine {
         } = body(&mut sections, MACHINE)?;
         let cpu = body(&mut sections, CPU)?;
         let virtio = body(&mut sections, VIRTIO)?;
+        let disks = body(&mut sections, DISKS)?;
         sections.finish()?;
         Ok(Self {
             name,
@@ -169,6 +237,7 @@ impl MovingMachine {
             devices,
             files,
             cpu,
+            disks,
         })
     }
 
@@ -286,6 +355,12 @@ mod tests {
                 cpuid: Default::default(),
                 tsc_khz: 2_000_000,
             },
+            disks: vec![MovingDisk {
+                id: "disk0".to_owned(),
+                format: MovingFormat::Qcow2,
+                allocated: 1 << 20,
+                backing: None,
+            }],
         }
     }
 

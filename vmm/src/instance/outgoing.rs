@@ -7,11 +7,14 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use migration::bitmap::PageBitmap;
+use devices::disk::Disk;
+use devices::virtio::balloon::hints::FreePages;
+use migration::bitmap::{PageBitmap, PageRun};
 use migration::cancel::Cancel;
 use migration::clock::MonotonicClock;
 use migration::convergence::Costs;
-use migration::layout::{GuestRam, Layout};
+use migration::disk::SourceDisk;
+use migration::layout::{GuestRam, Layout, PAGE_SIZE};
 use migration::link::Deadlines;
 use migration::progress::{Observer, Progress, Status};
 use migration::section::Section;
@@ -20,10 +23,14 @@ use migration::source::{self, Guest, Job, Outcome, Peer};
 use migration::uri::Uri;
 use migration::vm::{Blob, Offer, Pause, SourceVm, VmError};
 use tracing::{debug, error};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use super::leaving_disk::{self, LeavingDisk};
 use super::offer::{FileIdentity, INITRD, KERNEL, MovingMachine};
 use super::{Shared, info};
-use crate::control::command::{CommandError, CommandResult, EventKind, MigrationInfo, RunState};
+use crate::control::command::{
+    CommandError, CommandResult, EventKind, MigrateRequest, MigrationInfo, RunState, StorageCopy,
+};
 use crate::kvm::DirtyLog;
 use crate::machine::Machine;
 use crate::machine::backends;
@@ -43,7 +50,12 @@ pub(super) struct Outgoing {
 
 impl Outgoing {
     /// Starts to migrate `guest` on a thread of its own.
-    pub(super) fn start(shared: Arc<Shared>, guest: Arc<Machine>, uri: Uri) -> io::Result<Self> {
+    pub(super) fn start(
+        shared: Arc<Shared>,
+        guest: Arc<Machine>,
+        request: MigrateRequest,
+    ) -> io::Result<Self> {
+        let MigrateRequest { address, copy } = request;
         let cancel = Cancel::new()?;
         let observer = StatusObserver(Arc::clone(&shared));
         let progress = Arc::new(Progress::new(
@@ -60,17 +72,19 @@ impl Outgoing {
                 ..Costs::default()
             },
         };
-        let into_file = matches!(uri, Uri::File(_));
+        let into_file = matches!(address, Uri::File(_));
         let thread = thread::Builder::new()
             .name("migration".to_owned())
             .spawn(move || {
                 let mut source = Source {
                     shared,
                     guest,
+                    copy,
+                    leaving: Vec::new(),
                     log: None,
                     before: RunState::Running,
                 };
-                let outcome = match uri {
+                let outcome = match address {
                     Uri::File(path) => snapshot::save(&mut source, &path, &job),
                     uri => source::migrate(&mut source, Peer::Uri(uri), &job),
                 };
@@ -157,6 +171,9 @@ impl Observer for StatusObserver {
 struct Source {
     shared: Arc<Shared>,
     guest: Arc<Machine>,
+    copy: StorageCopy,
+    /// The disks that travel, in the order of the offer.
+    leaving: Vec<Arc<dyn SourceDisk>>,
     log: Option<DirtyLog>,
     /// The run state before the guest was stopped.
     before: RunState,
@@ -177,18 +194,32 @@ impl SourceVm for Source {
                 len: file.len,
             })
             .collect();
+        let moving = leaving_disk::leaving(guest.disks(), self.copy)?;
+        let mut disks = Vec::new();
+        for moving in &moving {
+            let find = |disk: &&Arc<Disk>| disk.id() == moving.id;
+            let disk = guest.disks().iter().find(find).ok_or("a disk is gone")?;
+            disks.push(migration::disk::Disk {
+                name: moving.id.clone(),
+                capacity: disk.image().capacity(),
+            });
+            let incremental = moving.backing.is_some();
+            let leaving = LeavingDisk::new(Arc::clone(disk), incremental);
+            self.leaving.push(Arc::new(leaving));
+        }
         let machine = MovingMachine {
             name: self.shared.state().name.clone(),
             config: guest.config().clone(),
             devices: guest.devices().inventory(),
             files: identities,
             cpu: guest.cpu().clone(),
+            disks: moving,
         };
         Ok(Offer {
             layout: Layout::of(guest.ram())?,
             configuration: machine.to_sections()?,
             blobs,
-            disks: Vec::new(),
+            disks,
         })
     }
 
@@ -205,6 +236,11 @@ impl SourceVm for Source {
         }))
     }
 
+    fn open_disk(&mut self, index: usize) -> Result<Arc<dyn SourceDisk>, VmError> {
+        let disk = self.leaving.get(index);
+        Ok(Arc::clone(disk.ok_or("there is no such disk")?))
+    }
+
     fn ram(&self) -> GuestRam {
         self.guest.ram().clone()
     }
@@ -213,14 +249,34 @@ impl SourceVm for Source {
         let mut log = self.guest.vm().dirty_log()?;
         log.start(self.guest.vm())?;
         self.log = Some(log);
-        Ok(())
+        let hints = self.start_hints();
+        if hints.is_err() {
+            self.stop_dirty_log();
+        }
+        hints
+    }
+
+    fn free_pages(&mut self) -> Vec<PageRun> {
+        let Some(balloon) = self.guest.devices().balloon() else {
+            return Vec::new();
+        };
+        let hints = balloon.take_hints();
+        if !hints.is_empty() {
+            let bytes: u64 = hints.iter().map(|hint| hint.len).sum();
+            debug!(hints = hints.len(), bytes, "the guest has free pages");
+        }
+        hints
+            .iter()
+            .flat_map(|hint| page_runs(self.guest.ram(), hint))
+            .collect()
+    }
+
+    fn prepare_release(&mut self) -> Result<(), VmError> {
+        Ok(backends::flush(self.guest.disks())?)
     }
 
     fn harvest_dirty(&mut self, dirty: &mut PageBitmap) -> Result<(), VmError> {
-        if self.shared.state().run != RunState::FinishMigrate {
-            // The images must be durable at the hand-over: what is left for it shall be little.
-            backends::flush(self.guest.disks())?;
-        }
+        self.stop_hints();
         let log = self.log.as_mut().ok_or(LOG_IS_OFF)?;
         Ok(log.harvest(self.guest.vm(), dirty)?)
     }
@@ -232,6 +288,8 @@ impl SourceVm for Source {
 
     fn pause(&mut self) -> Result<Pause, VmError> {
         let mut state = self.shared.state();
+        // From here on it is the destination that tells the network.
+        state.announcement = None;
         // A reset that the guest has asked for is done here first, and may let it run again.
         let last_instruction = loop {
             let last = self.guest.pause();
@@ -288,11 +346,60 @@ impl SourceVm for Source {
     }
 
     fn stop_dirty_log(&mut self) {
+        self.stop_hints();
         if let Some(mut log) = self.log.take() {
             log.stop(self.guest.vm());
         }
     }
 }
+
+impl Source {
+    /// Asks the guest for pages that need not be sent, if it gives such.
+    fn start_hints(&mut self) -> Result<(), VmError> {
+        let (Some(log), Some(balloon)) = (&mut self.log, self.guest.devices().balloon()) else {
+            return Ok(());
+        };
+        if balloon.gives_hints() {
+            // Armed for all of the RAM before the guest is asked: see `hints` of the balloon.
+            let pages = Layout::of(self.guest.ram())?.pages();
+            let all = PageBitmap::full(pages);
+            for first in (0..pages).step_by(ARM_PAGES as usize) {
+                log.protect(self.guest.vm(), &all, first, ARM_PAGES.min(pages - first))?;
+            }
+            balloon.start_hints();
+        }
+        Ok(())
+    }
+
+    fn stop_hints(&self) {
+        if let Some(balloon) = self.guest.devices().balloon() {
+            balloon.stop_hints();
+        }
+    }
+}
+
+/// The numbers of free pages, which may lie in more than one region.
+fn page_runs(ram: &GuestRam, free: &FreePages) -> Vec<PageRun> {
+    let mut runs = Vec::new();
+    let mut first = 0;
+    for region in ram.iter() {
+        let start = region.start_addr().0;
+        let from = free.address.max(start);
+        let to = (free.address + free.len).min(start + region.len());
+        if from < to {
+            runs.push(PageRun {
+                first: first + (from - start) / PAGE_SIZE,
+                count: (to - from) / PAGE_SIZE,
+            });
+        }
+        first += region.len() / PAGE_SIZE;
+    }
+    runs
+}
+
+/// How many pages of the log are armed at a time for hints: 1 GiB. KVM holds up page faults
+/// meanwhile.
+const ARM_PAGES: u64 = 1 << 18;
 
 const LOG_IS_OFF: &str = "the dirty log is off";
 const NO_FILES: &str = "the machine has no kernel";

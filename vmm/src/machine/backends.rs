@@ -1,13 +1,17 @@
 //! What a machine's devices use of the host. It is opened before the machine is built, and never
 //! travels: each side of a migration has its own.
 
+use std::io;
 use std::sync::Arc;
 
 use devices::disk::Disk;
 use devices::image::{self, Image, ImageConfig};
 use devices::virtio::blk::errors::ErrorSink;
+use devices::virtio::net::tap::{Tap, TapError};
+use devices::virtio::net::{MacAddress, NetConfig, USUAL_MTU};
 
-use super::config::{BlockConfig, DiskOptions, Given};
+use super::config::{BlockConfig, DiskOptions, Given, VirtioConfig};
+use crate::console::Console;
 
 /// Why something of the host can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -20,31 +24,87 @@ pub enum BackendError {
         /// Why.
         source: image::Error,
     },
+    /// A tap.
+    #[error("--net: {0}")]
+    Tap(#[from] TapError),
+    /// No random numbers for a MAC address.
+    #[error("cannot choose a MAC address: {0}")]
+    Mac(#[source] io::Error),
+}
+
+/// The host's side of a network card.
+pub(super) struct NetBackend {
+    /// How commands call the card.
+    pub(super) id: String,
+    /// Where its packets go.
+    pub(super) tap: Arc<Tap>,
+    /// Its address, given or random, if the guest is started here.
+    mac: MacAddress,
 }
 
 /// The host's side of the devices.
 pub struct Backends {
     /// The disks, in the order of the command line.
     disks: Vec<Arc<Disk>>,
+    /// The network cards', in the order of the command line.
+    pub(super) nets: Vec<NetBackend>,
     /// Where disks' errors are told.
     pub(super) errors: Arc<dyn ErrorSink>,
+    /// What the virtio console is connected to; without one its output is thrown away.
+    pub console: Option<Arc<Console>>,
 }
 
 impl Backends {
     /// Opens what the command line names. Disk images are not locked: see [`lock`].
     pub fn open(given: &Given, errors: Arc<dyn ErrorSink>) -> Result<Self, BackendError> {
-        let disks = given
-            .disks
-            .iter()
-            .enumerate()
-            .map(|(index, options)| open_disk(index, options).map(Arc::new))
-            .collect::<Result<_, _>>()?;
-        Ok(Self { disks, errors })
+        Self::open_for(given, errors, |_| None)
+    }
+
+    /// As [`open`](Self::open), but for a disk for which `opened` has an image it takes that one.
+    pub fn open_for(
+        given: &Given,
+        errors: Arc<dyn ErrorSink>,
+        mut opened: impl FnMut(&str) -> Option<Image>,
+    ) -> Result<Self, BackendError> {
+        let mut disks = Vec::new();
+        for (index, options) in given.disks.iter().enumerate() {
+            let id = options.id(index);
+            let disk = match opened(&id) {
+                Some(image) => Disk::new(id, image),
+                None => open_disk(id, options)?,
+            };
+            disks.push(Arc::new(disk));
+        }
+        let mut nets = Vec::new();
+        for (index, options) in given.net.iter().enumerate() {
+            nets.push(NetBackend {
+                id: options.id_at(index),
+                tap: Arc::new(Tap::open(&options.ifname)?),
+                mac: match options.mac {
+                    Some(mac) => mac,
+                    None => MacAddress::random().map_err(BackendError::Mac)?,
+                },
+            });
+        }
+        Ok(Self {
+            disks,
+            nets,
+            errors,
+            console: None,
+        })
     }
 
     /// The disks.
     pub fn disks(&self) -> &[Arc<Disk>] {
         &self.disks
+    }
+
+    /// The network cards of a machine that is started here: what their guest sees of the taps.
+    pub(super) fn net_configs(&self) -> impl Iterator<Item = VirtioConfig> {
+        self.nets.iter().map(|net| {
+            let mtu = Some(net.tap.mtu()).filter(|&mtu| mtu != USUAL_MTU);
+            VirtioConfig::Net(NetConfig { mac: net.mac, mtu })
+        })
     }
 
     /// The disk of a device.
@@ -53,8 +113,7 @@ impl Backends {
     }
 }
 
-fn open_disk(index: usize, options: &DiskOptions) -> Result<Disk, BackendError> {
-    let id = options.id(index);
+fn open_disk(id: String, options: &DiskOptions) -> Result<Disk, BackendError> {
     let config = ImageConfig {
         path: options.file.clone(),
         format: options.format,

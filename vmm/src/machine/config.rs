@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 
 use devices::image::{Cache, Format};
+pub use devices::virtio::balloon::Options as BalloonOptions;
+use devices::virtio::net::{MacAddress, NetConfig};
 use serde::{Deserialize, Serialize};
 
 use super::backends::Backends;
@@ -36,6 +38,12 @@ pub enum VirtioConfig {
     Rng,
     /// A disk.
     Block(BlockConfig),
+    /// A memory balloon.
+    Balloon(BalloonOptions),
+    /// A console.
+    Console,
+    /// A network card.
+    Net(NetConfig),
 }
 
 /// A disk, as its guest sees it.
@@ -66,6 +74,9 @@ pub struct DiskOptions {
     pub id: Option<String>,
     /// The serial number that the guest reads.
     pub serial: Option<String>,
+    /// When its contents arrive with a guest: room for what they take is enough, though the guest
+    /// may write more later.
+    pub overcommit: bool,
 }
 
 impl DiskOptions {
@@ -81,7 +92,29 @@ impl VirtioConfig {
         match self {
             Self::Rng => "virtio-rng",
             Self::Block(_) => "virtio-blk",
+            Self::Balloon(_) => "virtio-balloon",
+            Self::Console => "virtio-console",
+            Self::Net(_) => "virtio-net",
         }
+    }
+}
+
+/// A network card, as given with `--net`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GivenNet {
+    /// `ifname`: the host's tap interface; `%d` in it stands for a number.
+    pub ifname: String,
+    /// `mac`.
+    pub mac: Option<MacAddress>,
+    /// `id`: how commands call it.
+    pub id: Option<String>,
+}
+
+impl GivenNet {
+    /// How commands call the network card of that index.
+    pub fn id_at(&self, index: usize) -> String {
+        let id = self.id.clone();
+        id.unwrap_or_else(|| format!("net{index}"))
     }
 }
 
@@ -105,6 +138,12 @@ pub struct Given {
     pub disks: Vec<DiskOptions>,
     /// `--rng`.
     pub rng: bool,
+    /// `--balloon`.
+    pub balloon: Option<BalloonOptions>,
+    /// Whether `--console` was given. What it is connected to is the host's matter.
+    pub console: bool,
+    /// `--net`, each time.
+    pub net: Vec<GivenNet>,
 }
 
 impl Given {
@@ -135,6 +174,11 @@ impl Given {
         if self.rng {
             virtio.push(VirtioConfig::Rng);
         }
+        virtio.extend(self.balloon.map(VirtioConfig::Balloon));
+        if self.console {
+            virtio.push(VirtioConfig::Console);
+        }
+        virtio.extend(backends.net_configs());
         virtio
     }
 
@@ -170,7 +214,59 @@ impl Given {
         if self.rng && !virtio.contains(&VirtioConfig::Rng) {
             differences.push("--rng is given at the destination, but not at the source".to_owned());
         }
+        if self.console && !virtio.contains(&VirtioConfig::Console) {
+            differences
+                .push("--console is given at the destination, but not at the source".to_owned());
+        }
+        if let Some(here) = self.balloon {
+            let there = virtio.iter().find_map(|device| match device {
+                VirtioConfig::Balloon(there) => Some(*there),
+                _ => None,
+            });
+            match there {
+                None => differences.push(
+                    "--balloon is given at the destination, but not at the source".to_owned(),
+                ),
+                Some(there) if there != here => differences.push(format!(
+                    "--balloon is \"{here}\" at the destination, but \"{there}\" at the source"
+                )),
+                Some(_) => {}
+            }
+        }
         differences.extend(self.disk_differences(virtio));
+        differences.extend(self.net_differences(virtio));
+        differences
+    }
+
+    /// Taps are the host's own, so that each side must say which.
+    fn net_differences(&self, arriving: &[VirtioConfig]) -> Vec<String> {
+        let arriving: Vec<_> = arriving
+            .iter()
+            .filter_map(|config| match config {
+                VirtioConfig::Net(net) => Some(net),
+                _ => None,
+            })
+            .collect();
+        let mut differences = Vec::new();
+        if self.net.len() != arriving.len() {
+            differences.push(format!(
+                "the guest's network devices are {} in number, but --net is given {} times at the \
+                 destination: give it once for each, in their order (--net tap,ifname=NAME)",
+                arriving.len(),
+                self.net.len()
+            ));
+        }
+        for (index, (here, there)) in self.net.iter().zip(arriving).enumerate() {
+            if let Some(mac) = here.mac
+                && mac != there.mac
+            {
+                differences.push(format!(
+                    "the MAC address of network device {index} is {mac} at the destination, but \
+                     {} at the source",
+                    there.mac
+                ));
+            }
+        }
         differences
     }
 
@@ -233,13 +329,61 @@ mod tests {
     use super::*;
 
     #[test]
+    fn taps_are_given_for_all_cards_and_addresses_are_the_guests() {
+        let mac = |last| MacAddress([0x52, 0x54, 0, 0, 0, last]);
+        let card = |last| {
+            VirtioConfig::Net(NetConfig {
+                mac: mac(last),
+                mtu: None,
+            })
+        };
+        let arriving = MachineConfig {
+            memory: 1 << 30,
+            vcpus: 1,
+            cpu: "host".to_owned(),
+            command_line: String::new(),
+            virtio: vec![card(1), VirtioConfig::Rng, card(2)],
+        };
+        let tap = |mac| GivenNet {
+            ifname: "tap0".to_owned(),
+            mac,
+            id: None,
+        };
+        let differences = |net: Vec<GivenNet>| {
+            let given = Given {
+                net,
+                ..Given::default()
+            };
+            given.differences(&arriving)
+        };
+        assert!(differences(vec![tap(None), tap(Some(mac(2)))]).is_empty());
+        assert_eq!(
+            differences(vec![tap(None)]),
+            [
+                "the guest's network devices are 2 in number, but --net is given 1 times at the \
+                 destination: give it once for each, in their order (--net tap,ifname=NAME)"
+            ]
+        );
+        assert_eq!(
+            differences(vec![tap(Some(mac(9))), tap(None)]),
+            [
+                "the MAC address of network device 0 is 52:54:00:00:00:09 at the destination, but \
+                 52:54:00:00:00:01 at the source"
+            ]
+        );
+    }
+
+    #[test]
     fn only_what_was_given_is_compared() {
         let arriving = MachineConfig {
             memory: 1 << 30,
             vcpus: 2,
             cpu: "host".to_owned(),
             command_line: "rate=5".to_owned(),
-            virtio: vec![],
+            virtio: vec![VirtioConfig::Balloon(BalloonOptions {
+                deflate_on_oom: true,
+                ..BalloonOptions::default()
+            })],
         };
         assert!(Given::default().differences(&arriving).is_empty());
         let given = Given {
@@ -247,6 +391,8 @@ mod tests {
             vcpus: Some(4),
             command_line: Some(String::new()),
             rng: true,
+            console: true,
+            balloon: Some(BalloonOptions::default()),
             ..Given::default()
         };
         assert_eq!(
@@ -255,6 +401,10 @@ mod tests {
                 "--smp is \"4\" at the destination, but \"2\" at the source",
                 "--append is \"\" at the destination, but \"rate=5\" at the source",
                 "--rng is given at the destination, but not at the source",
+                "--console is given at the destination, but not at the source",
+                "--balloon is \"free-page-reporting=off,free-page-hint=off,deflate-on-oom=off\" at \
+                 the destination, but \
+                 \"free-page-reporting=off,free-page-hint=off,deflate-on-oom=on\" at the source",
             ]
         );
     }

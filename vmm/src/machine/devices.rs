@@ -9,12 +9,14 @@ use devices::i8042::I8042;
 use devices::power::{self, Pm1, ResetPort};
 use devices::serial::{self, Serial};
 use devices::state::StateError;
+use devices::virtio::balloon::Balloon;
+use devices::virtio::net::Net;
 use devices::{InterruptLine, LevelLine};
 use migration::section::{Section, SectionError, Sections};
 
 use super::backends::Backends;
 use super::config::VirtioConfig;
-use super::virtio::{VirtioDevices, VirtioError};
+use super::virtio::{ConsoleInput, VirtioDevices, VirtioError};
 use crate::boot::VirtioMmioSlot;
 use crate::console::SerialInput;
 use crate::kvm::Vm;
@@ -129,9 +131,25 @@ impl Devices {
         self.virtio.reset();
     }
 
+    /// The memory balloon, if there is one.
+    pub fn balloon(&self) -> Option<&Arc<Balloon>> {
+        self.virtio.handles().balloon.as_ref()
+    }
+
+    /// Where the virtio console takes input, if there is one.
+    pub fn console_input(&self) -> Option<Arc<dyn SerialInput>> {
+        let console = Arc::clone(self.virtio.handles().console.as_ref()?);
+        Some(Arc::new(ConsoleInput(console)))
+    }
+
     /// Where the virtio devices are.
     pub fn virtio_mmio(&self) -> impl Iterator<Item = VirtioMmioSlot> {
         self.virtio.places()
+    }
+
+    /// The network cards by their names in commands.
+    pub fn nets(&self) -> &[(String, Arc<Net>)] {
+        &self.virtio.handles().nets
     }
 
     /// Lets the devices work that do so on their own.

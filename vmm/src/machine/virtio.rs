@@ -2,20 +2,26 @@
 //! wired to KVM.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use devices::state::{SaveRestore, StateError};
 use devices::virtio::VirtioDevice;
+use devices::virtio::balloon::Balloon;
 use devices::virtio::blk::Block;
+use devices::virtio::console::{Console, Output};
+use devices::virtio::net::Net;
 use devices::virtio::rng::Rng;
 use devices::virtio::transport::{MMIO_LEN, QUEUE_NOTIFY, VirtioMmio};
 use migration::section::{Section, Sections};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backends::Backends;
 use super::config::VirtioConfig;
 use super::devices::DeviceStateError;
 use crate::boot::VirtioMmioSlot;
+use crate::console::{self, SerialBackend, SerialInput, SerialOutput};
 use crate::kvm::{IoctlError, Vm};
 
 /// Why the virtio devices can't be built.
@@ -33,12 +39,24 @@ pub enum VirtioError {
         source: io::Error,
     },
     /// A disk without an image.
-    #[error("disk {id:?} of {capacity} bytes has no image of that size here")]
+    #[error("disk {id:?} of {capacity} bytes has no image here")]
     NoImage {
         /// The disk.
         id: String,
         /// Its size in bytes.
         capacity: u64,
+    },
+    /// A disk whose image is of another size.
+    #[error("disk {id:?} of {capacity} bytes can't have the image '{}', which is a disk of {here}", path.display())]
+    ImageSize {
+        /// The disk.
+        id: String,
+        /// Its size in bytes.
+        capacity: u64,
+        /// The image.
+        path: PathBuf,
+        /// The size of the image's disk in bytes.
+        here: u64,
     },
     /// KVM.
     #[error(transparent)]
@@ -50,6 +68,16 @@ const _: () = assert!(MMIO_LEN == VirtioMmioSlot::LEN);
 /// The virtio devices by slot.
 pub(super) struct VirtioDevices {
     slots: Vec<VirtioMmio>,
+    handles: Handles,
+}
+
+/// The devices that commands and back ends have to do with.
+#[derive(Default)]
+pub(super) struct Handles {
+    pub(super) balloon: Option<Arc<Balloon>>,
+    pub(super) console: Option<Arc<Console>>,
+    /// The network cards, by their names in commands.
+    pub(super) nets: Vec<(String, Arc<Net>)>,
 }
 
 impl VirtioDevices {
@@ -60,13 +88,14 @@ impl VirtioDevices {
         backends: &Backends,
     ) -> Result<Self, VirtioError> {
         let mut slots = Vec::new();
+        let mut handles = Handles::default();
         for (slot, config) in configs.iter().enumerate() {
             let place = VirtioMmioSlot::of(slot).ok_or(VirtioError::TooMany(configs.len()))?;
             let failed = |source| VirtioError::Device {
                 device: config.kind_name(),
                 source,
             };
-            let device = device(config, backends)?;
+            let device = device(config, vm, backends, &mut handles)?;
             let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(failed)?;
             vm.register_irqfd(&irqfd, place.gsi)?;
             let transport =
@@ -76,7 +105,12 @@ impl VirtioDevices {
             }
             slots.push(transport);
         }
-        Ok(Self { slots })
+        Ok(Self { slots, handles })
+    }
+
+    /// The devices that commands and back ends have to do with.
+    pub(super) fn handles(&self) -> &Handles {
+        &self.handles
     }
 
     /// Where they are.
@@ -175,7 +209,9 @@ fn section(name: &str, state: &dyn SaveRestore) -> Result<Section, StateError> {
 /// Makes the device that `config` describes, out of what it uses of the host.
 fn device(
     config: &VirtioConfig,
+    vm: &Vm,
     backends: &Backends,
+    handles: &mut Handles,
 ) -> Result<Arc<dyn VirtioDevice>, VirtioError> {
     let failed = |source| VirtioError::Device {
         device: config.kind_name(),
@@ -184,16 +220,85 @@ fn device(
     Ok(match config {
         VirtioConfig::Rng => Arc::new(Rng::new().map_err(failed)?),
         VirtioConfig::Block(config) => {
-            let disk = backends
-                .disk(config)
-                .filter(|disk| disk.image().capacity() == config.capacity)
-                .ok_or_else(|| VirtioError::NoImage {
-                    id: config.id.clone(),
-                    capacity: config.capacity,
-                })?;
+            let (id, capacity) = (config.id.clone(), config.capacity);
+            let Some(disk) = backends.disk(config) else {
+                return Err(VirtioError::NoImage { id, capacity });
+            };
+            let image = disk.image();
+            if image.capacity() != capacity {
+                return Err(VirtioError::ImageSize {
+                    id,
+                    capacity,
+                    path: image.path().to_owned(),
+                    here: image.capacity(),
+                });
+            }
             let errors = Arc::clone(&backends.errors);
             let block = Block::new(Arc::clone(disk), &config.serial, errors);
             Arc::new(block.map_err(failed)?)
         }
+        VirtioConfig::Balloon(options) => {
+            let ram = vm.ram().iter().map(|region| region.len()).sum();
+            let balloon = Arc::new(Balloon::new(*options, ram).map_err(failed)?);
+            handles.balloon = Some(Arc::clone(&balloon));
+            balloon
+        }
+        VirtioConfig::Console => {
+            let console = console(backends.console.clone()).map_err(failed)?;
+            handles.console = Some(Arc::clone(&console));
+            console
+        }
+        VirtioConfig::Net(config) => {
+            // As many as there are cards, which was checked when a guest arrived.
+            let index = handles.nets.len();
+            let host = backends.nets.get(index);
+            let host = host.ok_or_else(|| failed(io::Error::other("there is no tap for it")))?;
+            let net = Net::new(index, *config, Arc::clone(&host.tap)).map_err(failed)?;
+            let net = Arc::new(net);
+            handles.nets.push((host.id.clone(), Arc::clone(&net)));
+            net
+        }
     })
+}
+
+/// A console whose other end is `host`, or nothing.
+fn console(host: Option<Arc<console::Console>>) -> io::Result<Arc<Console>> {
+    let host = match host {
+        Some(host) => host,
+        None => Arc::new(console::Console::open(&SerialBackend::None, false)?),
+    };
+    let (output, waker) = (host.output(), host.input_waker());
+    let console = Arc::new(Console::new(
+        Box::new(ConsoleOutput(output.clone())),
+        Box::new(move || waker.wake()),
+    )?);
+    // Weak: the host's end outlives a machine that is given up.
+    let device = Arc::downgrade(&console);
+    output.on_room(Box::new(move || {
+        if let Some(device) = device.upgrade() {
+            device.output_has_room();
+        }
+    }));
+    Ok(console)
+}
+
+struct ConsoleOutput(SerialOutput);
+
+impl Output for ConsoleOutput {
+    fn try_write(&self, bytes: &[u8]) -> usize {
+        self.0.try_send(bytes)
+    }
+}
+
+/// The guest's end of the virtio console, for the back end's input.
+pub(super) struct ConsoleInput(pub(super) Arc<Console>);
+
+impl SerialInput for ConsoleInput {
+    fn room(&self) -> usize {
+        self.0.room()
+    }
+
+    fn push(&self, bytes: &[u8]) {
+        self.0.receive(bytes);
+    }
 }

@@ -3,7 +3,7 @@
 use std::io::{self, Read};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 
 use crate::harness::PATIENCE;
@@ -21,10 +21,13 @@ pub mod kind {
     pub const STATE: u8 = 0x06;
     pub const END: u8 = 0x07;
     pub const GO: u8 = 0x08;
+    pub const BLOCKS: u8 = 0x0a;
+    pub const FLUSH: u8 = 0x0b;
     pub const ACCEPT: u8 = 0x81;
     pub const SYNC_ACK: u8 = 0x83;
     pub const READY: u8 = 0x84;
     pub const RUNNING: u8 = 0x85;
+    pub const FLUSHED: u8 = 0x87;
 }
 
 /// A frame as it is on the wire.
@@ -80,15 +83,37 @@ pub struct FrameProxy {
     connections: Arc<Mutex<Vec<TcpStream>>>,
     reached: Receiver<()>,
     stream: Arc<Mutex<Vec<Frame>>>,
+    gate: Arc<Gate>,
 }
 
-/// What happens when the frame has come at which a proxy stops. It is not forwarded.
+/// Closed until it is opened.
+#[derive(Default)]
+struct Gate {
+    open: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Gate {
+    fn open(&self) {
+        *self.open.lock().unwrap() = true;
+        self.opened.notify_all();
+    }
+
+    fn wait(&self) {
+        let open = self.open.lock().unwrap();
+        drop(self.opened.wait_while(open, |open| !*open).unwrap());
+    }
+}
+
+/// What happens when the frame has come at which a proxy stops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Then {
-    /// Both directions are closed.
+    /// It is not forwarded, and both directions are closed.
     Cut,
-    /// Nothing is forwarded any more in that direction, and nothing closed.
+    /// It is not forwarded, nor anything after it in that direction, and nothing is closed.
     Hold,
+    /// It is forwarded after [`FrameProxy::go_on`], and so is the rest.
+    Wait,
 }
 
 /// A stop at the nth frame (from 0) of a type.
@@ -101,6 +126,8 @@ impl FrameProxy {
         let destination = destination.strip_prefix("tcp:").unwrap().to_owned();
         let connections = Arc::new(Mutex::new(Vec::new()));
         let stream = Arc::new(Mutex::new(Vec::new()));
+        let gate = Arc::new(Gate::default());
+        let waiting = Arc::clone(&gate);
         let (reached_sender, reached) = mpsc::channel();
         let (kept, recorded) = (Arc::clone(&connections), Arc::clone(&stream));
         // Ends with its connection, at the latest when the proxy is dropped.
@@ -114,15 +141,15 @@ impl FrameProxy {
                 .unwrap()
                 .extend([source.try_clone().unwrap(), sink.try_clone().unwrap()]);
             let (answers, back) = (sink.try_clone().unwrap(), source.try_clone().unwrap());
-            let told = reached_sender.clone();
+            let (told, gate) = (reached_sender.clone(), Arc::clone(&waiting));
             let answering = thread::spawn(move || {
-                forward(answers, back, stop, &told, &Mutex::default());
+                forward(answers, back, stop, &told, &gate, &Mutex::default());
             });
             let mut preamble = [0; PREAMBLE];
             if source.read_exact(&mut preamble).is_ok()
                 && io::Write::write_all(&mut sink, &preamble).is_ok()
             {
-                forward(source, sink, stop, &reached_sender, &recorded);
+                forward(source, sink, stop, &reached_sender, &waiting, &recorded);
             }
             answering.join().unwrap();
         });
@@ -131,12 +158,18 @@ impl FrameProxy {
             connections,
             reached,
             stream,
+            gate,
         }
     }
 
     /// Waits for the frame at which it stops.
     pub fn wait_reached(&self) {
         self.reached.recv_timeout(PATIENCE).expect("that frame");
+    }
+
+    /// Forwards the frame at which it waits, and all after it.
+    pub fn go_on(&self) {
+        self.gate.open();
     }
 
     /// The frames that came from the source.
@@ -151,6 +184,7 @@ impl Drop for FrameProxy {
             // An error says that it is closed already.
             let _ = connection.shutdown(Shutdown::Both);
         }
+        self.gate.open();
     }
 }
 
@@ -159,6 +193,7 @@ fn forward(
     mut to: TcpStream,
     stop: Option<Stop>,
     reached: &Sender<()>,
+    gate: &Gate,
     recorded: &Mutex<Vec<Frame>>,
 ) {
     let mut seen = 0;
@@ -174,11 +209,15 @@ fn forward(
                 }
                 // Nobody is there who wants to know it when the test is over.
                 let _ = reached.send(());
-                if then == Then::Hold {
-                    // Whatever else comes is swallowed, up to the end.
-                    let _ = io::copy(&mut from, &mut io::sink());
+                match then {
+                    Then::Cut => return,
+                    Then::Hold => {
+                        // Whatever else comes is swallowed, up to the end.
+                        let _ = io::copy(&mut from, &mut io::sink());
+                        return;
+                    }
+                    Then::Wait => gate.wait(),
                 }
-                return;
             }
             seen += 1;
         }

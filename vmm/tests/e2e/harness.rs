@@ -173,7 +173,13 @@ impl Ferry {
 
     /// Starts a destination that listens on a free port of loopback; returns its address too.
     pub fn incoming(dir: &Path, name: &str) -> (Self, String) {
-        let mut ferry = Self::start(dir, name, &["--incoming", "tcp:127.0.0.1:0"]);
+        Self::incoming_with(dir, name, &[])
+    }
+
+    /// The same with more arguments.
+    pub fn incoming_with(dir: &Path, name: &str, more: &[&str]) -> (Self, String) {
+        let arguments = [&["--incoming", "tcp:127.0.0.1:0"], more].concat();
+        let mut ferry = Self::start(dir, name, &arguments);
         let uri = ferry.listening_at();
         (ferry, uri)
     }

@@ -9,8 +9,11 @@
     reason = "tests: a failure is a panic"
 )]
 
+mod balloon;
 mod boot;
+mod console;
 mod control;
+mod disk;
 mod failure;
 mod frames;
 mod guests;
@@ -21,6 +24,7 @@ mod lifecycle;
 mod linux;
 mod migrate;
 mod mutation;
+mod net;
 mod proxy;
 mod snapshot;
 mod terminal;

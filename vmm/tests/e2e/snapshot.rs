@@ -204,6 +204,11 @@ fn a_guest_that_cannot_be_saved_runs_on() {
     assert!(reason.contains("No such file"), "{reason}");
     let refusal = source.refused("migrate", json!({ "uri": "file:a,offset=4096" }));
     assert!(refusal.contains("offset"), "{refusal}");
+    let refusal = source.refused("migrate", json!({ "uri": "file:a", "blk": true }));
+    assert!(
+        refusal.contains("disks can't travel in a file"),
+        "{refusal}"
+    );
     // Slowly, so that there is time to cancel.
     source.execute(
         "migrate-set-parameters",

@@ -20,6 +20,10 @@ use crate::virtio::worker::Handler;
 /// Reads and writes that take longer than this on average are worth another thread.
 const SLOW: Duration = Duration::from_micros(100);
 
+/// One that takes longer than this counts as this: it may only have waited for a CPU. Of two among
+/// ten the average must stay below [`SLOW`].
+const OUTLIER: Duration = Duration::from_micros(300);
+
 /// The most threads beside the device's own; as many requests are on the disk at once.
 const MOST_THREADS: usize = 16;
 
@@ -129,7 +133,7 @@ impl Engine {
         let memory = activation.memory();
         let result = request.execute(&self.disk, &self.serial, memory, writeback);
         if matches!(request.operation, Some(Operation::Read | Operation::Write)) {
-            let took = began.elapsed().as_nanos() as u64;
+            let took = began.elapsed().min(OUTLIER).as_nanos() as u64;
             let average = self.service_ns.load(Ordering::Relaxed);
             self.service_ns
                 .store(average - average / 8 + took / 8, Ordering::Relaxed);
@@ -156,6 +160,7 @@ impl Engine {
         let first = {
             let mut state = self.state();
             state.held.push(head);
+            self.disk.set_waits_for_space(true);
             !std::mem::replace(&mut state.halted, true)
         };
         if first {
@@ -274,6 +279,7 @@ impl Handler for Server {
             let mut state = self.0.state();
             state.activation = Some(Arc::clone(activation));
             state.halted = false;
+            self.0.disk.set_waits_for_space(false);
             std::mem::take(&mut state.held)
         };
         let mut held = held.into_iter();

@@ -36,7 +36,7 @@ impl<B: BitmapSlice> GuestSlices<'_, B> {
     }
 
     /// To be written to the host.
-    pub(super) fn to_read(&self) -> Vec<IoSlice<'_>> {
+    pub(super) fn read_by_host(&self) -> Vec<IoSlice<'_>> {
         self.slices
             .iter()
             .map(|slice| {
@@ -50,12 +50,12 @@ impl<B: BitmapSlice> GuestSlices<'_, B> {
     }
 
     /// To be filled by the host; say [`filled`](Self::filled) afterwards.
-    pub(super) fn to_fill(&mut self) -> Vec<IoSliceMut<'_>> {
+    pub(super) fn filled_by_host(&mut self) -> Vec<IoSliceMut<'_>> {
         self.slices
             .iter()
             .map(|slice| {
                 let place = slice.ptr_guard_mut();
-                // SAFETY: as in `to_read`; no other reference of this process to this memory
+                // SAFETY: as in `read_by_host`; no other reference of this process to this memory
                 // exists while these do, unless the guest names it twice. Then bytes, which have
                 // no invalid values, are written by the kernel in some order.
                 IoSliceMut::new(unsafe {

@@ -153,7 +153,7 @@ impl Request {
             return Ok((Status::IoError, 0));
         };
         let mut slices = guest_slices(memory, &self.chain.writable, 0, len);
-        let result = disk.image().read_at(&mut slices.to_fill(), offset);
+        let result = disk.image().read_at(&mut slices.filled_by_host(), offset);
         // Also after an error: it may have come in the middle.
         slices.filled();
         result.map(|()| (Status::Ok, len as u32))
@@ -166,7 +166,7 @@ impl Request {
         };
         let slices = guest_slices(memory, &self.chain.readable, HEADER, len);
         debug_assert_eq!(slices.len(), len);
-        let result = disk.image().write_at(&slices.to_read(), offset);
+        let result = disk.image().write_at(&slices.read_by_host(), offset);
         disk.written(offset, len);
         result.map(|()| (Status::Ok, 0))
     }

@@ -19,7 +19,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 pub(crate) use values::{Incoming, MonitorSpec, QmpSpec};
 use vmm::console::SerialBackend;
 use vmm::cpuid::Model;
-use vmm::machine::config::DiskOptions;
+use vmm::machine::config::{BalloonOptions, DiskOptions, GivenNet};
 
 /// What is logged unless the user says otherwise: what went wrong, and what becomes of the guest.
 const DEFAULT_LOG: &str = "warn,vmm::instance=info";
@@ -102,6 +102,38 @@ pub(crate) struct RunOptions {
     /// Give the guest an entropy source (virtio-rng)
     #[arg(long, help_heading = "Devices")]
     pub(crate) rng: bool,
+    /// Give the guest a network card (virtio-net) on a tap interface of the host's, which is
+    /// created if it isn't there; can be given several times
+    /// [default: a random MAC address; id net0, net1, …]
+    #[arg(
+        long,
+        value_name = "tap,ifname=NAME[,mac=MAC][,id=ID]",
+        value_parser = values::net,
+        help_heading = "Devices"
+    )]
+    pub(crate) net: Vec<GivenNet>,
+
+    /// Give the guest a memory balloon (virtio-balloon): free-page-reporting=on|off (memory that
+    /// the guest frees goes back to the host), free-page-hint=on|off (a migration leaves free
+    /// pages out), deflate-on-oom=on|off [default: all on]
+    #[arg(
+        long,
+        value_name = "NAME=on|off,…",
+        num_args = 0..=1,
+        default_missing_value = "",
+        value_parser = values::balloon,
+        help_heading = "Devices"
+    )]
+    pub(crate) balloon: Option<BalloonOptions>,
+    /// Give the guest a console (virtio-console, hvc0 in Linux), connected as --serial can be; on
+    /// stdio the serial port is not connected unless --serial says where
+    #[arg(
+        long,
+        value_name = "WHERE",
+        value_parser = values::serial,
+        help_heading = "Devices"
+    )]
+    pub(crate) console: Option<SerialBackend>,
 
     /// The guest's serial port: stdio, file:PATH, unix:PATH, pty or none [default: stdio]
     #[arg(
@@ -213,11 +245,23 @@ impl RunOptions {
         {
             return Err("--monitor stdio was given more than once".into());
         }
+        if let (Some(SerialBackend::Stdio), Some(SerialBackend::Stdio)) =
+            (&self.serial, &self.console)
+        {
+            return Err(
+                "--serial and --console can't both be on stdio: put one elsewhere (pty, \
+                 unix:PATH, file:PATH or none)"
+                    .into(),
+            );
+        }
         disk::check(&self.disk)?;
+        values::check_nets(&self.net)?;
         let mut paths: Vec<&PathBuf> = self.monitor.iter().filter_map(MonitorSpec::path).collect();
         paths.extend(self.qmp.iter().filter_map(QmpSpec::path));
-        if let Some(SerialBackend::Unix(path)) = &self.serial {
-            paths.push(path);
+        for console in [&self.serial, &self.console] {
+            if let Some(SerialBackend::Unix(path)) = console {
+                paths.push(path);
+            }
         }
         paths.sort();
         match paths.windows(2).find(|pair| pair.first() == pair.last()) {

@@ -85,17 +85,41 @@ async fn serve(options: &RunOptions) -> Result<(), RunError> {
     let files = open_files(options)?;
     let kvm = Kvm::open()?;
     let on_stdio = options.monitor.contains(&MonitorSpec::Stdio);
-    let serial = options.serial.clone().unwrap_or(SerialBackend::Stdio);
-    let console = Arc::new(Console::open(&serial, on_stdio).map_err(RunError::Console)?);
+    // Only one of the two can be on standard input and output.
+    let virtio_on_stdio = options.console == Some(SerialBackend::Stdio);
+    let serial = options.serial.clone().unwrap_or(if virtio_on_stdio {
+        SerialBackend::None
+    } else {
+        SerialBackend::Stdio
+    });
+    let console = Console::open(&serial, on_stdio && !virtio_on_stdio);
+    let console = Arc::new(console.map_err(RunError::Console)?);
+    let virtio_console = options
+        .console
+        .as_ref()
+        .map(|backend| Console::open_as("console", backend, on_stdio && virtio_on_stdio))
+        .transpose()
+        .map_err(RunError::Console)?
+        .map(Arc::new);
     raw_after_stop().map_err(RunError::Start)?;
-    if let Some(path) = console.pty_path() {
-        eprintln!(
-            "char device redirected to {} (label serial0)",
-            path.display()
-        );
+    for (label, console) in [
+        ("serial0", Some(&console)),
+        ("console0", virtio_console.as_ref()),
+    ] {
+        if let Some(path) = console.and_then(|console| console.pty_path()) {
+            eprintln!(
+                "char device redirected to {} (label {label})",
+                path.display()
+            );
+        }
     }
 
-    let instance = Instance::new(settings(options), kvm, Arc::clone(&console));
+    let instance = Instance::new(
+        settings(options),
+        kvm,
+        Arc::clone(&console),
+        virtio_console.clone(),
+    );
     let servers = listen(options, &instance)?;
     let ctrl_a_x = Arc::new(Notify::new());
     if on_stdio {
@@ -103,7 +127,11 @@ async fn serve(options: &RunOptions) -> Result<(), RunError> {
             monitor::terminal::spawn(Arc::new(instance.clone())).map_err(RunError::Start)?;
         // Not the instance itself: it holds the console, which would never be dropped then.
         let quit = Arc::clone(&ctrl_a_x);
-        console.connect_monitor(foreground, Box::new(move || quit.notify_one()));
+        let terminal = match &virtio_console {
+            Some(virtio_console) if virtio_on_stdio => virtio_console,
+            _ => &console,
+        };
+        terminal.connect_monitor(foreground, Box::new(move || quit.notify_one()));
     }
     match (&options.incoming, files) {
         (Some(Incoming::Defer), _) => instance.wait_for_guest(None, true)?,
@@ -133,9 +161,16 @@ async fn serve(options: &RunOptions) -> Result<(), RunError> {
     // Off the runtime's thread: ends what a migration thread is waiting for, and waits for it.
     let ending = instance.clone();
     let _ = tokio::task::spawn_blocking(move || ending.shut_down()).await;
-    let flushed = console.output();
-    let _ =
-        tokio::task::spawn_blocking(move || flushed.flush_until(Instant::now() + PATIENCE)).await;
+    let outputs: Vec<_> = [Some(&console), virtio_console.as_ref()]
+        .into_iter()
+        .flatten()
+        .map(|console| console.output())
+        .collect();
+    let deadline = Instant::now() + PATIENCE;
+    let _ = tokio::task::spawn_blocking(move || {
+        outputs.iter().all(|output| output.flush_until(deadline))
+    })
+    .await;
     for server in servers {
         server.close(PATIENCE).await;
     }
@@ -157,6 +192,9 @@ fn settings(options: &RunOptions) -> Settings {
             initrd: options.initrd.clone(),
             disks: options.disk.clone(),
             rng: options.rng,
+            balloon: options.balloon,
+            console: options.console.is_some(),
+            net: options.net.clone(),
         },
         paused: options.paused,
         no_reboot: options.no_reboot,

@@ -4,7 +4,8 @@ use super::info;
 use super::line::Words;
 use super::session::Session;
 use crate::control::command::{
-    CommandError, MigrateRequest, MigrationCapabilityStatus, ParameterChange, ShutdownCause, Uri,
+    AnnounceRequest, CommandError, MigrateRequest, MigrationCapabilityStatus, ParameterChange,
+    ShutdownCause, StorageCopy, Uri,
 };
 use crate::control::size::parse_size;
 
@@ -82,6 +83,35 @@ impl From<CommandError> for Failure {
 /// Every command, by name.
 pub const COMMANDS: &[Command] = &[
     Command {
+        names: &["balloon"],
+        parameters: "value",
+        help: "ask the guest to have that much memory, in MiB or with a unit (1G)",
+        completion: Completion::None,
+        run: |session, mut words| {
+            let word = words.required()?;
+            words.finish()?;
+            let bytes = parse_size(&word, 1 << 20)
+                .map_err(|error| CommandError::generic(error.to_string()))?;
+            session.machine().set_balloon(bytes)?;
+            Ok(Reply::nothing())
+        },
+    },
+    Command {
+        names: &["announce_self"],
+        parameters: "[name,...]",
+        help: "tell the network where the guest is, for all of its cards or for those named",
+        completion: Completion::None,
+        run: |session, mut words| {
+            let names = words.optional();
+            words.finish()?;
+            session.machine().announce_self(AnnounceRequest {
+                interfaces: names.map(|names| names.split(',').map(str::to_owned).collect()),
+                ..Default::default()
+            })?;
+            Ok(Reply::nothing())
+        },
+    },
+    Command {
         names: &["cont", "c"],
         parameters: "",
         help: "run the guest, or run it on",
@@ -123,16 +153,19 @@ pub const COMMANDS: &[Command] = &[
     },
     Command {
         names: &["migrate"],
-        parameters: "[-d] uri",
+        parameters: "[-d] [-b] [-i] uri",
         help: "migrate the guest to tcp:HOST:PORT or unix:PATH, or save it to file:PATH (-d: do not \
-               wait for the end); Ctrl-C while waiting cancels",
+               wait for the end; -b: copy the disks; -i: copy what they hold above their backing \
+               files); Ctrl-C while waiting cancels",
         completion: Completion::Address,
         run: |session, mut words| {
-            let detach = words.options("d")?.contains('d');
+            let options = words.options("dbi")?;
+            let detach = options.contains('d');
             let uri = words.required()?;
             words.finish()?;
             session.machine().migrate(MigrateRequest {
                 address: uri.parse::<Uri>().map_err(CommandError::from)?,
+                copy: StorageCopy::of(options.contains('b'), options.contains('i')),
             })?;
             Ok(if detach {
                 Reply::nothing()
@@ -174,11 +207,7 @@ pub const COMMANDS: &[Command] = &[
         completion: Completion::Capabilities,
         run: |session, mut words| {
             let capability = words.required()?;
-            let state = match words.required()?.as_str() {
-                "on" => true,
-                "off" => false,
-                _ => return Err(Failure::usage("expected 'on' or 'off'")),
-            };
+            let state = on_or_off(&words.required()?)?;
             words.finish()?;
             session
                 .machine()
@@ -209,7 +238,8 @@ pub const COMMANDS: &[Command] = &[
         names: &["migrate_set_parameter"],
         parameters: "parameter value",
         help: "set a migration parameter: max-bandwidth and avail-switchover-bandwidth in MiB/s \
-               or with a unit (10G), downtime-limit in milliseconds",
+               or with a unit (10G), downtime-limit in milliseconds, announce-rounds, and \
+               announce-initial, -max and -step in milliseconds",
         completion: Completion::Parameters,
         run: |session, mut words| {
             let name = words.required()?;
@@ -222,10 +252,13 @@ pub const COMMANDS: &[Command] = &[
                     set.avail_switchover_bandwidth = Some(bandwidth(&value)?);
                 }
                 "downtime-limit" => set.downtime_limit = Some(milliseconds(&value)?),
-                _ => {
-                    let desc = format!("invalid parameter value: {name}");
-                    return Err(CommandError::generic(desc).into());
-                }
+                _ => match set.announce.value_mut(&name) {
+                    Some(to) => *to = Some(whole(&value)?),
+                    None => {
+                        let desc = format!("invalid parameter value: {name}");
+                        return Err(CommandError::generic(desc).into());
+                    }
+                },
             }
             change(session, set)
         },
@@ -256,6 +289,19 @@ pub const COMMANDS: &[Command] = &[
         run: |session, words| {
             words.finish()?;
             session.machine().quit(ShutdownCause::HostQmpQuit);
+            Ok(Reply::nothing())
+        },
+    },
+    Command {
+        names: &["set_link"],
+        parameters: "name on|off",
+        help: "plug the cable of a network card in or out (info network lists the cards)",
+        completion: Completion::None,
+        run: |session, mut words| {
+            let name = words.required()?;
+            let up = on_or_off(&words.required()?)?;
+            words.finish()?;
+            session.machine().set_link(&name, up)?;
             Ok(Reply::nothing())
         },
     },
@@ -295,7 +341,11 @@ pub const COMMANDS: &[Command] = &[
 ];
 
 /// The migration parameters that `migrate_set_parameter` knows.
-pub const PARAMETERS: [&str; 3] = [
+pub const PARAMETERS: [&str; 7] = [
+    "announce-initial",
+    "announce-max",
+    "announce-rounds",
+    "announce-step",
     "avail-switchover-bandwidth",
     "downtime-limit",
     "max-bandwidth",
@@ -337,6 +387,21 @@ fn change(session: &Session, change: ParameterChange) -> Result<Reply, Failure> 
 /// Bytes a second; a bare number is MiB a second.
 fn bandwidth(text: &str) -> Result<u64, Failure> {
     parse_size(text, 1 << 20).map_err(|error| CommandError::generic(error.to_string()).into())
+}
+
+fn on_or_off(text: &str) -> Result<bool, Failure> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(Failure::usage("expected 'on' or 'off'")),
+    }
+}
+
+fn whole(text: &str) -> Result<u64, Failure> {
+    text.parse().map_err(|_| {
+        let desc = format!("'{text}' is not a whole number");
+        CommandError::generic(desc).into()
+    })
 }
 
 fn milliseconds(text: &str) -> Result<u64, Failure> {

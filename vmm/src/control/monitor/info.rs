@@ -5,8 +5,9 @@ use std::fmt::Write;
 use super::commands::{Failure, Reply};
 use super::line::Words;
 use super::session::Session;
+use crate::control::block::{BlockInfo, IoStatus};
 use crate::control::command::{
-    CommandError, MigrationInfo, MigrationStats, MigrationStatus, RunState,
+    CommandError, ErrorClass, MigrationInfo, MigrationStats, MigrationStatus, RunState,
 };
 use crate::control::size::format_size;
 
@@ -21,6 +22,18 @@ pub struct Topic {
 
 /// All that `info` shows, by name.
 pub const TOPICS: &[Topic] = &[
+    Topic {
+        name: "balloon",
+        parameters: "",
+        help: "the memory that the guest has with its balloon, and what it tells of it",
+        show: balloon,
+    },
+    Topic {
+        name: "block",
+        parameters: "[disk]",
+        help: "the disks, or one",
+        show: block,
+    },
     Topic {
         name: "cpus",
         parameters: "",
@@ -56,6 +69,12 @@ pub const TOPICS: &[Topic] = &[
                 .map(|name| name + "\n")
                 .unwrap_or_default())
         },
+    },
+    Topic {
+        name: "network",
+        parameters: "",
+        help: "the network cards, their taps, and how many packets went which way",
+        show: networks,
     },
     Topic {
         name: "registers",
@@ -111,6 +130,49 @@ fn status(session: &Session, _: &mut Words) -> Result<String, Failure> {
     })
 }
 
+fn balloon(session: &Session, _: &mut Words) -> Result<String, Failure> {
+    let info = session.machine().balloon()?;
+    let mut text = format!("balloon: actual={}\n", info.actual >> 20);
+    if let Some(told) = info.ferry {
+        let _ = writeln!(text, "guest statistics, {} ms old:", told.guest_stats_age);
+        for (name, value) in told.guest_stats {
+            let _ = writeln!(text, "  {name}: {value}");
+        }
+    }
+    Ok(text)
+}
+
+fn block(session: &Session, words: &mut Words) -> Result<String, Failure> {
+    let mut disks = session.machine().disks();
+    if let Some(name) = words.optional() {
+        disks.retain(|disk| disk.device == name);
+        if disks.is_empty() {
+            let class = ErrorClass::DeviceNotFound;
+            return Err(CommandError::new(class, format!("Device '{name}' not found")).into());
+        }
+    }
+    let disks: Vec<_> = disks.iter().map(disk).collect();
+    Ok(disks.join("\n"))
+}
+
+fn disk(disk: &BlockInfo) -> String {
+    let image = &disk.inserted;
+    let readonly = if image.ro { ", read-only" } else { "" };
+    let direct = if image.cache.direct { ", direct" } else { "" };
+    let mut text = format!(
+        "{} ({}): {} ({}{readonly})\n    Cache mode:       writeback{direct}\n",
+        disk.device, image.node_name, image.file, image.drv
+    );
+    if disk.io_status == IoStatus::Nospace {
+        text.push_str("    I/O status:       nospace\n");
+    }
+    if let Some(name) = &image.backing_file {
+        let depth = image.backing_file_depth;
+        let _ = writeln!(text, "    Backing file:     {name} (chain depth: {depth})");
+    }
+    text
+}
+
 fn cpus(session: &Session, _: &mut Words) -> Result<String, Failure> {
     let line = |cpu: crate::control::command::CpuInfo| {
         let mark = if cpu.index == session.cpu() { '*' } else { ' ' };
@@ -121,6 +183,22 @@ fn cpus(session: &Session, _: &mut Words) -> Result<String, Failure> {
         )
     };
     Ok(session.machine().cpus().into_iter().map(line).collect())
+}
+
+fn networks(session: &Session, _: &mut Words) -> Result<String, Failure> {
+    let mut text = String::new();
+    for (index, net) in (0..).zip(session.machine().networks()) {
+        let link = if net.link_up { "up" } else { "down" };
+        let ((received, lost_in), (sent, lost_out)) = (net.received, net.sent);
+        let _ = writeln!(
+            text,
+            "{}: index={index},type=nic,model=virtio-net-device,macaddr={},link={link}\n \\ \
+             type=tap,ifname={}\n   received {received} packets, dropped {lost_in}; sent {sent}, \
+             dropped {lost_out}",
+            net.name, net.mac, net.ifname
+        );
+    }
+    Ok(text)
 }
 
 fn registers(session: &Session, words: &mut Words) -> Result<String, Failure> {
@@ -157,8 +235,18 @@ fn parameters(session: &Session, _: &mut Words) -> Result<String, Failure> {
     Ok(format!(
         "max-bandwidth: {} bytes/second\n\
          avail-switchover-bandwidth: {} bytes/second\n\
-         downtime-limit: {} ms\n",
-        parameters.max_bandwidth, parameters.avail_switchover_bandwidth, parameters.downtime_limit
+         downtime-limit: {} ms\n\
+         announce-initial: {} ms\n\
+         announce-max: {} ms\n\
+         announce-rounds: {}\n\
+         announce-step: {} ms\n",
+        parameters.max_bandwidth,
+        parameters.avail_switchover_bandwidth,
+        parameters.downtime_limit,
+        parameters.announce.initial,
+        parameters.announce.max,
+        parameters.announce.rounds,
+        parameters.announce.step,
     ))
 }
 
@@ -196,6 +284,9 @@ fn write_migration(text: &mut String, info: &MigrationInfo) -> std::fmt::Result 
     if let Some(ram) = &info.ram {
         write_ram(text, ram)?;
     }
+    if let Some(disk) = &info.disk {
+        write_disk(text, disk)?;
+    }
     let Some(ferry) = &info.ferry else {
         return Ok(());
     };
@@ -214,6 +305,17 @@ fn write_migration(text: &mut String, info: &MigrationInfo) -> std::fmt::Result 
         writeln!(text, "measured round trip: {round_trip} us")?;
     }
     Ok(())
+}
+
+fn write_disk(text: &mut String, disk: &MigrationStats) -> std::fmt::Result {
+    let percent = match disk.total {
+        0 => 100,
+        total => 100 * total.saturating_sub(disk.remaining) / total,
+    };
+    writeln!(text, "disks: {percent} %")?;
+    writeln!(text, "transferred disk: {} kbytes", disk.transferred >> 10)?;
+    writeln!(text, "remaining disk: {} kbytes", disk.remaining >> 10)?;
+    writeln!(text, "total disk: {} kbytes", disk.total >> 10)
 }
 
 fn write_ram(text: &mut String, ram: &MigrationStats) -> std::fmt::Result {

@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use super::arguments::Arguments;
 use crate::control::command::{
-    CommandError, CommandResult, Control, ErrorClass, MigrateRequest, MigrationCapabilityStatus,
-    ParameterChange, ShutdownCause, Uri,
+    AnnounceChange, AnnounceRequest, CommandError, CommandResult, Control, ErrorClass,
+    MigrateRequest, MigrationCapabilityStatus, ParameterChange, ShutdownCause, StorageCopy, Uri,
 };
 use crate::control::monitor;
 
@@ -16,6 +16,8 @@ type Handler = fn(&Arc<dyn Control>, Arguments) -> CommandResult<Value>;
 
 /// Every command but `qmp_capabilities`, which only opens a session.
 const COMMANDS: &[(&str, Handler)] = &[
+    ("balloon", balloon),
+    ("announce-self", announce_self),
     ("cont", |machine, arguments| {
         nothing(arguments, || machine.cont())
     }),
@@ -27,6 +29,14 @@ const COMMANDS: &[(&str, Handler)] = &[
     ("migrate-incoming", migrate_incoming),
     ("migrate-set-capabilities", migrate_set_capabilities),
     ("migrate-set-parameters", migrate_set_parameters),
+    ("query-balloon", |machine, arguments| {
+        arguments.finish()?;
+        let info = machine.balloon()?;
+        serde_json::to_value(info).map_err(|error| CommandError::generic(error.to_string()))
+    }),
+    ("query-block", |machine, arguments| {
+        query(arguments, || machine.disks())
+    }),
     ("query-commands", query_commands),
     ("query-cpus-fast", query_cpus_fast),
     ("query-migrate", |machine, arguments| {
@@ -51,6 +61,7 @@ const COMMANDS: &[(&str, Handler)] = &[
             Ok(())
         })
     }),
+    ("set_link", set_link),
     ("stop", |machine, arguments| {
         nothing(arguments, || machine.stop())
     }),
@@ -91,6 +102,12 @@ fn nothing(
 fn query<T: Serialize>(arguments: Arguments, get: impl FnOnce() -> T) -> CommandResult<Value> {
     arguments.finish()?;
     serde_json::to_value(get()).map_err(|error| CommandError::generic(error.to_string()))
+}
+
+fn balloon(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResult<Value> {
+    let value = arguments.unsigned("value")?;
+    let value = arguments.required("value", value)?;
+    nothing(arguments, || machine.set_balloon(value))
 }
 
 fn query_commands(_: &Arc<dyn Control>, arguments: Arguments) -> CommandResult<Value> {
@@ -149,13 +166,9 @@ fn migrate(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResul
     let uri = arguments.string("uri")?;
     let channels = arguments.objects("channels")?;
     // How QEMU's older clients ask for disks to be copied as well.
-    for copy in ["blk", "inc"] {
-        if arguments.boolean(copy)? == Some(true) {
-            return Err(CommandError::generic(format!(
-                "Parameter '{copy}' is not supported: Ferry does not copy disks in a migration"
-            )));
-        }
-    }
+    let full = arguments.boolean("blk")? == Some(true);
+    let incremental = arguments.boolean("inc")? == Some(true);
+    let copy = StorageCopy::of(full, incremental);
     // Ignored, as in QEMU: over QMP a migration always goes on in the background.
     arguments.boolean("detach")?;
     if arguments.boolean("resume")? == Some(true) {
@@ -164,7 +177,9 @@ fn migrate(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResul
         ));
     }
     let address = address(&arguments, uri, channels)?;
-    nothing(arguments, || machine.migrate(MigrateRequest { address }))
+    nothing(arguments, || {
+        machine.migrate(MigrateRequest { address, copy })
+    })
 }
 
 fn migrate_incoming(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResult<Value> {
@@ -256,8 +271,36 @@ fn migrate_set_parameters(
         max_bandwidth: arguments.unsigned("max-bandwidth")?,
         avail_switchover_bandwidth: arguments.unsigned("avail-switchover-bandwidth")?,
         downtime_limit: arguments.unsigned("downtime-limit")?,
+        announce: AnnounceChange {
+            initial: arguments.unsigned("announce-initial")?,
+            max: arguments.unsigned("announce-max")?,
+            rounds: arguments.unsigned("announce-rounds")?,
+            step: arguments.unsigned("announce-step")?,
+        },
     };
     nothing(arguments, || machine.change_parameters(change))
+}
+
+fn set_link(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResult<Value> {
+    let name = arguments.string("name")?;
+    let name = arguments.required("name", name)?;
+    let up = arguments.boolean("up")?;
+    let up = arguments.required("up", up)?;
+    nothing(arguments, || machine.set_link(&name, up))
+}
+
+/// Unlike in QEMU the parameters can be left out, and there is one announcement at a time.
+fn announce_self(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResult<Value> {
+    let request = AnnounceRequest {
+        how: AnnounceChange {
+            initial: arguments.unsigned("initial")?,
+            max: arguments.unsigned("max")?,
+            rounds: arguments.unsigned("rounds")?,
+            step: arguments.unsigned("step")?,
+        },
+        interfaces: arguments.strings("interfaces")?,
+    };
+    nothing(arguments, || machine.announce_self(request))
 }
 
 fn migrate_set_capabilities(

@@ -18,6 +18,7 @@ pub(super) fn parse(text: &str) -> Result<DiskOptions, String> {
             "file" => options.file = value.into(),
             "format" => options.format = Some(format(value)?),
             "readonly" | "read-only" => options.readonly = on_off(key, value)?,
+            "overcommit" => options.overcommit = on_off(key, value)?,
             "cache" => options.cache = cache(value)?,
             "id" => options.id = Some(id(value)?),
             "serial" if value.len() > SERIAL_LEN => {
@@ -34,7 +35,7 @@ pub(super) fn parse(text: &str) -> Result<DiskOptions, String> {
             }
             _ => {
                 return Err(format!(
-                    "unknown option {key:?}: known are file, format, readonly, id, cache and serial"
+                    "unknown option {key:?}: known are file, format, readonly, id, cache, serial and overcommit"
                 ));
             }
         }
@@ -127,6 +128,7 @@ mod tests {
                 cache: Cache::None,
                 id: Some("root".to_owned()),
                 serial: Some("S 1".to_owned()),
+                overcommit: false,
             })
         );
         assert!(parse("if=virtio,file=x,media=disk").is_ok());

@@ -27,6 +27,7 @@ const OPTIONS: &[(&str, Meaning)] = &[
     ("smp", Value("--smp")),
     ("cpu", Value("--cpu")),
     ("serial", Value("--serial")),
+    ("console", Value("--console")),
     ("monitor", Value("--monitor")),
     ("qmp", Value("--qmp")),
     ("incoming", Value("--incoming")),

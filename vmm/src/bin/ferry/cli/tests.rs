@@ -88,6 +88,29 @@ fn qemus_forms_of_memory_serial_and_monitor_are_read() {
 }
 
 #[test]
+fn a_balloon_has_what_is_not_switched_off() {
+    let balloon = |line: &str| {
+        let options = run(&format!("--kernel k {line}")).balloon.unwrap();
+        (
+            options.free_page_reporting,
+            options.free_page_hint,
+            options.deflate_on_oom,
+        )
+    };
+    assert_eq!(balloon("--balloon"), (true, true, true));
+    assert_eq!(balloon("--balloon --paused"), (true, true, true));
+    assert_eq!(
+        balloon("--balloon free-page-hint=off,deflate-on-oom=on"),
+        (true, false, true)
+    );
+    assert_eq!(
+        balloon("--balloon=free-page-reporting=off,deflate-on-oom=off"),
+        (false, true, false)
+    );
+    assert_eq!(run("--kernel k").balloon, None);
+}
+
+#[test]
 fn what_is_wrong_is_named() {
     for (line, part) in [
         ("run", "there is nothing to run"),
@@ -119,8 +142,43 @@ fn what_is_wrong_is_named() {
             "more than one socket",
         ),
         (
+            "run --kernel k --balloon free-page-reporting=maybe",
+            "'free-page-reporting' is on or off, not 'maybe'",
+        ),
+        (
+            "run --kernel k --balloon size=1G",
+            "'size' is not known: expected free-page-reporting",
+        ),
+        (
+            "run --kernel k --console tcp::1",
+            "expected stdio, file:PATH",
+        ),
+        (
+            "run --kernel k --console stdio --serial stdio",
+            "can't both be on stdio",
+        ),
+        (
+            "run --kernel k --console unix:/a --qmp unix:/a",
+            "more than one socket",
+        ),
+        (
             "run --kernel k --monitor stdio --monitor stdio",
             "more than once",
+        ),
+        ("run --kernel k --net user", "expected tap,ifname=NAME"),
+        ("run --kernel k --net tap", "the tap's name is missing"),
+        ("run --kernel k --net tap,ifname=", "'ifname' needs a value"),
+        (
+            "run --kernel k --net tap,ifname=t,mac=1",
+            "'1' is no MAC address",
+        ),
+        (
+            "run --kernel k --net tap,ifname=t,queues=2",
+            "'queues=2' is not known",
+        ),
+        (
+            "run --kernel k --net tap,ifname=t,id=net1 --net tap,ifname=u",
+            "have the id net1",
         ),
         ("run --incoming tcp:h", "has no valid port"),
         ("run --incoming deferred", "or defer"),
@@ -133,6 +191,25 @@ fn what_is_wrong_is_named() {
         let error = refused(line);
         assert!(error.contains(part), "{line}: {error}");
     }
+}
+
+#[test]
+fn network_cards_are_read_in_their_order() {
+    let nets = run(
+        "--kernel k --net tap,ifname=vm,mac=52:54:00:00:00:01,id=lan \
+         --net tap,ifname=tap%d,script=no,downscript=no",
+    )
+    .net;
+    let [lan, other] = &nets[..] else {
+        panic!("{nets:?}")
+    };
+    assert_eq!((&*lan.ifname, lan.id_at(0)), ("vm", "lan".to_owned()));
+    assert_eq!(lan.mac.unwrap().to_string(), "52:54:00:00:00:01");
+    assert_eq!(
+        (&*other.ifname, other.id_at(1)),
+        ("tap%d", "net1".to_owned())
+    );
+    assert_eq!(other.mac, None);
 }
 
 #[test]

@@ -10,6 +10,8 @@ use vmm::control::command::{ParameterChange, Uri};
 use vmm::control::size::parse_size;
 
 use vmm::kvm::MAX_VCPUS;
+use vmm::machine::config::BalloonOptions;
+use vmm::machine::config::GivenNet;
 use vmm::memory::MIN_RAM;
 
 /// `--serial`.
@@ -23,6 +25,35 @@ pub(crate) fn serial(text: &str) -> Result<SerialBackend, String> {
         Some(("unix", rest)) => Ok(SerialBackend::Unix(unix_socket(rest)?)),
         _ => Err("expected stdio, file:PATH, unix:PATH, pty or none".into()),
     }
+}
+
+/// `--balloon`: what is not named is on.
+pub(crate) fn balloon(text: &str) -> Result<BalloonOptions, String> {
+    let mut options = BalloonOptions {
+        free_page_reporting: true,
+        free_page_hint: true,
+        deflate_on_oom: true,
+    };
+    for field in text.split(',').filter(|_| !text.is_empty()) {
+        let (name, value) = field.split_once('=').unwrap_or((field, "on"));
+        let option = match name {
+            "free-page-reporting" => &mut options.free_page_reporting,
+            "free-page-hint" => &mut options.free_page_hint,
+            "deflate-on-oom" => &mut options.deflate_on_oom,
+            _ => {
+                return Err(format!(
+                    "'{name}' is not known: expected free-page-reporting, free-page-hint or \
+                     deflate-on-oom"
+                ));
+            }
+        };
+        *option = match value {
+            "on" => true,
+            "off" => false,
+            _ => return Err(format!("'{name}' is on or off, not '{value}'")),
+        };
+    }
+    Ok(options)
 }
 
 /// `--monitor`.
@@ -128,6 +159,64 @@ fn split_commas(text: &str) -> Vec<String> {
         }
     }
     fields
+}
+
+/// `--net`: a tap. What QEMU's users give besides is understood where it means what ferry does.
+pub(crate) fn net(text: &str) -> Result<GivenNet, String> {
+    let mut fields = split_commas(text).into_iter();
+    match fields.next().as_deref() {
+        Some("tap") => {}
+        Some(other) => {
+            return Err(format!("'{other}' is not known: expected tap,ifname=NAME"));
+        }
+        None => return Err("expected tap,ifname=NAME".into()),
+    }
+    let (mut ifname, mut mac, mut id) = (None, None, None);
+    for field in fields {
+        let (key, value) = field.split_once('=').unwrap_or((&field, ""));
+        match (key, value) {
+            (_, "") => return Err(format!("'{key}' needs a value ({key}=…)")),
+            ("ifname", name) => ifname = Some(name.to_owned()),
+            ("mac" | "macaddr", address) => mac = Some(address.parse()?),
+            ("id", name) => id = Some(name.to_owned()),
+            ("script" | "downscript", "no") | ("vhost", "off") => {}
+            ("script" | "downscript", _) => {
+                return Err(format!(
+                    "'{key}' is not supported: set the tap up before ferry runs (ip tuntap add)"
+                ));
+            }
+            _ => {
+                return Err(format!(
+                    "'{field}' is not known: expected ifname=, mac= or id="
+                ));
+            }
+        }
+    }
+    Ok(GivenNet {
+        ifname: ifname.ok_or("the tap's name is missing (ifname=NAME)")?,
+        mac,
+        id,
+    })
+}
+
+/// Two cards must not be confused.
+pub(crate) fn check_nets(nets: &[GivenNet]) -> Result<(), String> {
+    let ids: Vec<String> = nets
+        .iter()
+        .enumerate()
+        .map(|(i, net)| net.id_at(i))
+        .collect();
+    for (index, (net, id)) in nets.iter().zip(&ids).enumerate() {
+        for (other, other_id) in nets.iter().zip(&ids).skip(index + 1) {
+            if net.mac.is_some() && net.mac == other.mac {
+                return Err("two network cards (--net) have the same MAC address".into());
+            }
+            if id == other_id {
+                return Err(format!("two network cards (--net) have the id {id}"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// `--incoming`.

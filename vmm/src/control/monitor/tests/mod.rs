@@ -48,7 +48,12 @@ fn actions_reach_the_machine_under_both_names() {
         "c",
         "system_reset",
         "system_powerdown",
+        "balloon 256",
+        "balloon 1G",
         "migrate_cancel",
+        "set_link net0 off",
+        "announce_self",
+        "announce_self net0,net1",
         "quit",
         "q",
         "",
@@ -65,7 +70,12 @@ fn actions_reach_the_machine_under_both_names() {
             "cont",
             "system_reset",
             "system_powerdown",
+            "balloon 268435456",
+            "balloon 1073741824",
             "migrate_cancel",
+            "set_link net0 false",
+            "announce_self None rounds None",
+            "announce_self Some([\"net0\", \"net1\"]) rounds None",
             "quit HostQmpQuit",
             "quit HostQmpQuit"
         ]
@@ -158,6 +168,15 @@ fn every_command_and_topic_has_help() {
 #[test]
 fn info_shows_the_machine() {
     let (machine, mut session) = session();
+    assert_eq!(done(&mut session, "info balloon"), "balloon: actual=512\n");
+    machine.state().balloon.ferry = Some(FerryBalloonInfo {
+        guest_stats: vec![("stat-free-memory", 4096)],
+        guest_stats_age: 7,
+    });
+    assert_eq!(
+        done(&mut session, "info balloon"),
+        "balloon: actual=512\nguest statistics, 7 ms old:\n  stat-free-memory: 4096\n"
+    );
     assert_eq!(done(&mut session, "info name"), "fake\n");
     assert_eq!(done(&mut session, "info status"), "VM status: running\n");
     machine.state().run_state = RunState::Paused;
@@ -177,9 +196,54 @@ fn info_shows_the_machine() {
     let all = done(&mut session, "info registers -a");
     assert!(all.contains("CPU#0\n") && all.contains("CPU#1\n"));
     assert_eq!(
+        done(&mut session, "info network"),
+        "net0: index=0,type=nic,model=virtio-net-device,macaddr=52:54:00:12:34:56,link=up\n \
+         \\ type=tap,ifname=tap3\n   received 7 packets, dropped 1; sent 5, dropped 0\n"
+    );
+    assert_eq!(
         done(&mut session, "info migrate_capabilities"),
         "events: on\n"
     );
+}
+
+#[test]
+fn disks_are_shown_as_qemu_shows_them() {
+    use crate::control::block::{BlockInfo, IoStatus};
+    use devices::disk::Disk;
+    use devices::image::{Cache, Format, Image, NewBacking};
+
+    let (machine, mut session) = session();
+    assert_eq!(done(&mut session, "info block"), "");
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let cache = Cache::Writeback;
+    let base = Image::create(&path("base"), Format::Raw, 512, None, cache).unwrap();
+    let base = BlockInfo::of(&Disk::new("base".to_owned(), base));
+    let backing = NewBacking {
+        name: "base".to_owned(),
+        format: Format::Raw,
+    };
+    let top = Image::create(&path("top"), Format::Qcow2, 512, Some(&backing), cache).unwrap();
+    let mut top = BlockInfo::of(&Disk::new("top".to_owned(), top));
+    top.io_status = IoStatus::Nospace;
+    top.inserted.ro = true;
+    top.inserted.cache = Cache::None.into();
+    machine.state().disks = vec![base, top];
+    let shown = |name: &str| path(name).display().to_string();
+    let second = format!(
+        "top (top): {} (qcow2, read-only)\n    Cache mode:       writeback, direct\n    \
+         I/O status:       nospace\n    Backing file:     base (chain depth: 1)\n",
+        shown("top")
+    );
+    assert_eq!(
+        done(&mut session, "info block"),
+        format!(
+            "base (base): {} (raw)\n    Cache mode:       writeback\n\n{second}",
+            shown("base")
+        )
+    );
+    assert_eq!(done(&mut session, "info block top"), second);
+    assert!(is_failure(&done(&mut session, "info block other")));
 }
 
 #[test]
@@ -212,8 +276,15 @@ fn migration_parameters_have_qemus_units() {
     assert_eq!(
         done(&mut session, "info migrate_parameters"),
         "max-bandwidth: 0 bytes/second\navail-switchover-bandwidth: 2097152 bytes/second\n\
-         downtime-limit: 7 ms\n"
+         downtime-limit: 7 ms\nannounce-initial: 50 ms\nannounce-max: 550 ms\n\
+         announce-rounds: 5\nannounce-step: 100 ms\n"
     );
+    done(&mut session, "migrate_set_parameter announce-rounds 3");
+    assert_eq!(machine.parameters().announce.rounds, 3);
+    assert!(is_failure(&done(
+        &mut session,
+        "migrate_set_parameter announce-rounds 1001"
+    )));
     assert!(is_failure(&done(&mut session, "migrate_set_downtime 2001")));
 }
 

@@ -15,10 +15,16 @@ async fn queries_answer_in_the_shape_of_the_schema() {
             "query-status",
             json!({"running": true, "status": "running"}),
         ),
+        ("query-balloon", json!({"actual": 512 << 20})),
+        ("query-block", json!([])),
         ("query-migrate", json!({})),
         (
             "query-migrate-parameters",
-            json!({"max-bandwidth": 0, "avail-switchover-bandwidth": 0, "downtime-limit": 30}),
+            json!({
+                "max-bandwidth": 0, "avail-switchover-bandwidth": 0, "downtime-limit": 30,
+                "announce-initial": 50, "announce-max": 550, "announce-rounds": 5,
+                "announce-step": 100,
+            }),
         ),
         (
             "query-migrate-capabilities",
@@ -72,9 +78,11 @@ async fn every_listed_command_exists_and_refuses_unknown_arguments() {
     for name in names.into_iter().filter(|name| *name != "qmp_capabilities") {
         // What a command needs, so that the unknown argument is all that is wrong.
         let mut arguments = match name {
+            "balloon" => json!({"value": 1}),
             "migrate" | "migrate-incoming" => json!({"uri": "tcp:h:1"}),
             "migrate-set-capabilities" => json!({"capabilities": []}),
             "human-monitor-command" => json!({"command-line": "stop"}),
+            "set_link" => json!({"name": "net0", "up": true}),
             _ => json!({}),
         };
         arguments["bogus"] = json!(1);
@@ -163,8 +171,8 @@ async fn migrate_takes_a_uri_or_a_channel() {
             "Cannot resume if there is no paused migration",
         ),
         (
-            json!({"uri": "tcp:h:1", "blk": true}),
-            "Parameter 'blk' is not supported: Ferry does not copy disks in a migration",
+            json!({"uri": "tcp:h:1", "blk": 1}),
+            "Invalid parameter type for 'blk', expected: boolean",
         ),
         (
             json!({"uri": "exec:cat"}),
@@ -230,17 +238,50 @@ async fn migrate_takes_a_uri_or_a_channel() {
 }
 
 #[tokio::test]
+async fn commands_about_the_network_reach_the_machine() {
+    let setup = Setup::new();
+    let mut client = setup.client().await;
+    for (command, arguments) in [
+        ("set_link", json!({"name": "net0", "up": false})),
+        ("announce-self", json!({})),
+        (
+            "announce-self",
+            json!({"initial": 1, "max": 2, "rounds": 3, "step": 4, "interfaces": ["a"]}),
+        ),
+    ] {
+        let told = client.execute(command, arguments).await.unwrap();
+        assert_eq!(told, json!({}));
+    }
+    assert_eq!(
+        setup.machine.calls(),
+        [
+            "set_link net0 false",
+            "announce_self None rounds None",
+            "announce_self Some([\"a\"]) rounds Some(3)"
+        ]
+    );
+    assert_eq!(
+        client.refused("set_link", json!({"up": true})).await,
+        "Parameter 'name' is missing"
+    );
+}
+
+#[tokio::test]
 async fn parameters_and_capabilities_are_checked_and_set() {
     let setup = Setup::new();
     let mut client = setup.client().await;
-    let set = json!({"downtime-limit": 50, "max-bandwidth": u64::MAX});
+    let set = json!({"downtime-limit": 50, "max-bandwidth": u64::MAX, "announce-rounds": 2});
     client.execute("migrate-set-parameters", set).await.unwrap();
     assert_eq!(
         client
             .execute("query-migrate-parameters", json!({}))
             .await
             .unwrap(),
-        json!({"max-bandwidth": u64::MAX, "avail-switchover-bandwidth": 0, "downtime-limit": 50})
+        json!({
+            "max-bandwidth": u64::MAX, "avail-switchover-bandwidth": 0, "downtime-limit": 50,
+            "announce-initial": 50, "announce-max": 550, "announce-rounds": 2,
+            "announce-step": 100,
+        })
     );
     for (arguments, desc) in [
         (
@@ -259,6 +300,10 @@ async fn parameters_and_capabilities_are_checked_and_set() {
             json!({"downtime-limit": 2_000_001, "max-bandwidth": 1}),
             "Parameter 'downtime-limit' expects an integer in the range of 0 to 2000000 ms, \
              got 2000001",
+        ),
+        (
+            json!({"announce-step": 10_001}),
+            "Parameter 'announce-step' expects a value between 0 and 10000",
         ),
         (
             json!({"multifd-channels": 2}),
