@@ -68,6 +68,10 @@ pub fn connect(uri: &Uri, cancel: &Cancel, deadlines: &Deadlines) -> Result<Stre
         error,
     };
     match uri {
+        Uri::File(_) => Err(refused(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "nobody listens at a file",
+        ))),
         Uri::Unix(path) => {
             let end = Instant::now() + deadlines.connect;
             let address = SocketAddrUnix::new(path.as_path()).map_err(|e| refused(e.into()))?;

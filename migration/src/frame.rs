@@ -126,7 +126,7 @@ impl Kind {
     }
 
     /// The most bytes that its body may have.
-    pub fn max_body(self) -> usize {
+    pub const fn max_body(self) -> usize {
         match self {
             Self::Hello => 1 << 20,
             Self::Blob => 10 + MAX_CHUNK,

@@ -3,6 +3,8 @@
 //! Pages are numbered densely over all regions in order of their guest physical address, so that
 //! a bitmap over them has no hole where the address space has one (below 4 GiB).
 
+use crate::bitmap::PageRun;
+use crate::message::AddressRun;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -127,6 +129,47 @@ impl Layout {
         self.regions.iter().map(Region::pages).sum()
     }
 
+    /// The regions, each with the number of its first page.
+    fn numbered(&self) -> impl Iterator<Item = (u64, &Region)> {
+        let mut next = 0;
+        self.regions.iter().map(move |region| {
+            let first = next;
+            next += region.pages();
+            (first, region)
+        })
+    }
+
+    /// The page numbers of a run of addresses, if it is within one region.
+    pub fn page_run(&self, run: AddressRun) -> Option<PageRun> {
+        let (first, region) = self.numbered().find(|(_, region)| {
+            region.start <= run.address && run.address - region.start < region.len
+        })?;
+        let offset = run.address - region.start;
+        let page = offset / PAGE_SIZE;
+        let fits =
+            offset.is_multiple_of(PAGE_SIZE) && run.pages > 0 && run.pages <= region.pages() - page;
+        fits.then_some(PageRun {
+            first: first + page,
+            count: run.pages,
+        })
+    }
+
+    /// The guest physical addresses of a run of pages, if it is within one region.
+    pub fn addresses(&self, run: PageRun) -> Option<AddressRun> {
+        let (first, region) = self
+            .numbered()
+            .find(|(first, region)| *first <= run.first && run.end() <= first + region.pages())?;
+        Some(AddressRun {
+            address: region.start + (run.first - first) * PAGE_SIZE,
+            pages: run.count,
+        })
+    }
+
+    /// Whether that page is the first of a region.
+    pub fn begins_region(&self, page: u64) -> bool {
+        self.numbered().any(|(first, _)| first == page)
+    }
+
     /// The number of bytes in all regions.
     pub fn bytes(&self) -> u64 {
         self.pages() * PAGE_SIZE
@@ -161,6 +204,18 @@ mod tests {
             Err(LayoutError::TooLarge)
         );
         let layout = Layout::new(vec![region(0, PAGE_SIZE), region(1 << 32, 3 * PAGE_SIZE)]);
-        assert_eq!(layout.unwrap().pages(), 4);
+        let layout = layout.unwrap();
+        assert_eq!(layout.pages(), 4);
+        let run = |address, pages| AddressRun { address, pages };
+        for (address, count, first) in [(0, 1, 0), ((1 << 32) + PAGE_SIZE, 2, 2)] {
+            let pages = PageRun { first, count };
+            assert_eq!(layout.page_run(run(address, count)), Some(pages));
+            assert_eq!(layout.addresses(pages), Some(run(address, count)));
+        }
+        for (address, count) in [(0, 2), (1, 1), (PAGE_SIZE, 1), (0, 0), (1 << 32, u64::MAX)] {
+            assert_eq!(layout.page_run(run(address, count)), None);
+        }
+        assert_eq!(layout.addresses(PageRun { first: 0, count: 2 }), None);
+        assert!(layout.begins_region(1) && !layout.begins_region(2));
     }
 }

@@ -11,6 +11,7 @@
 //!   disks (`blocks`, `read_ahead`), its side of the connection (`session`), and arithmetic
 //!   ([`convergence`], [`pacing`]).
 //! - The destination: [`listener`], [`destination`], and the arriving memory (`placement`).
+//! - A guest in a file: [`snapshot`], described in docs/snapshot.md.
 //! - The wire, described in docs/protocol.md: [`protocol`], [`frame`], [`message`], [`codec`],
 //!   `channel`, [`link`], [`connect`], and `guest_io`, which moves memory.
 
@@ -40,6 +41,7 @@ pub mod read_ahead;
 mod rounds;
 pub mod section;
 mod session;
+pub mod snapshot;
 pub mod source;
 pub mod uri;
 pub mod vm;

@@ -171,6 +171,10 @@ impl Listener {
                     pending: VecDeque::new(),
                 })
             }
+            Uri::File(_) => Err(failed(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "nobody connects to a file",
+            ))),
             Uri::Unix(path) => {
                 let socket = match UnixListener::bind(path) {
                     Err(error) if error.kind() == io::ErrorKind::AddrInUse => {

@@ -194,7 +194,7 @@ impl Hello {
     }
 }
 
-fn put_section(section: &Section, out: &mut Vec<u8>) -> Result<(), DecodeError> {
+pub(crate) fn put_section(section: &Section, out: &mut Vec<u8>) -> Result<(), DecodeError> {
     put_name(&section.name, out)?;
     out.extend(section.version.to_le_bytes());
     let len = section.body.len();
@@ -204,7 +204,7 @@ fn put_section(section: &Section, out: &mut Vec<u8>) -> Result<(), DecodeError> 
     Ok(())
 }
 
-fn take_section(reader: &mut Reader<'_>) -> Result<Section, DecodeError> {
+pub(crate) fn take_section(reader: &mut Reader<'_>) -> Result<Section, DecodeError> {
     let name = reader.name()?;
     let version = reader.u32()?;
     let len = reader.u32()?;

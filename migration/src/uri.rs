@@ -1,4 +1,4 @@
-//! The addresses of a migration, as in QEMU: `tcp:HOST:PORT` and `unix:PATH`.
+//! The addresses of a migration, as in QEMU: `tcp:HOST:PORT`, `unix:PATH` and `file:PATH`.
 
 use std::fmt;
 use std::net::Ipv6Addr;
@@ -21,13 +21,15 @@ pub enum Uri {
     },
     /// A Unix stream socket.
     Unix(PathBuf),
+    /// A snapshot's file: see [`snapshot`](crate::snapshot).
+    File(PathBuf),
 }
 
 /// Why a text is no migration address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UriError {
-    /// Neither `tcp:` nor `unix:`.
-    #[error("'{0}' is no migration address: expected tcp:HOST:PORT or unix:PATH")]
+    /// None of the known schemes.
+    #[error("'{0}' is no migration address: expected tcp:HOST:PORT, unix:PATH or file:PATH")]
     Scheme(String),
     /// No port, or none that is a number.
     #[error(
@@ -47,6 +49,14 @@ pub enum UriError {
     /// No path, or one that is too long or has a zero byte.
     #[error("'{0}' has no valid path: expected unix:PATH with 1 to {MAX_UNIX_PATH} bytes")]
     Path(String),
+    /// No path of a file.
+    #[error("'{0}' has no valid path: expected file:PATH")]
+    File(String),
+    /// QEMU's `file:PATH,offset=N`.
+    #[error(
+        "'{0}' asks for an offset, which is not supported: a snapshot is a file of its own. Expected file:PATH"
+    )]
+    Offset(String),
 }
 
 impl FromStr for Uri {
@@ -58,6 +68,15 @@ impl FromStr for Uri {
                 return Err(UriError::Path(uri.to_owned()));
             }
             return Ok(Self::Unix(path.into()));
+        }
+        if let Some(path) = uri.strip_prefix("file:") {
+            if path.is_empty() || path.contains('\0') {
+                return Err(UriError::File(uri.to_owned()));
+            }
+            if path.contains(",offset=") {
+                return Err(UriError::Offset(uri.to_owned()));
+            }
+            return Ok(Self::File(path.into()));
         }
         let Some(rest) = uri.strip_prefix("tcp:") else {
             return Err(UriError::Scheme(uri.to_owned()));
@@ -98,6 +117,7 @@ impl fmt::Display for Uri {
             Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
             Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::File(path) => write!(f, "file:{}", path.display()),
         }
     }
 }
@@ -123,6 +143,9 @@ mod tests {
         let unix: Uri = "unix:/run/a b:c".parse().unwrap();
         assert_eq!(unix, Uri::Unix("/run/a b:c".into()));
         assert_eq!(unix.to_string(), "unix:/run/a b:c");
+        let file: Uri = "file:a,b:c".parse().unwrap();
+        assert_eq!(file, Uri::File("a,b:c".into()));
+        assert_eq!(file.to_string(), "file:a,b:c");
     }
 
     #[test]
@@ -159,7 +182,11 @@ mod tests {
         }
         assert_eq!(
             "udp:x:1".parse::<Uri>().unwrap_err().to_string(),
-            "'udp:x:1' is no migration address: expected tcp:HOST:PORT or unix:PATH"
+            "'udp:x:1' is no migration address: expected tcp:HOST:PORT, unix:PATH or file:PATH"
         );
+        let file = |uri: &str| UriError::File(uri.to_owned());
+        assert_eq!("file:".parse::<Uri>(), Err(file("file:")));
+        let error = "file:/a,offset=0x1000".parse::<Uri>().unwrap_err();
+        assert!(error.to_string().contains("offset"), "{error}");
     }
 }

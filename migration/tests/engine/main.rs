@@ -18,4 +18,5 @@ mod hints;
 mod hostile;
 mod machine;
 mod proxy;
+mod snapshot;
 mod whole;

@@ -22,6 +22,11 @@ impl Serialize for SocketAddress {
                 map.serialize_entry("type", "unix")?;
                 map.serialize_entry("path", &path.to_string_lossy())?;
             }
+            // QAPI's SocketAddress knows no files: a type that no client takes for another.
+            Uri::File(path) => {
+                map.serialize_entry("type", "file")?;
+                map.serialize_entry("path", &path.to_string_lossy())?;
+            }
         }
         map.end()
     }
@@ -42,5 +47,6 @@ mod tests {
         let json = |uri: &str| serde_json::to_string(&SocketAddress(uri.parse().unwrap())).unwrap();
         assert_eq!(json("tcp:h:1"), r#"{"type":"inet","host":"h","port":"1"}"#);
         assert_eq!(json("unix:/a"), r#"{"type":"unix","path":"/a"}"#);
+        assert_eq!(json("file:/a"), r#"{"type":"file","path":"/a"}"#);
     }
 }

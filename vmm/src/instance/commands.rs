@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use devices::virtio::balloon::Balloon;
 use tokio::sync::broadcast;
-use tracing::warn;
+use tracing::{info as log, warn};
 
 use super::incoming::Incoming;
 use super::outgoing::Outgoing;
@@ -13,7 +13,7 @@ use crate::control::command::{
     AnnounceRequest, BalloonInfo, BlockInfo, CommandError, CommandResult, Control, CpuInfo,
     ErrorClass, Event, EventKind, FerryBalloonInfo, MigrateRequest, MigrationCapabilityStatus,
     MigrationInfo, MigrationParameters, MigrationStatus, NetworkInfo, ParameterChange, RunState,
-    ShutdownCause, StatusInfo, Uri,
+    ShutdownCause, StatusInfo, StorageCopy, Uri,
 };
 use crate::machine::{Machine, backends};
 
@@ -94,13 +94,17 @@ impl Control for Instance {
                 CommandError::generic("Resetting the Virtual Machine is required"),
             ),
             RunState::Postmigrate => {
-                match state.outgoing.as_ref().map(Outgoing::guest_is_elsewhere) {
-                    Some(true) => {
+                match &state.outgoing {
+                    Some(outgoing) if outgoing.guest_is_elsewhere() => {
                         return Err(CommandError::generic(
                             "the guest has moved: it belongs to the destination, and is never \
                              run twice",
                         ));
                     }
+                    Some(outgoing) if outgoing.guest_is_in_file() => log!(
+                        "the guest was saved to a file, and runs on here: what it writes to its \
+                         disks from now on, the file does not know"
+                    ),
                     _ => warn!(
                         "'cont' overrides an unfinished hand-over: if the guest runs at the \
                          destination, it now runs twice"
@@ -223,6 +227,12 @@ impl Control for Instance {
         let blockers = guest.devices().migration_blockers();
         if !blockers.is_empty() {
             return Err(CommandError::generic(blockers.join("\n")));
+        }
+        if matches!(request.address, Uri::File(_)) && request.copy != StorageCopy::None {
+            return Err(CommandError::generic(
+                "the contents of disks can't travel in a file: migrate without -b and -i, and keep \
+                 the images unchanged until the guest is loaded",
+            ));
         }
         let outgoing = Outgoing::start(Arc::clone(&self.0), guest, request)
             .map_err(|err| CommandError::generic(format!("can't start a migration: {err}")))?;

@@ -1,9 +1,9 @@
-//! The destination's half of a migration: listening for a source, and the machine that its guest
-//! arrives in.
+//! The destination's half of a migration: listening for a source, or opening a file, and the
+//! machine that the guest arrives in.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -16,6 +16,7 @@ use migration::link::Deadlines;
 use migration::listener::{ListenError, Listener};
 use migration::progress::{Observer, Progress, Status};
 use migration::section::Section;
+use migration::snapshot::{self, Snapshot, SnapshotError};
 use migration::uri::Uri;
 use migration::vm::{DestinationVm, Offer, Start, VmError};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -30,6 +31,26 @@ use crate::machine::backends::{self, Backends};
 use crate::machine::config::VirtioConfig;
 use crate::machine::{BootFiles, Machine};
 
+/// Why no guest can be waited for.
+#[derive(Debug, thiserror::Error)]
+pub enum WaitError {
+    /// None can come.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// None is in the file.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// No thread.
+    #[error("cannot wait for a guest: {0}")]
+    Start(#[from] io::Error),
+}
+
+/// Where a guest comes from.
+enum Origin {
+    Listener(Listener),
+    File(Snapshot),
+}
+
 /// A process that waits for a guest, receives one, or has received it.
 pub(super) struct Incoming {
     uri: Uri,
@@ -39,17 +60,27 @@ pub(super) struct Incoming {
 }
 
 impl Incoming {
-    /// Listens for a source. If `exit_on_error`, a migration that fails ends the process, as in
+    /// Listens for a source, or begins to load from a file. If `exit_on_error`, a migration that fails ends the process, as in
     /// QEMU; otherwise another address can be given.
     pub(super) fn listen(
         shared: Arc<Shared>,
         uri: &Uri,
         exit_on_error: bool,
-    ) -> Result<Self, ListenError> {
-        let listener = Listener::bind(uri)?;
-        let uri = listener.uri().clone();
-        info!(%uri, "waiting for a guest");
-        let cancel = Cancel::new().map_err(ListenError::Io)?;
+    ) -> Result<Self, WaitError> {
+        let (origin, uri) = match uri {
+            Uri::File(path) => {
+                let snapshot = Snapshot::open(path)?;
+                info!(%uri, "loading a guest");
+                (Origin::File(snapshot), uri.clone())
+            }
+            uri => {
+                let listener = Listener::bind(uri)?;
+                let uri = listener.uri().clone();
+                info!(%uri, "waiting for a guest");
+                (Origin::Listener(listener), uri)
+            }
+        };
+        let cancel = Cancel::new()?;
         let progress = Arc::new(Mutex::new(new_progress(&shared)));
         let receiver = Receiver {
             shared,
@@ -59,8 +90,7 @@ impl Incoming {
         };
         let thread = thread::Builder::new()
             .name("incoming".to_owned())
-            .spawn(move || receiver.run(listener))
-            .map_err(ListenError::Io)?;
+            .spawn(move || receiver.run(origin))?;
         Ok(Self {
             uri,
             cancel,
@@ -125,27 +155,34 @@ struct Receiver {
 }
 
 impl Receiver {
-    fn run(self, mut listener: Listener) {
-        let deadlines = Deadlines::default();
-        let incoming = match listener.accept(&self.cancel, &deadlines) {
-            Ok(incoming) => incoming,
-            Err(ListenError::Cancelled(_)) => return,
-            Err(err) => return self.fail(&format!("cannot wait for a guest: {err}")),
-        };
-        // One guest arrives; the address is free for whoever comes after it.
-        drop(listener);
-        info!(peer = incoming.peer(), "a guest arrives");
+    fn run(self, origin: Origin) {
         let progress = Arc::clone(&self.progress.lock().unwrap_or_else(PoisonError::into_inner));
         let job = Job {
             cancel: self.cancel.clone(),
             progress,
-            deadlines,
+            deadlines: Deadlines::default(),
         };
         let mut destination = Destination {
             shared: Arc::clone(&self.shared),
             arriving: None,
         };
-        match destination::receive(&mut destination, incoming, &job) {
+        let arrived = match origin {
+            Origin::Listener(mut listener) => {
+                let incoming = match listener.accept(&self.cancel, &job.deadlines) {
+                    Ok(incoming) => incoming,
+                    Err(ListenError::Cancelled(_)) => return,
+                    Err(err) => return self.fail(&format!("cannot wait for a guest: {err}")),
+                };
+                // One guest arrives; the address is free for whoever comes after it.
+                drop(listener);
+                info!(peer = incoming.peer(), "a guest arrives");
+                destination::receive(&mut destination, incoming, &job)
+                    .map_err(|err| format!("the migration failed: {err}"))
+            }
+            Origin::File(snapshot) => snapshot::load(&mut destination, snapshot, &job)
+                .map_err(|err| format!("the guest could not be loaded: {err}")),
+        };
+        match arrived {
             Ok(arrival) => {
                 let stopped_ms = arrival.start.stopped_for.as_secs_f64() * 1e3;
                 info!(
@@ -154,7 +191,7 @@ impl Receiver {
                     "the guest has arrived"
                 );
             }
-            Err(err) => self.fail(&format!("the migration failed: {err}")),
+            Err(reason) => self.fail(&reason),
         }
     }
 

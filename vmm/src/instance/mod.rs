@@ -23,13 +23,14 @@ use std::time::Duration;
 
 use devices::image::Image;
 use devices::virtio::blk::errors::ErrorSink;
-use migration::listener::ListenError;
 use migration::uri::Uri;
 use tokio::sync::{Notify, broadcast, watch};
 use tracing::{error, info};
 
 use self::announce::Announcement;
 use self::guest_events::GuestEvents;
+pub use self::incoming::WaitError;
+
 use self::incoming::Incoming;
 use self::outgoing::Outgoing;
 use crate::console::{Console, SerialInput};
@@ -329,13 +330,13 @@ impl Instance {
         info!("the process ends");
     }
 
-    /// Waits for a guest at `address`, or for `migrate-incoming` to say where. `exit_on_error`
+    /// Waits for a guest at `address`, or loads it from there if it is a file, or waits for `migrate-incoming` to say where. `exit_on_error`
     /// as in QEMU: a migration that fails ends the process.
     pub fn wait_for_guest(
         &self,
         address: Option<&Uri>,
         exit_on_error: bool,
-    ) -> Result<(), ListenError> {
+    ) -> Result<(), WaitError> {
         let mut state = self.0.state();
         state.run = RunState::Inmigrate;
         if let Some(address) = address {

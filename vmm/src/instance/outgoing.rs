@@ -18,7 +18,9 @@ use migration::layout::{GuestRam, Layout, PAGE_SIZE};
 use migration::link::Deadlines;
 use migration::progress::{Observer, Progress, Status};
 use migration::section::Section;
+use migration::snapshot;
 use migration::source::{self, Guest, Job, Outcome, Peer};
+use migration::uri::Uri;
 use migration::vm::{Blob, Offer, Pause, SourceVm, VmError};
 use tracing::{debug, error};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -42,6 +44,7 @@ const STATE_BYTES_PER_VCPU: u64 = 16 << 10;
 pub(super) struct Outgoing {
     cancel: Cancel,
     progress: Arc<Progress>,
+    into_file: bool,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -69,6 +72,7 @@ impl Outgoing {
                 ..Costs::default()
             },
         };
+        let into_file = matches!(address, Uri::File(_));
         let thread = thread::Builder::new()
             .name("migration".to_owned())
             .spawn(move || {
@@ -80,7 +84,10 @@ impl Outgoing {
                     log: None,
                     before: RunState::Running,
                 };
-                let outcome = source::migrate(&mut source, Peer::Uri(address), &job);
+                let outcome = match address {
+                    Uri::File(path) => snapshot::save(&mut source, &path, &job),
+                    uri => source::migrate(&mut source, Peer::Uri(uri), &job),
+                };
                 debug!(?outcome, "the migration has ended");
                 if let Outcome::Failed {
                     guest: Guest::Stuck(err),
@@ -101,6 +108,7 @@ impl Outgoing {
         Ok(Self {
             cancel,
             progress,
+            into_file,
             thread: Some(thread),
         })
     }
@@ -113,7 +121,12 @@ impl Outgoing {
 
     /// Whether the guest is known to be at the destination.
     pub(super) fn guest_is_elsewhere(&self) -> bool {
-        self.progress.status() == Status::Completed
+        self.progress.status() == Status::Completed && !self.into_file
+    }
+
+    /// Whether the guest is in a file, from which anybody may load it.
+    pub(super) fn guest_is_in_file(&self) -> bool {
+        self.progress.status() == Status::Completed && self.into_file
     }
 
     /// Cancels it, if it is not over.

@@ -149,7 +149,8 @@ pub(crate) struct RunOptions {
     /// A QMP server: unix:PATH or none; can be given several times [default: none]
     #[arg(long, value_name = "WHERE", help_heading = "Connections")]
     pub(crate) qmp: Vec<QmpSpec>,
-    /// Wait for a guest: tcp:HOST:PORT, unix:PATH, or defer until migrate_incoming tells
+    /// Wait for a guest: tcp:HOST:PORT, unix:PATH, file:PATH to load it from there, or defer
+    /// until migrate_incoming tells
     #[arg(long, value_name = "ADDRESS", help_heading = "Connections")]
     pub(crate) incoming: Option<Incoming>,
 

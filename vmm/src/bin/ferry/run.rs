@@ -7,7 +7,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use migration::listener::ListenError;
 use tokio::sync::Notify;
 use vmm::boot::BootError;
 use vmm::console::signals::{Terminations, raw_after_stop};
@@ -15,7 +14,7 @@ use vmm::console::{Console, SerialBackend};
 use vmm::control::command::{Control, ShutdownCause};
 use vmm::control::socket::Server;
 use vmm::control::{monitor, qmp};
-use vmm::instance::{Exit, Instance, Settings};
+use vmm::instance::{Exit, Instance, Settings, WaitError};
 use vmm::kvm::{Kvm, KvmError};
 use vmm::machine::config::Given;
 use vmm::machine::{BootFiles, MachineError};
@@ -53,7 +52,7 @@ pub(crate) enum RunError {
     Machine(#[from] MachineError),
     /// Listening for a migration.
     #[error(transparent)]
-    Listen(#[from] ListenError),
+    Wait(#[from] WaitError),
     /// The kernel, the initrd or the command line.
     #[error("cannot boot {kernel}: {source}")]
     Boot {

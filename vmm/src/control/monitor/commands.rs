@@ -154,9 +154,9 @@ pub const COMMANDS: &[Command] = &[
     Command {
         names: &["migrate"],
         parameters: "[-d] [-b] [-i] uri",
-        help: "migrate the guest to tcp:HOST:PORT or unix:PATH (-d: do not wait for the end; -b: \
-               copy the disks; -i: copy what they hold above their backing files); Ctrl-C while \
-               waiting cancels",
+        help: "migrate the guest to tcp:HOST:PORT or unix:PATH, or save it to file:PATH (-d: do not \
+               wait for the end; -b: copy the disks; -i: copy what they hold above their backing \
+               files); Ctrl-C while waiting cancels",
         completion: Completion::Address,
         run: |session, mut words| {
             let options = words.options("dbi")?;
@@ -188,7 +188,8 @@ pub const COMMANDS: &[Command] = &[
     Command {
         names: &["migrate_incoming"],
         parameters: "uri",
-        help: "wait for a guest on tcp:HOST:PORT or unix:PATH, after --incoming defer",
+        help: "wait for a guest on tcp:HOST:PORT or unix:PATH, or load it from file:PATH, after \
+               --incoming defer",
         completion: Completion::Address,
         run: |session, mut words| {
             let uri = words.required()?;

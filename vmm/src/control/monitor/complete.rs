@@ -31,7 +31,7 @@ pub fn complete(line: &str) -> (usize, Vec<String>) {
             ) {
                 (Some(Completion::Commands), 0) => names().collect(),
                 (Some(Completion::Topics), 0) => TOPICS.iter().map(|topic| topic.name).collect(),
-                (Some(Completion::Address), 0) => vec!["tcp:", "unix:"],
+                (Some(Completion::Address), 0) => vec!["file:", "tcp:", "unix:"],
                 (Some(Completion::Parameters), 0) => PARAMETERS.to_vec(),
                 (Some(Completion::Capabilities), 0) => vec!["events"],
                 (Some(Completion::Capabilities), 1) => vec!["on", "off"],

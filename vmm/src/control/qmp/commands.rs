@@ -226,6 +226,18 @@ fn main_channel(mut channel: Arguments) -> CommandResult<Uri> {
 
     let transport = addr.string("transport")?;
     let transport = addr.required("transport", transport)?;
+    if transport == "file" {
+        let filename = addr.string("filename")?;
+        let filename = addr.required("filename", filename)?;
+        let offset = addr.unsigned("offset")?;
+        if offset.is_some_and(|offset| offset != 0) {
+            return Err(CommandError::generic(
+                "an 'offset' other than 0 is not supported: a snapshot is a file of its own",
+            ));
+        }
+        addr.finish()?;
+        return Ok(format!("file:{filename}").parse::<Uri>()?);
+    }
     if transport != "socket" {
         return Err(addr.not_accepted("transport", &transport));
     }

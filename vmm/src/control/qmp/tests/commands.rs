@@ -144,6 +144,11 @@ async fn migrate_takes_a_uri_or_a_channel() {
             channel(json!({"transport": "socket", "type": "unix", "path": "/b"})),
             "migrate unix:/b",
         ),
+        (json!({"uri": "file:/c"}), "migrate file:/c"),
+        (
+            channel(json!({"transport": "file", "filename": "/d", "offset": 0})),
+            "migrate file:/d",
+        ),
     ] {
         assert_eq!(
             client.execute("migrate", arguments).await.unwrap(),
@@ -171,7 +176,16 @@ async fn migrate_takes_a_uri_or_a_channel() {
         ),
         (
             json!({"uri": "exec:cat"}),
-            "'exec:cat' is no migration address: expected tcp:HOST:PORT or unix:PATH",
+            "'exec:cat' is no migration address: expected tcp:HOST:PORT, unix:PATH or file:PATH",
+        ),
+        (
+            json!({"uri": "file:/a,offset=1"}),
+            "'file:/a,offset=1' asks for an offset, which is not supported: a snapshot is a file of \
+             its own. Expected file:PATH",
+        ),
+        (
+            channel(json!({"transport": "file", "filename": "/d", "offset": 512})),
+            "an 'offset' other than 0 is not supported: a snapshot is a file of its own",
         ),
         (
             json!({"channels": {}}),
