@@ -83,20 +83,6 @@ impl From<CommandError> for Failure {
 /// Every command, by name.
 pub const COMMANDS: &[Command] = &[
     Command {
-        names: &["balloon"],
-        parameters: "value",
-        help: "ask the guest to have that much memory, in MiB or with a unit (1G)",
-        completion: Completion::None,
-        run: |session, mut words| {
-            let word = words.required()?;
-            words.finish()?;
-            let bytes = parse_size(&word, 1 << 20)
-                .map_err(|error| CommandError::generic(error.to_string()))?;
-            session.machine().set_balloon(bytes)?;
-            Ok(Reply::nothing())
-        },
-    },
-    Command {
         names: &["announce_self"],
         parameters: "[name,...]",
         help: "tell the network where the guest is, for all of its cards or for those named",
@@ -108,6 +94,20 @@ pub const COMMANDS: &[Command] = &[
                 interfaces: names.map(|names| names.split(',').map(str::to_owned).collect()),
                 ..Default::default()
             })?;
+            Ok(Reply::nothing())
+        },
+    },
+    Command {
+        names: &["balloon"],
+        parameters: "value",
+        help: "ask the guest to have that much memory, in MiB or with a unit (1G)",
+        completion: Completion::None,
+        run: |session, mut words| {
+            let word = words.required()?;
+            words.finish()?;
+            let bytes = parse_size(&word, 1 << 20)
+                .map_err(|error| CommandError::generic(error.to_string()))?;
+            session.machine().set_balloon(bytes)?;
             Ok(Reply::nothing())
         },
     },
