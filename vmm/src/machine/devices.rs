@@ -154,6 +154,7 @@ impl Devices {
 
     /// Lets the devices work that do so on their own.
     pub fn run(&self) {
+        self.serial.raise_again();
         self.virtio.run();
     }
 
