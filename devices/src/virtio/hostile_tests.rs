@@ -127,7 +127,10 @@ fn balloon() -> Victim {
 
 fn block(dir: &std::path::Path) -> Victim {
     let path = dir.join("disk");
-    std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+    std::fs::File::create(&path)
+        .unwrap()
+        .set_len(1 << 20)
+        .unwrap();
     let image = Image::open(&ImageConfig {
         path,
         format: Some(Format::Raw),
@@ -193,7 +196,9 @@ impl Vcpu<'_> {
             0 => self.read(),
             1 => self.write(),
             2 => {
-                let status = self.random.of(&[0, 1, 3, 4, 7, 11, 15, 64, 128, 143, u32::MAX]);
+                let status = self
+                    .random
+                    .of(&[0, 1, 3, 4, 7, 11, 15, 64, 128, 143, u32::MAX]);
                 self.driver.set(0x70, status);
             }
             3 | 4 => self.set_up(),
@@ -215,7 +220,10 @@ impl Vcpu<'_> {
     }
 
     fn store(&self, address: u64, bytes: &[u8]) {
-        self.driver.memory.write_slice(bytes, GuestAddress(address)).unwrap();
+        self.driver
+            .memory
+            .write_slice(bytes, GuestAddress(address))
+            .unwrap();
     }
 
     fn offset(&mut self) -> u64 {
@@ -238,7 +246,9 @@ impl Vcpu<'_> {
             1 => u64::MAX,
             _ => self.random.next(),
         };
-        self.driver.transport.write(offset, &value.to_le_bytes()[..len]);
+        self.driver
+            .transport
+            .write(offset, &value.to_le_bytes()[..len]);
     }
 
     /// Negotiates, more or less as one should.
@@ -246,7 +256,11 @@ impl Vcpu<'_> {
         let driver = self.driver;
         driver.set(0x70, 0);
         driver.set(0x70, 3);
-        let mask = if self.random.one_in(3) { u64::MAX } else { self.random.next() };
+        let mask = if self.random.one_in(3) {
+            u64::MAX
+        } else {
+            self.random.next()
+        };
         let features = driver.offered() & mask | F_VERSION_1;
         for sel in [0, 1] {
             driver.set(0x24, sel);
@@ -263,7 +277,11 @@ impl Vcpu<'_> {
             };
             driver.set(0x38, size.into());
             let rings = RINGS + queue * RING_LEN;
-            for (register, address) in [(0x80, rings), (0x90, rings + AVAILABLE), (0xa0, rings + USED)] {
+            for (register, address) in [
+                (0x80, rings),
+                (0x90, rings + AVAILABLE),
+                (0xa0, rings + USED),
+            ] {
                 let address = match self.random.below(24) {
                     0 => self.random.next(),
                     1 => self.random.below(MEMORY as u64),
@@ -298,7 +316,11 @@ impl Vcpu<'_> {
         let indirect = self.random.one_in(4);
         let table = if indirect { HEADERS - 0x1000 } else { rings };
         for number in 0..count {
-            let at = if indirect { number } else { (first + number) % size };
+            let at = if indirect {
+                number
+            } else {
+                (first + number) % size
+            };
             let more = number + 1 < count;
             let write = number >= readable;
             let address = if number == 0 {
@@ -314,7 +336,11 @@ impl Vcpu<'_> {
                 _ => self.random.of(&[16, 512]),
             };
             let flags = u16::from(more) | u16::from(write) << 1;
-            let next = if indirect { number + 1 } else { (at + 1) % size };
+            let next = if indirect {
+                number + 1
+            } else {
+                (at + 1) % size
+            };
             let (address, len, flags, next) = if good {
                 (address, len, flags, next as u16)
             } else {
@@ -329,12 +355,18 @@ impl Vcpu<'_> {
             self.store(table + 16 * at, &descriptor(address, len, flags, next));
         }
         if indirect {
-            let len = if good { 16 * count as u32 } else { self.random.below(1 << 20) as u32 };
+            let len = if good {
+                16 * count as u32
+            } else {
+                self.random.below(1 << 20) as u32
+            };
             self.store(rings + 16 * first, &descriptor(table, len, 4, 0));
         }
         let available = rings + AVAILABLE;
         let memory = &self.driver.memory;
-        let index: u16 = memory.load(GuestAddress(available + 2), Ordering::SeqCst).unwrap();
+        let index: u16 = memory
+            .load(GuestAddress(available + 2), Ordering::SeqCst)
+            .unwrap();
         let slot = available + 4 + 2 * (u64::from(index) % size);
         self.store(slot, &(first as u16).to_le_bytes());
         let more = match self.random.below(16) {
@@ -360,7 +392,10 @@ fn descriptor(address: u64, len: u32, flags: u16, next: u16) -> [u8; 16] {
 /// The device's own state, if it has one, and its transport's.
 fn save(driver: &TestDriver) -> (Option<Vec<u8>>, Vec<u8>) {
     let own = driver.transport.device().saved_state();
-    (own.map(|state| state.save().unwrap()), driver.transport.save().unwrap())
+    (
+        own.map(|state| state.save().unwrap()),
+        driver.transport.save().unwrap(),
+    )
 }
 
 /// Whatever a guest has done, it can be moved.
@@ -372,9 +407,14 @@ fn saves_and_loads(driver: &TestDriver, what: &str) {
         let restored = state.restore(state.version(), body);
         restored.unwrap_or_else(|err| panic!("{what}: {err}"));
     }
-    let restored = driver.transport.restore(driver.transport.version(), &transport);
+    let restored = driver
+        .transport
+        .restore(driver.transport.version(), &transport);
     restored.unwrap_or_else(|err| panic!("{what}: {err}"));
-    assert!(save(driver) == (own, transport), "{what}: saved as it was loaded");
+    assert!(
+        save(driver) == (own, transport),
+        "{what}: saved as it was loaded"
+    );
     driver.run();
 }
 
@@ -435,7 +475,9 @@ fn survives(victim: Victim, seed: u64, rounds: u64) {
 /// `FERRY_HOSTILE_ROUNDS` has the tests go on for longer.
 fn all_rounds() -> u64 {
     let given = std::env::var("FERRY_HOSTILE_ROUNDS").ok();
-    given.and_then(|rounds| rounds.parse().ok()).unwrap_or(ROUNDS)
+    given
+        .and_then(|rounds| rounds.parse().ok())
+        .unwrap_or(ROUNDS)
 }
 
 #[test]

@@ -237,3 +237,7 @@ impl SerialInput for Devices {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "saved_tests.rs"]
+mod saved_tests;

@@ -26,4 +26,5 @@ mod migrate;
 mod mutation;
 mod net;
 mod proxy;
+mod shuttle;
 mod terminal;
