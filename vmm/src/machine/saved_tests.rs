@@ -194,6 +194,11 @@ impl Everything {
             assert_eq!(self.get(slot, 0x70), 15, "slot {slot}");
         }
         self.devices.serial.receive(b"input");
+        self.devices.console_input().unwrap().push(b"more");
+        self.devices
+            .balloon()
+            .unwrap()
+            .set_target(MEMORY - (5 << 12));
         self.devices.press_power_button();
     }
 

@@ -136,11 +136,7 @@ fn rng_console_and_balloon() {
     for hop in 1..=HOPS {
         // Letters, which a tick has not: what comes back can be told from it.
         let words: String = (0..300).map(|n| format!("[{hop}:{n}]")).collect();
-        let words: String = words
-            .bytes()
-            .map(|byte| char::from(byte + 0x11))
-            
-            .collect();
+        let words: String = words.bytes().map(|byte| char::from(byte + 0x11)).collect();
         end.stream.write_all(words.as_bytes()).unwrap();
         sent += &words;
         let all = sent.len() as u64;
@@ -305,7 +301,7 @@ fn a_network_card() {
     };
     hear(50, 0);
     for hop in 1..=HOPS {
-        let [_, tap] = [String::new(), format!("tap,ifname=tap{}", hop % 2)];
+        let tap = format!("tap,ifname=tap{}", hop % 2);
         let (next, uri) = Ferry::incoming_with(dir.path(), &host(hop), &["--net", &tap]);
         move_to(ferry, &uri, &Value::Null);
         ferry = next;
