@@ -11,6 +11,8 @@ pub mod balloon;
 pub mod blk;
 pub mod chain;
 pub mod console;
+#[cfg(test)]
+mod hostile_tests;
 pub mod interrupt;
 pub mod net;
 pub mod notifier;

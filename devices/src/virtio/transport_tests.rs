@@ -162,7 +162,7 @@ fn saved(driver: &TestDriver) -> SavedTransport {
 /// The first version's bytes: they must load for ever.
 #[test]
 fn version_1_still_loads() {
-    let golden = include_bytes!("golden/virtio-mmio-1.bin");
+    let golden = include_bytes!("../../golden/virtio-mmio-1.bin");
     let driver = driver();
     driver.transport.restore(1, golden).unwrap();
     assert_eq!(driver.transport.save().unwrap(), golden);

@@ -154,6 +154,7 @@ impl Devices {
 
     /// Lets the devices work that do so on their own.
     pub fn run(&self) {
+        self.serial.raise_again();
         self.virtio.run();
     }
 
@@ -236,3 +237,7 @@ impl SerialInput for Devices {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "saved_tests.rs"]
+mod saved_tests;

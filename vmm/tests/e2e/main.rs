@@ -26,5 +26,6 @@ mod migrate;
 mod mutation;
 mod net;
 mod proxy;
+mod shuttle;
 mod snapshot;
 mod terminal;

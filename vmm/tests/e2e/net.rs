@@ -25,7 +25,7 @@ const HOST: &str = "10.0.0.1";
 
 /// Moves the calling thread, and what it starts, into a network of its own: the bridge `br0` with
 /// the address 10.0.0.1 and the taps `tap0` and `tap1`. The kernel clears up after it.
-fn in_a_network() -> bool {
+pub fn in_a_network() -> bool {
     if !Path::new("/dev/net/tun").exists() {
         skip("there is no /dev/net/tun (modprobe tun)");
         return false;
@@ -81,7 +81,7 @@ fn announced(rarp: &mut File) -> String {
     Mac([a, b, c, d, e, f]).to_string()
 }
 
-fn net_guest(options: &Options) -> Guest<'static> {
+pub fn net_guest(options: &Options) -> Guest<'static> {
     Guest {
         image: NET,
         append: options.to_string(),
@@ -90,7 +90,7 @@ fn net_guest(options: &Options) -> Guest<'static> {
     }
 }
 
-fn with_tap(ifname: &str) -> [String; 2] {
+pub fn with_tap(ifname: &str) -> [String; 2] {
     let net = format!("tap,ifname={ifname},mac={MAC}");
     ["--net".to_owned(), net]
 }

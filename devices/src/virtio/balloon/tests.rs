@@ -364,7 +364,7 @@ fn nothing_is_dropped_before_the_machine_runs() {
 /// The first version's bytes: they must load for ever.
 #[test]
 fn version_1_still_loads() {
-    let golden = include_bytes!("../golden/virtio-balloon-1.bin");
+    let golden = include_bytes!("../../../golden/virtio-balloon-1.bin");
     let balloon = balloon();
     balloon.restore(1, golden).unwrap();
     assert_eq!(balloon.save().unwrap(), golden);

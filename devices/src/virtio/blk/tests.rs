@@ -400,7 +400,7 @@ fn writes_are_logged_for_a_migration() {
 
 #[test]
 fn version_1_still_loads() {
-    let golden = include_bytes!("../golden/virtio-blk-1.bin");
+    let golden = include_bytes!("../../../golden/virtio-blk-1.bin");
     let (_dir, disk) = scratch();
     let state = disk.driver.transport.device().saved_state().unwrap();
     state.restore(1, golden).unwrap();

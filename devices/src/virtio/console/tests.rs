@@ -192,7 +192,7 @@ fn each_byte_moves_once() {
 /// The first version's bytes: they must load for ever.
 #[test]
 fn version_1_still_loads() {
-    let golden = include_bytes!("../golden/virtio-console-1.bin");
+    let golden = include_bytes!("../../../golden/virtio-console-1.bin");
     let console = console(&Host::default());
     console.restore(1, golden).unwrap();
     assert_eq!(console.save().unwrap(), golden);

@@ -64,7 +64,7 @@ impl Tap {
 
     /// A tap that isn't one, for tests: a socket that keeps packets apart.
     #[cfg(test)]
-    pub(super) fn of_socket(fd: OwnedFd, mtu: u16, offloads: u64) -> Self {
+    pub(in crate::virtio) fn of_socket(fd: OwnedFd, mtu: u16, offloads: u64) -> Self {
         rustix::io::ioctl_fionbio(&fd, true).unwrap();
         Self {
             fd,

@@ -59,7 +59,7 @@ fn what_the_driver_has_set_moves_along() {
 /// The first version's bytes: they must load for ever.
 #[test]
 fn version_1_still_loads() {
-    let golden = include_bytes!("../../golden/virtio-net-1.bin");
+    let golden = include_bytes!("../../../../golden/virtio-net-1.bin");
     let (net, _far) = net();
     net.restore(1, golden).unwrap();
     assert_eq!(net.save().unwrap(), golden);
