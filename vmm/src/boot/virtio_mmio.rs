@@ -76,7 +76,9 @@ pub(super) fn command_line<'a>(
 /// Whether the command line tells the kernel not to use ACPI.
 pub(super) fn acpi_is_off(line: &str) -> bool {
     let (kernels, _) = line.split_at(end_of_kernels(line));
-    kernels.split_ascii_whitespace().any(|word| word == "acpi=off")
+    kernels
+        .split_ascii_whitespace()
+        .any(|word| word == "acpi=off")
 }
 
 /// Where the words for the kernel end: at the word `--`, which quotes may hide, or at the end.

@@ -202,6 +202,10 @@ pub fn check_lost(pings: &[Ping], every: Duration, downtime_ms: u64) -> usize {
         "pings {lost:?} of one in {every:?} were lost, sent within {sent_within:?}; a downtime of \
          {downtime_ms} ms explains {explained}"
     );
-    assert_eq!(last - first + 1, lost.len(), "lost at several times: {lost:?}");
+    assert_eq!(
+        last - first + 1,
+        lost.len(),
+        "lost at several times: {lost:?}"
+    );
     lost.len()
 }

@@ -65,9 +65,8 @@ fn moves_while_it_is_pinged(word: &str, said: &[&str]) {
     let more = devices(dir.path(), "console", &format!(",mac={MAC}"));
     let mut more: Vec<_> = more.iter().map(String::as_str).collect();
     more.extend(["--rng", "--balloon"]);
-    let append = format!(
-        "console=hvc0 console=ttyS0 ip={GUEST}::{CLIENT}:255.255.255.0::eth0:off {word}"
-    );
+    let append =
+        format!("console=hvc0 console=ttyS0 ip={GUEST}::{CLIENT}:255.255.255.0::eth0:off {word}");
     let Some(mut source) = here.within(|| boot(dir.path(), "source", &more, &append)) else {
         return;
     };
