@@ -1,5 +1,6 @@
 //! Two hosts and a client on one bridge, each a network namespace of its own. The kernel clears up
 //! after them, however a test ends.
+#![allow(unsafe_code, reason = "only so can a thread have a namespace")]
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
@@ -7,9 +8,7 @@ use std::path::Path;
 use std::process::Command;
 use std::thread;
 
-#[allow(unsafe_code, reason = "only so can a thread have a namespace")]
-use rustix::thread::unshare_unsafe;
-use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
 use crate::harness::skip;
 
@@ -91,7 +90,6 @@ impl Namespace {
     fn new() -> Result<Self, String> {
         let made = thread::spawn(|| {
             // SAFETY: no file descriptor is concerned.
-            #[allow(unsafe_code, reason = "see above")]
             unsafe { unshare_unsafe(UnshareFlags::NEWNET) }
                 .map_err(|err| format!("no network namespace ({err}): this takes root"))?;
             let file = File::open("/proc/thread-self/ns/net");
