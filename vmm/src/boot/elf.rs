@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 
 use linux_loader::loader::{Elf, KernelLoader};
+use memchr::memmem::Finder;
 use migration::layout::{GuestRam, PAGE_SIZE};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -18,6 +19,9 @@ const PROGRAM_HEADER: usize = 56;
 const MAX_PROGRAM_HEADERS: u16 = 128;
 /// The same for the bytes of notes.
 const MAX_NOTES: u64 = 64 << 10;
+
+/// How many bytes of a file are searched at once.
+const SEARCH_PIECE: u64 = 1 << 20;
 
 const PT_LOAD: u32 = 1;
 const PT_INTERP: u32 = 3;
@@ -172,6 +176,32 @@ impl ElfKernel {
             entry,
             end: free_from,
         })
+    }
+
+    /// Whether what `file` has for its segments contains these bytes.
+    pub(super) fn contains(&self, mut file: &File, bytes: &[u8]) -> Result<bool, BootError> {
+        let finder = Finder::new(bytes);
+        let mut piece = Vec::new();
+        for segment in &self.segments {
+            file.seek(SeekFrom::Start(segment.offset))
+                .map_err(BootError::ReadKernel)?;
+            let mut left = segment.file_len;
+            piece.clear();
+            while left > 0 {
+                let len = left.min(SEARCH_PIECE);
+                let read = file.take(len).read_to_end(&mut piece);
+                if read.map_err(BootError::ReadKernel)? == 0 {
+                    break;
+                }
+                if finder.find(&piece).is_some() {
+                    return Ok(true);
+                }
+                left -= len;
+                // What begins in this piece may end in the next one.
+                piece.drain(..piece.len().saturating_sub(bytes.len() - 1));
+            }
+        }
+        Ok(false)
     }
 
     /// Loads the segments, which have been [checked](Self::check).

@@ -18,7 +18,22 @@ pub enum KernelKind {
     BzImage(BzImageHeader),
 }
 
+/// How Linux calls the root of the devices that ACPI describes (`ACPI_SYSTEM_HID`): a kernel in
+/// which these bytes are reads the tables.
+const LINUX_ACPI_ROOT: &[u8] = b"LNXSYSTM";
+
 const START: u64 = 4096;
+
+impl KernelKind {
+    /// Whether the kernel finds its devices in ACPI tables. A bzImage is compressed, so it isn't
+    /// looked at: those are distributions' kernels, and they do.
+    pub(super) fn has_acpi(&self, file: &File) -> Result<bool, BootError> {
+        match self {
+            Self::Pvh(elf) | Self::Elf64(elf) => elf.contains(file, LINUX_ACPI_ROOT),
+            Self::BzImage(_) => Ok(true),
+        }
+    }
+}
 
 /// Finds out what kind of kernel a file is, and reads its headers. A file that isn't one is an
 /// error that says what it is.

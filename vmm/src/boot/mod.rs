@@ -59,8 +59,8 @@ pub struct BootSource<'a> {
     pub kernel: &'a File,
     /// The initrd, if any.
     pub initrd: Option<&'a File>,
-    /// The command line, without a terminating zero. The kernel gets it with words about the
-    /// virtio devices added.
+    /// The command line, without a terminating zero. A kernel without ACPI, or told not to use it
+    /// (`acpi=off`), gets it with words about the virtio devices added.
     pub command_line: &'a str,
     /// Where virtio-mmio devices are.
     pub virtio_mmio: &'a [VirtioMmioSlot],
@@ -123,7 +123,12 @@ pub fn load(ram: &GuestRam, source: &BootSource<'_>, vcpus: u32) -> Result<BootS
         KernelKind::BzImage(header) => header.command_line_max(),
         KernelKind::Pvh(_) | KernelKind::Elf64(_) => COMMAND_LINE_MAX,
     };
-    let command_line = virtio_mmio::command_line(source.command_line, source.virtio_mmio, limit)?;
+    let slots = source.virtio_mmio;
+    let by_acpi = !slots.is_empty()
+        && !virtio_mmio::acpi_is_off(source.command_line)
+        && kernel.has_acpi(source.kernel)?;
+    let named = if by_acpi { &[] } else { slots };
+    let command_line = virtio_mmio::command_line(source.command_line, named, limit)?;
     let placed = match &kernel {
         KernelKind::Pvh(elf) | KernelKind::Elf64(elf) => elf.check(low_end)?,
         KernelKind::BzImage(header) => header.check(low_end)?,

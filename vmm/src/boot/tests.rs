@@ -340,31 +340,53 @@ fn the_files_position_does_not_matter() {
 }
 
 #[test]
-fn a_kernel_is_told_of_its_virtio_devices_in_both_ways() {
+fn a_kernel_is_told_of_its_virtio_devices_in_the_way_it_knows() {
     let slots: Vec<_> = (0..16).filter_map(VirtioMmioSlot::of).collect();
     let ram = ram(MIN_RAM);
-    for kernel in [pvh_kernel(&[0xf4]), bzimage()] {
+    let mut with_acpi = vec![0xf4; (1 << 20) - 4];
+    // Across the border of what is searched at once.
+    with_acpi.extend(b"LNXSYSTM and more");
+    for (kernel, words) in [
+        (pvh_kernel(&[0xf4]), true),
+        (pvh_kernel(b"LNXSYST"), true),
+        (pvh_kernel(b"LNXSYSTM"), false),
+        (pvh_kernel(&with_acpi), false),
+        (bzimage(), false),
+    ] {
         let kernel = file(&kernel);
-        let source = |slots| BootSource {
-            kernel: &kernel,
-            initrd: None,
-            command_line: "quiet -- single",
-            virtio_mmio: slots,
+        let load = |command_line, slots| {
+            let source = BootSource {
+                kernel: &kernel,
+                initrd: None,
+                command_line,
+                virtio_mmio: slots,
+            };
+            load(&ram, &source, 1).unwrap();
+            let tables = bytes_at(&ram, acpi::RSDP_ADDR, 0x2000);
+            let devices = tables.windows(8).filter(|part| part == b"LNRO0005");
+            assert_eq!(devices.count(), slots.len());
+            let line = bytes_at(&ram, COMMAND_LINE_ADDR, 300);
+            let end = line.iter().position(|&byte| byte == 0).unwrap();
+            String::from_utf8(line[..end].to_vec()).unwrap()
         };
-        load(&ram, &source(&slots[..3]), 1).unwrap();
-        let expected = b"quiet virtio_mmio.device=4K@0xd0000000:5 \
-            virtio_mmio.device=4K@0xd0001000:6 virtio_mmio.device=4K@0xd0002000:7 -- single\0";
-        assert_eq!(bytes_at(&ram, COMMAND_LINE_ADDR, expected.len()), expected);
-        let tables = bytes_at(&ram, acpi::RSDP_ADDR, 0x2000);
-        let devices = tables.windows(8).filter(|part| part == b"LNRO0005");
-        assert_eq!(devices.count(), 3);
+        let told = "virtio_mmio.device=4K@0xd0000000:5 \
+            virtio_mmio.device=4K@0xd0001000:6 virtio_mmio.device=4K@0xd0002000:7";
+        let line = load("quiet -- acpi=off", &slots[..3]);
+        if words {
+            assert_eq!(line, format!("quiet {told} -- acpi=off"));
+        } else {
+            assert_eq!(line, "quiet -- acpi=off");
+        }
+        let line = load("acpi=off quiet -- single", &slots[..3]);
+        assert_eq!(line, format!("acpi=off quiet {told} -- single"));
+        assert_eq!(load("acpi=off", &[]), "acpi=off");
     }
     // The kernel's limit holds for all of the line: this one takes 255 bytes.
     let kernel = file(&bzimage());
     let source = BootSource {
         kernel: &kernel,
         initrd: None,
-        command_line: "quiet",
+        command_line: "acpi=off",
         virtio_mmio: &slots,
     };
     let message = load(&ram, &source, 1).unwrap_err().to_string();

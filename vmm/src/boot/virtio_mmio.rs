@@ -1,5 +1,8 @@
 //! Where virtio-mmio devices are, and how kernels without ACPI are told: by words of the command
 //! line, which Linux takes (`drivers/virtio/virtio_mmio.c`) and QEMU's microvm gives, too.
+//!
+//! Others don't get the words. A Linux that knows both ways finds each device twice, and says that
+//! the second one fails; one whose virtio-mmio driver is a module says that it doesn't know the word.
 
 use std::borrow::Cow;
 
@@ -68,6 +71,14 @@ pub(super) fn command_line<'a>(
         });
     }
     Ok(line)
+}
+
+/// Whether the command line tells the kernel not to use ACPI.
+pub(super) fn acpi_is_off(line: &str) -> bool {
+    let (kernels, _) = line.split_at(end_of_kernels(line));
+    kernels
+        .split_ascii_whitespace()
+        .any(|word| word == "acpi=off")
 }
 
 /// Where the words for the kernel end: at the word `--`, which quotes may hide, or at the end.

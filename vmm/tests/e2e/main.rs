@@ -11,6 +11,7 @@
 
 mod balloon;
 mod boot;
+mod bridge;
 mod console;
 mod control;
 mod disk;
@@ -25,6 +26,7 @@ mod linux;
 mod migrate;
 mod mutation;
 mod net;
+mod ping;
 mod proxy;
 mod shuttle;
 mod snapshot;

@@ -1,6 +1,8 @@
 //! Guests on the network, each test in a network namespace of its own.
 #![allow(unsafe_code, reason = "only so can a thread have a namespace")]
 
+mod pinged;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
