@@ -228,9 +228,7 @@ impl Destination {
             .as_mut()
             .ok_or_else(|| "no machine was prepared".into())
     }
-}
 
-impl Destination {
     /// Opens the host's side of the devices, with images for the disks that travel; for each of
     /// those whether its image is new, and what to do with it in the end.
     fn backends(
