@@ -146,7 +146,10 @@ pub(super) fn load(layers: &[Layer], writable: bool) -> Result<Option<FormatAcce
                 let qcow2 = Qcow2::builder(file)
                     .write(writable && n == 0)
                     .backing(below);
-                FormatAccess::new(qcow2.open(gate).map_err(failed)?)
+                layer.file.hide_dirty(true);
+                let opened = qcow2.open(gate);
+                layer.file.hide_dirty(false);
+                FormatAccess::new(opened.map_err(failed)?)
             }
         };
         below = Some(access);

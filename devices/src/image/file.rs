@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use imago::storage::drivers::CommonStorageHelper;
 use rustix::fs::{
@@ -34,6 +34,8 @@ pub(super) struct HostFile {
     pub(super) align: Alignment,
     /// The file's length in bytes. Only this process may change it while the image is locked.
     size: AtomicU64,
+    /// Whether imago is not to see a dirty bit now.
+    hides_dirty: AtomicBool,
     /// What imago needs to keep unaligned writes to one block apart.
     pub(super) helper: CommonStorageHelper,
 }
@@ -112,10 +114,21 @@ impl HostFile {
             path: path.to_owned(),
             align,
             size: AtomicU64::new(0),
+            hides_dirty: AtomicBool::new(false),
             helper: CommonStorageHelper::default(),
         };
         file.refresh_size().map_err(cannot_open)?;
         Ok(file)
+    }
+
+    /// Whether readers from here on see no dirty bit.
+    pub(super) fn hide_dirty(&self, hide: bool) {
+        self.hides_dirty.store(hide, Ordering::Relaxed);
+    }
+
+    /// See [`hide_dirty`](Self::hide_dirty).
+    pub(super) fn hides_dirty(&self) -> bool {
+        self.hides_dirty.load(Ordering::Relaxed)
     }
 
     /// The length in bytes; a block device's size.

@@ -26,10 +26,8 @@ const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 
-/// Why an image with one of these incompatible features can't be used, by bit.
-const INCOMPATIBLE: [&str; 5] = [
-    "was not closed properly and its reference counts may be wrong (dirty); repair it with `qemu-img \
-     check -r all`",
+/// Why an image with one of these incompatible features can't be used, by bit from 1 on.
+const INCOMPATIBLE: [&str; 4] = [
     "is marked as corrupt; try to repair it with `qemu-img check -r all`",
     "keeps its data in an external data file, which is not supported; convert it with `qemu-img convert`",
     "is compressed with another method than deflate, which is not supported; convert it with `qemu-img \
@@ -65,8 +63,9 @@ impl Qcow2Header {
         } else {
             (0, 72)
         };
-        if let Some(bit) = (0..64).find(|bit| features & (1 << bit) != 0) {
-            return Err(match INCOMPATIBLE.get(bit) {
+        // The dirty bit is looked at when the image is locked: see `dirty`.
+        if let Some(bit) = (1..64).find(|bit| features & (1 << bit) != 0) {
+            return Err(match INCOMPATIBLE.get(bit - 1) {
                 Some(reason) => unusable(reason),
                 None => unusable(&format!("needs feature {bit}, which is not known")),
             });

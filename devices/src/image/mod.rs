@@ -16,6 +16,7 @@
 
 mod chain;
 mod create;
+mod dirty;
 mod discard;
 mod error;
 mod extent;
@@ -213,7 +214,8 @@ impl Image {
         chain::lock(&self.layers, writable)?;
         let loaded = self
             .check_unchanged()
-            .and_then(|()| chain::load(&self.layers, writable));
+            .and_then(|()| chain::load(&self.layers, writable))
+            .and_then(|qcow2| self.set_dirty(true).map(|()| qcow2));
         match loaded {
             Ok(qcow2) => {
                 *state = State {
@@ -244,6 +246,13 @@ impl Image {
             if now != *header {
                 return Err(changed("its header says something else".to_owned()));
             }
+            if !self.readonly && dirty::is_dirty(&top.file)? {
+                return Err(Error::format(
+                    &self.path,
+                    "the qcow2 image was not closed properly and its reference counts may be wrong \
+                     (dirty); repair it with `qemu-img check -r all`",
+                ));
+            }
             if let Some(offset) = header::lost_cluster(&top.file)? {
                 let (path, size) = (self.path.display(), top.file.size());
                 tracing::warn!(
@@ -268,6 +277,7 @@ impl Image {
         self.flush_state(&state)?;
         // Nothing is left to be written, so dropping the old one touches nothing.
         let qcow2 = chain::load(&self.layers, false)?;
+        self.set_dirty(false)?;
         *state = State {
             locked: false,
             qcow2,
@@ -292,6 +302,21 @@ impl Image {
         Ok(())
     }
 
+    /// Says in the image whether it may be being written, and makes it durable that it is not.
+    fn set_dirty(&self, dirty: bool) -> Result<()> {
+        let top = self.top()?;
+        if self.readonly || top.format == Format::Raw {
+            return Ok(());
+        }
+        dirty::set_dirty(&top.file, dirty)?;
+        if dirty {
+            // The next flush does it: what is written until then may be lost as well.
+            return Ok(());
+        }
+        let synced = top.file.0.sync();
+        synced.map_err(|source| Error::whole(&self.path, "flush", source))
+    }
+
     fn state(&self) -> RwLockReadGuard<'_, State> {
         self.state.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -304,14 +329,20 @@ impl Image {
 impl Drop for Image {
     /// As [`Image::unlock`], but it gives the locks away in any case.
     fn drop(&mut self) {
-        if let Err(error) = self.flush() {
+        let flushed = self.flush();
+        if let Err(error) = &flushed {
             tracing::error!("{error}");
         }
+        let clean = flushed.is_ok() && self.locked();
         let state = self.state.get_mut();
         let state = state.unwrap_or_else(PoisonError::into_inner);
         // It may write what a failed flush left, so it goes first.
         state.qcow2 = None;
-        if state.locked {
+        let locked = state.locked;
+        if clean && let Err(error) = self.set_dirty(false) {
+            tracing::error!("{error}");
+        }
+        if locked {
             // Closing the files is not enough: a child process that is just being started has
             // them too.
             chain::unlock(&self.layers);

@@ -19,6 +19,7 @@ use imago::Storage;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::storage::drivers::CommonStorageHelper;
 
+use super::dirty;
 use super::file::HostFile;
 
 /// A shared handle of a file.
@@ -57,7 +58,12 @@ impl Storage for FileStorage {
     }
 
     unsafe fn pure_readv(&self, bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
-        self.0.read(&mut bufv.into_inner(), offset)
+        let mut bufs = bufv.into_inner();
+        self.0.read(&mut bufs, offset)?;
+        if self.0.hides_dirty() {
+            dirty::hide(&mut bufs, offset);
+        }
+        Ok(())
     }
 
     unsafe fn pure_writev(&self, bufv: IoVector<'_>, offset: u64) -> io::Result<()> {
