@@ -265,7 +265,23 @@ impl HostFile {
     /// Asks the kernel to forget what it has cached of the file: on a network file system it may
     /// be older than what another host has written.
     pub(super) fn drop_page_cache(&self) -> io::Result<()> {
+        if self.is_local()? {
+            return Ok(());
+        }
         Ok(fadvise(&self.file, 0, None, Advice::DontNeed)?)
+    }
+
+    /// Whether the file system is one that only this host can have mounted: then its page cache is
+    /// that of every process that may have written.
+    fn is_local(&self) -> io::Result<bool> {
+        const EXT: i64 = 0xef53;
+        const XFS: i64 = 0x5846_5342;
+        const BTRFS: i64 = 0x9123_683e;
+        const TMPFS: i64 = 0x0102_1994;
+        const F2FS: i64 = 0xf2f5_2010;
+        const ZFS: i64 = 0x2fc1_2fc1;
+        let kind = rustix::fs::fstatfs(&self.file)?.f_type;
+        Ok([EXT, XFS, BTRFS, TMPFS, F2FS, ZFS].contains(&kind) && self.file.metadata()?.is_file())
     }
 
     /// Whether the file has data at `offset`, and for how many bytes at least that is so; a hole

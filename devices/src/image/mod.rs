@@ -293,7 +293,7 @@ impl Image {
 
     /// Asks the host to forget what its page cache has of the image. For a destination, before it
     /// takes the locks: on a network file system the cache may be older than what the source's
-    /// host has written. On a local one it costs reading again, and changes nothing.
+    /// host has written. On a local one nothing is forgotten: its cache is never older.
     pub fn drop_page_cache(&self) -> Result<()> {
         for layer in &self.layers {
             let failed = |source| Error::whole(&layer.file.path, "drop the page cache", source);
