@@ -51,8 +51,8 @@ fn resets_under_load_leave_a_disk_that_works() {
     require_kvm!();
     let dir = scratch();
     let raw = new_image(dir.path(), "raw", Format::Raw);
-    let qcow2 = new_image(dir.path(), "qcow2", Format::Qcow2);
-    let drives = [drive(&raw, ",format=raw"), drive(&qcow2, "")];
+    let other = new_image(dir.path(), "other", Format::Raw);
+    let drives = [drive(&raw, ",format=raw"), drive(&other, ",format=raw")];
     let mut ferry = run(dir.path(), "a", busy(), &drives);
     for round in 0..6 {
         wait_progress(&ferry, 100);
@@ -74,5 +74,5 @@ fn resets_under_load_leave_a_disk_that_works() {
         matches!(report, Report::Ready { .. }).then_some(())
     });
     wait_progress(&there, 100);
-    finish(there, &[&raw, &qcow2]);
+    finish(there, &[&raw, &other]);
 }
