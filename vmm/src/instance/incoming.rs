@@ -329,17 +329,19 @@ impl DestinationVm for Destination {
 
     fn load(&mut self, sections: Vec<Section>) -> Result<(), VmError> {
         let arriving = self.arriving()?;
-        // The engine has flushed them.
-        for unfinished in arriving.unfinished.drain(..) {
-            unfinished.finish()?;
-        }
         let mut files = std::mem::take(&mut arriving.files).into_iter();
         let kernel = files.next().ok_or("the kernel has not come")?;
         arriving.machine.set_files(BootFiles {
             kernel,
             initrd: files.next(),
         });
-        Ok(arriving.machine.load(sections)?)
+        arriving.machine.load(sections)?;
+        // Only now: what was there before is put back if the state is refused. The engine has
+        // flushed the new images.
+        for unfinished in arriving.unfinished.drain(..) {
+            unfinished.finish()?;
+        }
+        Ok(())
     }
 
     fn start(&mut self, start: Start) -> Result<(), VmError> {
