@@ -123,6 +123,7 @@ fn wait_progress(ferry: &Ferry, more: u64) {
 fn finish(mut ferry: Ferry, paths: &[&Path]) {
     ferry.serial.send(&[command::FINISH]).unwrap();
     // In the order in which they are done.
+    let mut reports = Vec::new();
     for _ in paths {
         let report = wait_report(&ferry, |report| {
             matches!(report, Report::Verified { .. }).then(|| *report)
@@ -137,10 +138,15 @@ fn finish(mut ferry: Ferry, paths: &[&Path]) {
             unreachable!()
         };
         assert_eq!((errors, io_errors), (0, 0), "{report}");
-        check(paths[device as usize], &report);
+        reports.push((paths[device as usize], report));
     }
     let (success, output) = ferry.wait_exit();
     assert!(success, "{output}");
+    // Not before it has ended: what it knows of a qcow2 image and has not flushed is not in the
+    // file.
+    for (path, report) in reports {
+        check(path, &report);
+    }
 }
 
 /// The image itself holds what the guest said, as far as it knows.

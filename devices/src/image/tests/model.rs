@@ -118,6 +118,56 @@ fn direct_requests_of_many_threads() {
     run(Format::Qcow2, Cache::None, 512, 1500);
 }
 
+/// Whole clusters are given back by some threads while others take them: nobody sees what the one
+/// before has left.
+#[test]
+fn clusters_that_change_hands_are_empty() {
+    const CLUSTER: u64 = 64 << 10;
+    const SECTORS: u64 = CLUSTER / 512;
+    let (_dir, path) = dir();
+    let image = create(&path, Format::Qcow2, 32 * MIB);
+    // Each sector is zero or says which one it is.
+    let verify = |at: u64, bytes: &[u8]| {
+        for (sector, bytes) in (at / 512 + 1..).zip(bytes.chunks(512)) {
+            let found = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+            assert!(found == 0 || found == sector, "{found} in {sector}");
+        }
+    };
+    let hammer = |thread: u64| {
+        let mut random = Random(0x51ed_270b_1f83_d9ab ^ (thread + 1));
+        for _ in 0..10_000 {
+            let cluster = random.below(image.capacity() / CLUSTER / THREADS) * THREADS + thread;
+            let sectors = 1 + random.below(32);
+            let at = cluster * CLUSTER + random.below(SECTORS - sectors) * 512;
+            match random.below(12) {
+                0..6 => {
+                    let marks = (at / 512 + 1..).take(sectors as usize);
+                    let data: Vec<u8> = marks
+                        .flat_map(|mark| [mark.to_le_bytes(); 64].concat())
+                        .collect();
+                    write(&image, at, &data);
+                }
+                6 => image.discard(cluster * CLUSTER, CLUSTER).unwrap(),
+                7 => image
+                    .write_zeroes(cluster * CLUSTER, CLUSTER, random.below(2) == 0)
+                    .unwrap(),
+                8 if random.below(64) == 0 => image.flush().unwrap(),
+                _ => verify(at, &read(&image, at, sectors as usize * 512)),
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let hammer = &hammer;
+            scope.spawn(move || hammer(thread));
+        }
+    });
+    drop(image);
+    let image = open(&path, Format::Qcow2);
+    verify(0, &read(&image, 0, 32 * MIB as usize));
+    check(&path, Format::Qcow2);
+}
+
 /// Zeroes and data come to one cluster at the same time, from two threads.
 #[test]
 fn zeroes_leave_their_neighbours_alone() {

@@ -51,8 +51,8 @@ fn resets_under_load_leave_a_disk_that_works() {
     require_kvm!();
     let dir = scratch();
     let raw = new_image(dir.path(), "raw", Format::Raw);
-    let other = new_image(dir.path(), "other", Format::Raw);
-    let drives = [drive(&raw, ",format=raw"), drive(&other, ",format=raw")];
+    let other = new_image(dir.path(), "other", Format::Qcow2);
+    let drives = [drive(&raw, ",format=raw"), drive(&other, "")];
     let mut ferry = run(dir.path(), "a", busy(), &drives);
     for round in 0..6 {
         wait_progress(&ferry, 100);
