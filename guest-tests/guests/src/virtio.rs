@@ -1,7 +1,7 @@
 //! `virtio`: uses whatever it finds of virtio-rng, virtio-console and virtio-balloon, all along.
 
 use crate::mmio::Wait;
-use crate::{Hex, Name};
+use crate::{Hex, Name, Size};
 
 crate::fields::options! {
     /// What the guest is to do.
@@ -12,6 +12,9 @@ crate::fields::options! {
         every: u64 = 1_000,
         /// µs from one line `tick 1`, `tick 2`, … on the console to the next; 0: none.
         tick: u64 = 0,
+        /// Memory to fill with known contents, for free page hints: whole MiB, of which of each
+        /// four three are free whenever the balloon asks. 0: none, and no hints.
+        hold: Size = Size(0),
         /// How to wait for the devices.
         wait: Wait = Wait::Poll,
         /// Whether to use VIRTIO_F_INDIRECT_DESC, where offered.
@@ -31,6 +34,8 @@ crate::fields::options! {
 pub mod command {
     /// Answer with `Status`.
     pub const STATUS: u8 = b's';
+    /// Compare what `hold=` holds, and answer with `Verified`.
+    pub const VERIFY: u8 = b'v';
     /// Power off.
     pub const QUIT: u8 = b'q';
     /// Reset the machine through the keyboard controller.
@@ -80,6 +85,19 @@ crate::fields::reports! {
             errors: u64,
             /// Times that something was done for a second, and no interrupt came.
             lost_interrupts: u64,
+        },
+        /// The answer to [`command::VERIFY`]: all of the memory of `hold=` was compared that is not
+        /// free.
+        Verified "verified" {
+            /// Pages that were compared.
+            pages: u64,
+            /// Pages that were named as free, of all requests for such.
+            hinted: u64,
+            /// Those of them that were written again: three of 32, once the device says that
+            /// it listens no more.
+            rewritten: u64,
+            /// Things that were wrong, of all devices.
+            errors: u64,
         },
         /// Something is wrong.
         Error "error" {

@@ -5,6 +5,7 @@
 //! kernel's first lines and many minutes to unpack a bzImage, so these tests ask only for what
 //! both can show: the ELF file by its own first lines, the bzImage by where its code runs.
 
+mod hints;
 mod network;
 pub mod small;
 mod stock;

@@ -20,6 +20,7 @@ mod frames;
 mod guests;
 mod handover;
 mod harness;
+mod hints;
 mod instructions;
 mod lifecycle;
 mod linux;

@@ -98,7 +98,7 @@ fn until(ferry: &Ferry, reached: impl Fn(&Seen) -> bool) -> Seen {
             };
             reached(&seen).then_some(seen)
         }
-        virtio::Report::Ready { .. } => None,
+        virtio::Report::Ready { .. } | virtio::Report::Verified { .. } => None,
     })
 }
 

@@ -1,5 +1,5 @@
 //! A virtio-balloon (virtio 1.2, 5.5): gives the device as many pages as it wants, and takes them
-//! back when it wants fewer.
+//! back when it wants fewer. [`Hints`] does the rest.
 
 use alloc::vec::Vec;
 
@@ -9,6 +9,7 @@ use guests::bare::virtio::{Device, Queue, Transport, negotiate};
 use guests::virtio::Options;
 use virtio_drivers::transport::Transport as _;
 
+use crate::hints::{self, Hints};
 use crate::{Errors, dma, set_up};
 
 /// Pages of a request.
@@ -28,6 +29,7 @@ pub(crate) struct Balloon {
     pub(crate) transport: Transport,
     inflate: Queue,
     deflate: Queue,
+    pub(crate) hints: Hints,
     /// The page numbers of a request, and the pages it is about.
     numbers: Dma,
     moving: Vec<Dma>,
@@ -46,15 +48,21 @@ impl Balloon {
         /// Pages must be asked for before they are used again.
         const MUST_TELL_HOST: u64 = 1;
         let mut transport = device.transport;
-        let features = negotiate(&mut transport, set_up(options) | MUST_TELL_HOST)?;
+        let mut wanted = set_up(options) | MUST_TELL_HOST;
+        if options.hold.0 > 0 {
+            wanted |= hints::FEATURE;
+        }
+        let features = negotiate(&mut transport, wanted)?;
         let no_queue = |_| "virtio-balloon has no queue of 128 descriptors";
         let inflate = Queue::new(&mut transport, 0, features).map_err(no_queue)?;
         let deflate = Queue::new(&mut transport, 1, features).map_err(no_queue)?;
+        let hints = Hints::start(&mut transport, features, options.hold.0, khz)?;
         transport.finish_init();
         Ok(Self {
             transport,
             inflate,
             deflate,
+            hints,
             numbers: dma(BATCH * 4),
             moving: Vec::new(),
             given: Vec::new(),
@@ -72,14 +80,22 @@ impl Balloon {
     }
 
     pub(crate) fn is_done(&self) -> bool {
+        self.has_moved() || self.hints.is_done()
+    }
+
+    /// Whether the device has taken or given what it was asked to.
+    fn has_moved(&self) -> bool {
         self.pending.is_some() && (self.inflate.done().is_some() || self.deflate.done().is_some())
     }
 
     pub(crate) fn turn(&mut self, now: u64, news: bool, changed: bool, errors: &mut Errors) {
-        if news && self.is_done() {
+        if news && self.has_moved() {
             self.finish(errors);
         }
-        if changed || self.look.fires(now, 0) {
+        let look = changed || self.look.fires(now, 0);
+        self.hints
+            .turn(&mut self.transport, now, (news, look), errors);
+        if look {
             match self.transport.read_config_space::<u32>(0) {
                 Ok(target) => {
                     self.exhausted &= u64::from(target) == self.target;

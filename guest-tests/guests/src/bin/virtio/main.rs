@@ -7,6 +7,7 @@ extern crate alloc;
 
 mod balloon;
 mod console;
+mod hints;
 mod rng;
 
 use alloc::vec::Vec;
@@ -24,6 +25,7 @@ use virtio_drivers::transport::{DeviceType, Transport as _};
 
 use crate::balloon::Balloon;
 use crate::console::Console;
+use crate::hints::Verified;
 use crate::rng::Rng;
 
 guests::guest!(pvh, main);
@@ -161,6 +163,7 @@ impl Used {
             match byte {
                 Some(command::QUIT) => power::off(),
                 Some(command::RESET) => power::reset(),
+                Some(command::VERIFY) => self.verify(),
                 _ => {}
             }
             if status || byte == Some(command::STATUS) {
@@ -189,6 +192,24 @@ impl Used {
             }
             waiter.wait();
         }
+    }
+
+    fn verify(&mut self) {
+        let verified = self
+            .balloon
+            .as_mut()
+            .map(|(_, balloon)| balloon.hints.verify(&mut self.errors));
+        let Verified {
+            pages,
+            hinted,
+            rewritten,
+        } = verified.unwrap_or_default();
+        serial::line(&Report::Verified {
+            pages,
+            hinted,
+            rewritten,
+            errors: self.errors.0,
+        });
     }
 
     fn report(&self) {

@@ -1,0 +1,56 @@
+//! Linux's balloon driver is asked for free pages when the guest leaves.
+
+use serde_json::json;
+
+use super::small::{boot, echoes, wait_passes};
+use super::{BOOT, wait_said};
+use crate::harness::{Ferry, require_kvm, scratch};
+
+/// What ferry logs when hints have come.
+const HINTS: &str = "the guest has free pages";
+
+/// The bytes that the guest has named as free, by the log.
+fn named(ferry: &Ferry) -> u64 {
+    let output = ferry.process.output();
+    let lines = output.lines().filter(|line| line.contains(HINTS));
+    lines
+        .map(|line| {
+            let (_, rest) = line.split_once("bytes=").expect(line);
+            let digits = rest.split(|c: char| !c.is_ascii_digit()).next();
+            digits.unwrap().parse::<u64>().unwrap()
+        })
+        .sum()
+}
+
+#[test]
+fn linux_names_its_free_pages_and_runs_on() {
+    require_kvm!();
+    let dir = scratch();
+    let more = ["--log", "info,vmm=debug", "--balloon"];
+    let Some(mut source) = boot(dir.path(), "source", &more, "") else {
+        return;
+    };
+    wait_said(&source, BOOT, &["Run /init as init process"]);
+    let before = wait_passes(&mut source, 3);
+    let (mut destination, uri) = Ferry::incoming(dir.path(), "destination");
+    source.execute(
+        "migrate-set-parameters",
+        json!({ "max-bandwidth": 4 << 20 }),
+    );
+    let began = std::time::Instant::now();
+    source.migrate(&uri);
+    source.wait_migration("hints", |info| info["status"] != "active" || false);
+    let info = source.wait_migrated("completed");
+    eprintln!("{:?} {} named; {info:#}", began.elapsed(), named(&source));
+    for line in source
+        .process
+        .output()
+        .lines()
+        .filter(|line| line.contains(HINTS))
+    {
+        eprintln!("{line}");
+    }
+    let arrived = wait_passes(&mut destination, before);
+    wait_passes(&mut destination, arrived + 100);
+    echoes(&mut destination, "typed after the migration");
+}
