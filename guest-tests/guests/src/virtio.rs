@@ -91,7 +91,7 @@ crate::fields::reports! {
         Verified "verified" {
             /// Pages that were compared.
             pages: u64,
-            /// Pages that were named as free, of all requests for such.
+            /// Pages that were named as free and taken note of, in all requests for such.
             hinted: u64,
             /// Those of them that were written again: three of 32, once the device says that
             /// it listens no more.

@@ -12,10 +12,6 @@ const FREE: u64 = HOLD / 4096 / 4 * 3;
 /// And of these, three of 32 are soon used again.
 const REUSED: u64 = FREE / 32 * 3;
 
-/// Bytes a second: the first round over what is not free takes a second, in which the guest says what
-/// is, and begins to use it again.
-const BANDWIDTH: u64 = 32 << 20;
-
 fn run(dir: &std::path::Path, balloon: &[&str]) -> Ferry {
     let options = Options {
         hold: Size(HOLD),
@@ -33,29 +29,43 @@ fn run(dir: &std::path::Path, balloon: &[&str]) -> Ferry {
     ferry
 }
 
-/// What the guest has told of and used again, in pages, after so many requests for hints. All that it
-/// has not free must be as it was written last.
-fn verify(ferry: &mut Ferry, requests: u64) {
+/// What the guest says of its memory, all of which that is not free must be as it was written last.
+struct Verified {
+    pages: u64,
+    hinted: u64,
+    rewritten: u64,
+}
+
+fn verify(ferry: &mut Ferry) -> Verified {
+    ferry.serial.send(&[command::VERIFY]).unwrap();
+    ferry.wait_line(|line| match Report::parse(line)? {
+        Report::Verified {
+            pages,
+            hinted,
+            rewritten,
+            errors: 0,
+        } => Some(Verified {
+            pages,
+            hinted,
+            rewritten,
+        }),
+        Report::Verified { .. } | Report::Error { .. } => panic!("the guest says: {line}"),
+        _ => None,
+    })
+}
+
+/// Waits until the guest knows of so many requests that they are over, and has used again what it
+/// wants to.
+fn wait_over(ferry: &mut Ferry, requests: u64) {
     loop {
-        ferry.serial.send(&[command::VERIFY]).unwrap();
-        let (pages, hinted, rewritten) = ferry.wait_line(|line| match Report::parse(line)? {
-            Report::Verified {
-                pages,
-                hinted,
-                rewritten,
-                errors: 0,
-            } => Some((pages, hinted, rewritten)),
-            Report::Verified { .. } | Report::Error { .. } => panic!("the guest says: {line}"),
-            _ => None,
-        });
-        // It looks only now and then whether the device still listens.
-        if rewritten == requests * REUSED {
-            assert_eq!(hinted, requests * FREE);
+        let now = verify(ferry);
+        assert!(now.hinted <= requests * FREE && now.rewritten <= requests * REUSED);
+        if now.rewritten == requests * REUSED {
+            assert_eq!(now.hinted, requests * FREE);
             let free = if requests > 0 { FREE - REUSED } else { 0 };
-            assert_eq!(pages, HOLD / 4096 - free);
+            assert_eq!(now.pages, HOLD / 4096 - free);
             return;
         }
-        assert!(rewritten < requests * REUSED, "{rewritten}");
     }
 }
 
@@ -64,11 +74,16 @@ fn limit(ferry: &mut Ferry, bandwidth: u64) {
     ferry.execute("migrate-set-parameters", arguments);
 }
 
-/// Moves the guest slowly; returns how many bytes were sent.
-fn move_slowly(mut source: Ferry, dir: &std::path::Path, name: &str) -> (Ferry, u64) {
-    limit(&mut source, BANDWIDTH);
-    let (destination, info) = source.move_on(dir, name);
-    (destination, info["ram"]["transferred"].as_u64().unwrap())
+/// Begins a migration which waits, more or less, until the guest has named what is free, for the
+/// `request`th time.
+fn begin(source: &mut Ferry, uri: &str, request: u64) {
+    limit(source, 1 << 20);
+    source.migrate(uri);
+    while verify(source).hinted < request * FREE {}
+}
+
+fn transferred(info: &Value) -> u64 {
+    info["ram"]["transferred"].as_u64().unwrap()
 }
 
 #[test]
@@ -76,13 +91,19 @@ fn what_is_free_is_left_out_and_what_is_used_again_is_not() {
     require_kvm!();
     let dir = scratch();
     let mut here = run(dir.path(), &["--balloon"]);
-    verify(&mut here, 0);
+    wait_over(&mut here, 0);
     for hop in 1..=3 {
-        let bytes;
-        (here, bytes) = move_slowly(here, dir.path(), &format!("d{hop}"));
-        eprintln!("hop {hop}: {bytes}");
+        let (mut there, uri) = Ferry::incoming(dir.path(), &format!("d{hop}"));
+        begin(&mut here, &uri, hop);
+        // For a second it uses pages again while others are sent.
+        limit(&mut here, 32 << 20);
+        let info = here.wait_migrated("completed");
+        here.execute("quit", Value::Null);
+        here.wait_exit();
+        let bytes = transferred(&info);
         assert!(bytes < HOLD / 2, "{bytes} bytes were sent");
-        verify(&mut here, hop);
+        wait_over(&mut there, hop);
+        here = there;
     }
 }
 
@@ -91,10 +112,10 @@ fn without_hints_everything_is_sent() {
     require_kvm!();
     let dir = scratch();
     let source = run(dir.path(), &["--balloon", "free-page-hint=off"]);
-    let (mut there, bytes) = move_slowly(source, dir.path(), "dst");
-    eprintln!("without: {bytes}");
+    let (mut there, info) = source.move_on(dir.path(), "dst");
+    let bytes = transferred(&info);
     assert!(bytes > HOLD, "{bytes} bytes were sent");
-    verify(&mut there, 0);
+    wait_over(&mut there, 0);
 }
 
 /// As fast as it goes the guest names its pages while they are sent, or after that.
@@ -106,12 +127,7 @@ fn hints_that_come_during_and_after_the_first_round() {
     for hop in 0..8 {
         limit(&mut here, if hop % 2 == 0 { 0 } else { 256 << 20 });
         (here, _) = here.move_on(dir.path(), &format!("d{hop}"));
-        here.serial.send(&[command::VERIFY]).unwrap();
-        here.wait_line(|line| match Report::parse(line)? {
-            Report::Verified { errors: 0, .. } => Some(()),
-            Report::Verified { .. } | Report::Error { .. } => panic!("the guest says: {line}"),
-            _ => None,
-        });
+        verify(&mut here);
     }
 }
 
@@ -121,22 +137,16 @@ fn a_guest_that_does_not_leave_after_all_has_all_of_its_memory() {
     let dir = scratch();
     let mut source = run(dir.path(), &["--balloon"]);
     let (mut destination, uri) = Ferry::incoming(dir.path(), "never");
-    limit(&mut source, 4 << 20);
-    source.migrate(&uri);
-    // It is told that nobody listens any longer.
-    let hinted = |ferry: &mut Ferry| {
-        ferry.serial.send(&[command::VERIFY]).unwrap();
-        ferry.wait_line(|line| match Report::parse(line)? {
-            Report::Verified { hinted, .. } => Some(hinted),
-            _ => None,
-        })
-    };
-    while hinted(&mut source) < FREE {}
+    begin(&mut source, &uri, 1);
     source.execute("migrate_cancel", Value::Null);
     source.wait_migrated("cancelled");
     destination.wait_exit();
-    verify(&mut source, 1);
-    let (mut there, bytes) = move_slowly(source, dir.path(), "dst");
-    assert!(bytes < HOLD / 2, "{bytes} bytes were sent");
-    verify(&mut there, 2);
+    // It is told that nobody listens any longer.
+    wait_over(&mut source, 1);
+
+    let (mut there, uri) = Ferry::incoming(dir.path(), "dst");
+    begin(&mut source, &uri, 2);
+    limit(&mut source, 0);
+    source.wait_migrated("completed");
+    wait_over(&mut there, 2);
 }

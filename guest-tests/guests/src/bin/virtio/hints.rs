@@ -8,6 +8,7 @@
 //! - at the end, when it does no longer.
 
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use guests::bare::dma::Dma;
 use guests::bare::timer::Timer;
@@ -29,14 +30,15 @@ const STOP: u32 = 0;
 /// The lowest number of a request; below it are STOP and DONE.
 const FIRST: u32 = 2;
 
-/// What one hint is about.
 const BLOCK_PAGES: usize = 256;
+/// Blocks that are named in one request, at most.
+const BATCH: usize = 16;
 /// Of so many blocks the first is never free.
 const KEPT: usize = 4;
 /// Of so many pages of a free block one each is written at once, later, and at the end.
 const REUSED: usize = 32;
 /// µs from one page that is written later to the next.
-const LATER_US: u64 = 500;
+const LATER_US: u64 = 1_000;
 
 /// A MiB, and which generation each of its pages holds; 0: anything.
 struct Block {
@@ -48,8 +50,8 @@ struct Block {
 enum Sent {
     /// The number of a request, or STOP.
     Number,
-    /// A block as a hint.
-    Block(usize),
+    /// These blocks, if they are free, as hints.
+    Blocks(Range<usize>),
 }
 
 /// What is to be done about the device's last request.
@@ -176,10 +178,9 @@ impl Hints {
                 self.say(transport, STOP);
             }
             Step::Naming(next) => {
-                self.step = Step::Naming(next + 1);
-                if next % KEPT != 0 {
-                    self.name(transport, next);
-                }
+                let end = (next + BATCH).min(self.blocks.len());
+                self.step = Step::Naming(end);
+                self.name(transport, next..end);
             }
             Step::Named => {}
         }
@@ -197,20 +198,23 @@ impl Hints {
         self.pending = token.map(|token| (token, Sent::Number));
     }
 
-    /// Tells the device that a block is free.
-    fn name(&mut self, transport: &mut Transport, number: usize) {
-        let (Some(queue), Some(block)) = (&mut self.queue, self.blocks.get_mut(number)) else {
+    /// Tells the device which of these blocks are free.
+    fn name(&mut self, transport: &mut Transport, range: Range<usize>) {
+        for number in free(&range) {
+            self.blocks[number].generations = [0; BLOCK_PAGES];
+        }
+        let Some(queue) = &mut self.queue else {
             return;
         };
-        block.generations = [0; BLOCK_PAGES];
-        // SAFETY: the block stays. The guest writes to it before the device is done, which is what it
-        // may do with a hint: a device never writes to what it is only told of.
-        let token = unsafe { queue.add(&[], &mut [block.memory.bytes()]) };
-        self.pending = token.map(|token| (token, Sent::Block(number)));
-        self.hinted += BLOCK_PAGES as u64;
-        for index in (0..BLOCK_PAGES).step_by(REUSED) {
-            self.rewrite(number, index);
+        // SAFETY: the blocks stay. The guest writes to them before the device is done, as it may with
+        // what is only a hint: the device doesn't.
+        let token = unsafe { queue.add(&[], &mut memory(&mut self.blocks, &range)) };
+        for number in free(&range) {
+            for index in (0..BLOCK_PAGES).step_by(REUSED) {
+                self.rewrite(number, index);
+            }
         }
+        self.pending = token.map(|token| (token, Sent::Blocks(range)));
         if let Some(queue) = &mut self.queue {
             queue.notify(transport);
         }
@@ -223,14 +227,16 @@ impl Hints {
         let taken = match sent {
             // SAFETY: the same memory as was added with this token.
             Sent::Number => unsafe { queue.take(token, &[&self.number.bytes()[..4]], &mut []) },
-            Sent::Block(number) => {
-                for index in (0..BLOCK_PAGES).step_by(REUSED) {
-                    self.later.push((number, index + 1));
-                    self.at_end.push((number, index + 2));
+            Sent::Blocks(range) => {
+                for number in free(&range) {
+                    self.hinted += BLOCK_PAGES as u64;
+                    for index in (0..BLOCK_PAGES).step_by(REUSED) {
+                        self.later.push((number, index + 1));
+                        self.at_end.push((number, index + 2));
+                    }
                 }
-                let memory = &mut self.blocks[number].memory;
                 // SAFETY: as above.
-                unsafe { queue.take(token, &[], &mut [memory.bytes()]) }
+                unsafe { queue.take(token, &[], &mut memory(&mut self.blocks, &range)) }
             }
         };
         if taken.is_err() {
@@ -282,6 +288,18 @@ pub(crate) struct Verified {
     pub(crate) pages: u64,
     pub(crate) hinted: u64,
     pub(crate) rewritten: u64,
+}
+
+/// Those blocks that are free when the device asks.
+fn free(range: &Range<usize>) -> impl Iterator<Item = usize> + use<> {
+    range.clone().filter(|number| number % KEPT != 0)
+}
+
+/// The memory of the [`free`] blocks.
+fn memory<'a>(blocks: &'a mut [Block], range: &Range<usize>) -> Vec<&'a mut [u8]> {
+    let blocks = blocks.iter_mut().enumerate();
+    let free = blocks.filter(|(number, _)| range.contains(number) && number % KEPT != 0);
+    free.map(|(_, block)| block.memory.bytes()).collect()
 }
 
 /// The number of a page, from which its contents follow.
