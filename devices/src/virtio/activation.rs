@@ -89,8 +89,17 @@ impl Activation {
         let ring = self.ready(queue)?;
         let head = {
             let mut ring = ring.ring();
+            let (size, under_way) = (ring.size(), under_way(&ring));
             match ring.iter(&self.memory) {
-                Ok(mut available) => Ok(available.next()?.head_index()),
+                Ok(mut available) => {
+                    let head = available.next()?.head_index();
+                    if under_way < size {
+                        Ok(head)
+                    } else {
+                        available.go_to_previous_position();
+                        Err(ChainError::TooMany(size))
+                    }
+                }
                 Err(err) => Err(ChainError::Ring(err)),
             }
         };
@@ -237,6 +246,12 @@ impl Activation {
             }
         }
     }
+}
+
+/// How many requests were popped and not given back. The ring itself is only known not to have more
+/// than its size beyond those.
+fn under_way(ring: &Queue) -> u16 {
+    ring.next_avail().wrapping_sub(ring.next_used())
 }
 
 /// Puts requests into the used ring, of which the driver sees none before it sees the last.

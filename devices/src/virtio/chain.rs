@@ -35,6 +35,9 @@ pub enum ChainError {
     /// A ring that doesn't make sense, or isn't in RAM.
     #[error("the ring is broken: {0}")]
     Ring(#[from] virtio_queue::Error),
+    /// More requests than descriptors: some descriptor begins two.
+    #[error("{0} requests are under way in a queue of {0} descriptors, and there is another")]
+    TooMany(u16),
     /// No descriptor at all, one that is not in RAM, a loop, or a bad indirect table.
     #[error("the descriptor chain {head} is broken after {descriptors} descriptors")]
     Descriptors {

@@ -140,7 +140,7 @@ impl SavedTransport {
         let event_idx = driver_ok && driver_features & F_EVENT_IDX != 0;
         let mut rings = Vec::with_capacity(queues.len());
         for (index, (queue, &max_size)) in queues.into_iter().zip(max_sizes).enumerate() {
-            let ring = queue.check(device, index, max_size, event_idx, needs_reset)?;
+            let ring = queue.check(device, index, max_size, event_idx)?;
             // Before the driver is ready its addresses may be half written.
             let needed = driver_ok && !needs_reset && ring.ready();
             field(
@@ -200,7 +200,6 @@ impl SavedQueue {
         index: usize,
         max_size: u16,
         event_idx_enabled: bool,
-        needs_reset: bool,
     ) -> Result<Queue, StateError> {
         let Self {
             size,
@@ -233,11 +232,10 @@ impl SavedQueue {
             let aligned = address.is_multiple_of(align);
             field(name, address, aligned, "an aligned address")?;
         }
-        // Of a queue that its driver has broken nothing is used before it is reset.
         field(
             "next_used",
             next_used.into(),
-            needs_reset || next_available.wrapping_sub(next_used) <= size,
+            next_available.wrapping_sub(next_used) <= size,
             "not more behind next_available than the queue is long",
         )?;
         let state = QueueState {

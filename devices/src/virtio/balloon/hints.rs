@@ -12,6 +12,9 @@
 //! page after its hint is then in the log, and the page is sent in a later round. And a hint only
 //! ever takes a page off the list of the first round, never out of the log; from the first harvest
 //! on no hint is taken, for it could be older than the write that the harvest found.
+//!
+//! Nobody waits for hints, and what a migration does about them is bounded: in answer to one request
+//! as many pages are listened to as the guest has, as if each were named once.
 
 use super::PAGE;
 
@@ -43,6 +46,8 @@ pub(super) struct Hints {
     answering: bool,
     /// The number of the last request.
     last: u32,
+    /// How many more bytes are listened to.
+    left: u64,
     pages: Vec<FreePages>,
 }
 
@@ -52,18 +57,20 @@ impl Default for Hints {
             wanted: None,
             answering: false,
             last: FIRST,
+            left: 0,
             pages: Vec::new(),
         }
     }
 }
 
 impl Hints {
-    /// Begins a request; returns its number.
-    pub(super) fn begin(&mut self) -> u32 {
+    /// Begins a request to a guest with `ram` bytes; returns its number.
+    pub(super) fn begin(&mut self, ram: u64) -> u32 {
         // Another one than the last, which the driver knows.
         self.last = self.last.checked_add(1).unwrap_or(FIRST);
         self.wanted = Some(self.last);
         self.answering = false;
+        self.left = ram;
         self.pages.clear();
         self.last
     }
@@ -84,8 +91,9 @@ impl Hints {
     pub(super) fn add(&mut self, address: u64, len: u64) {
         let end = address.saturating_add(len) / PAGE * PAGE;
         let address = address.next_multiple_of(PAGE);
-        if self.answering && end > address && self.pages.len() < MOST {
-            let len = end - address;
+        let len = end.saturating_sub(address);
+        if self.answering && (1..=self.left).contains(&len) && self.pages.len() < MOST {
+            self.left -= len;
             self.pages.push(FreePages { address, len });
         }
     }

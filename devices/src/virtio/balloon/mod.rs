@@ -213,7 +213,7 @@ impl Balloon {
         let gives = self.gives_hints();
         if gives {
             let mut hints = lock(&self.shared.hints);
-            self.shared.space().hint_command = hints.begin();
+            self.shared.space().hint_command = hints.begin(self.shared.ram_pages * PAGE);
             drop(hints);
             self.config_changed();
         }

@@ -314,6 +314,31 @@ fn hints_count_only_in_answer_to_the_last_request() {
     assert!(!without.start_hints());
 }
 
+/// A driver that names pages without end costs the migration no more than one that names all once.
+#[test]
+fn a_flood_of_hints_is_listened_to_up_to_the_size_of_the_ram() {
+    let (balloon, driver) = running(ALL_FEATURES);
+    let command = || u32::from_le_bytes(driver.config(8));
+    let pages = MEMORY as u64 / PAGE;
+    for _ in 0..2 {
+        assert!(balloon.start_hints());
+        driver.request(HINTS, &[&command().to_le_bytes()], &[]);
+        let mut listened = 0;
+        for _ in 0..40 {
+            let buffers: Vec<_> = (0..32).map(|i| (i * PAGE, 512 << 10, WRITE)).collect();
+            driver.add_descriptors(HINTS, &buffers);
+            driver.notify(HINTS);
+            while driver.take_used(HINTS).is_empty() {
+                driver.wait_interrupt();
+            }
+            let hints = balloon.take_hints();
+            listened += hints.iter().map(|hint| hint.len / PAGE).sum::<u64>();
+        }
+        assert_eq!(listened, pages);
+        balloon.stop_hints();
+    }
+}
+
 #[test]
 fn only_what_was_asked_for_is_offered() {
     let plain = Balloon::new(Options::default(), MEMORY as u64).unwrap();

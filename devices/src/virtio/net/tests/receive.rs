@@ -112,3 +112,32 @@ fn what_finds_no_room_is_dropped() {
     assert_eq!(driver.request(RECEIVE, &[], &[8]).written, 0);
     assert_eq!(driver.request(RECEIVE, &[&[1, 2, 3]], &[]).written, 0);
 }
+
+/// The device keeps buffers until they are enough for the longest packet. A driver that gives more
+/// than its queue has descriptors uses one of them twice.
+#[test]
+fn more_buffers_than_descriptors_break_the_device() {
+    let (driver, _net, _far) = started(MERGED | feature::GUEST_TSO4 | feature::GUEST_CSUM);
+    let give = || {
+        for _ in 0..128 {
+            driver.add(RECEIVE, &[], &[header::LEN as u32]);
+        }
+        driver.notify(RECEIVE);
+    };
+    let status = || driver.get(0x70);
+    give();
+    give();
+    driver.pause();
+    driver.run();
+    assert_eq!(status() & 64, 0, "these are as many as there may be");
+    give();
+    assert_eq!(driver.wait_interrupt(), 2, "the configuration has changed");
+    assert_eq!(status() & 64, 64);
+    driver.pause();
+    let (there, _far) = net();
+    let moved = driver.migrate_to(there);
+    assert_eq!(
+        moved.transport.save().unwrap(),
+        driver.transport.save().unwrap()
+    );
+}
