@@ -108,8 +108,13 @@ fn a_list_that_makes_no_sense_does_no_harm() {
     // All of the RAM is the list, which it is read from first.
     let head = driver.add_descriptors(INFLATE, &[(0, MEMORY as u32 - 8, 0)]);
     driver.notify(INFLATE);
-    driver.wait_interrupt();
-    assert_eq!(driver.take_used(INFLATE), [(head, 0)]);
+    let mut used = driver.take_used(INFLATE);
+    while used.is_empty() {
+        // It may be the one about the request before, which was seen in the ring.
+        driver.wait_interrupt();
+        used = driver.take_used(INFLATE);
+    }
+    assert_eq!(used, [(head, 0)]);
     assert_eq!(driver.get(0x70), 15, "the device works on");
 }
 
