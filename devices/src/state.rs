@@ -1,5 +1,6 @@
 //! What a device saves: bytes, with a version.
 
+use bincode::config::{self, Configuration, Fixint, LittleEndian, NoLimit};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -73,17 +74,13 @@ pub enum StateError {
     },
 }
 
-const CONFIG: bincode::config::Configuration<
-    bincode::config::LittleEndian,
-    bincode::config::Fixint,
-    bincode::config::Limit<MAX_STATE>,
-> = bincode::config::standard()
-    .with_fixed_int_encoding()
-    .with_limit::<MAX_STATE>();
+/// How all saved state is encoded: integers little-endian and of fixed width. Decoding wants a limit
+/// as well, which bincode takes by its type.
+pub const ENCODING: Configuration<LittleEndian, Fixint, NoLimit> = config::legacy();
 
 /// Encodes a device's saved structure.
 pub(crate) fn encode<T: Serialize>(device: &str, saved: &T) -> Result<Vec<u8>, StateError> {
-    bincode::serde::encode_to_vec(saved, CONFIG).map_err(|source| StateError::Encode {
+    bincode::serde::encode_to_vec(saved, ENCODING).map_err(|source| StateError::Encode {
         device: device.to_owned(),
         source,
     })
@@ -91,8 +88,9 @@ pub(crate) fn encode<T: Serialize>(device: &str, saved: &T) -> Result<Vec<u8>, S
 
 /// Decodes a device's saved structure; all bytes must belong to it.
 pub(crate) fn decode<T: DeserializeOwned>(device: &str, body: &[u8]) -> Result<T, StateError> {
+    let limited = ENCODING.with_limit::<MAX_STATE>();
     let (saved, read) =
-        bincode::serde::decode_from_slice(body, CONFIG).map_err(|source| StateError::Decode {
+        bincode::serde::decode_from_slice(body, limited).map_err(|source| StateError::Decode {
             device: device.to_owned(),
             source,
         })?;

@@ -1,6 +1,6 @@
-//! The bodies of this crate's state sections: bincode 2, little-endian, integers of fixed width.
+//! The bodies of this crate's state sections, in the same encoding as those of the devices.
 
-use bincode::config::{self, Configuration, Fixint, Limit, LittleEndian, NoLimit};
+use devices::state::ENCODING;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -18,18 +18,14 @@ pub enum BodyError {
     Encode(#[from] bincode::error::EncodeError),
 }
 
-fn encoding() -> Configuration<LittleEndian, Fixint, NoLimit> {
-    config::legacy()
-}
-
 /// Encodes a body.
 pub(crate) fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, BodyError> {
-    Ok(bincode::serde::encode_to_vec(value, encoding())?)
+    Ok(bincode::serde::encode_to_vec(value, ENCODING)?)
 }
 
 /// Decodes a body that takes at most `MAX` bytes, all of `bytes`.
 pub(crate) fn decode<const MAX: usize, T: DeserializeOwned>(bytes: &[u8]) -> Result<T, BodyError> {
-    let limited: Configuration<LittleEndian, Fixint, Limit<MAX>> = encoding().with_limit();
+    let limited = ENCODING.with_limit::<MAX>();
     let (value, used) = bincode::serde::decode_from_slice(bytes, limited)?;
     match bytes.len() - used {
         0 => Ok(value),

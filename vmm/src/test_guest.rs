@@ -12,7 +12,7 @@ use crate::boot::{self, BootSource};
 use crate::cpuid::{Cpuid, Model};
 use crate::kvm::{Kvm, Vm};
 use crate::memory;
-use crate::vcpu::{IoBus, IoOutcome, PauseRequest, Vcpu, VcpuEvent, VcpuThread};
+use crate::vcpu::{IoBus, IoOutcome, Vcpu, VcpuEvent, VcpuThread};
 
 /// Where a guest's code is.
 pub(crate) const CODE: u64 = 0x10_0000;
@@ -65,7 +65,7 @@ impl IoBus for Ports {
         data.fill(port as u8);
     }
 
-    fn port_write(&self, port: u16, data: &[u8], _: &PauseRequest) -> IoOutcome {
+    fn port_write(&self, port: u16, data: &[u8]) -> IoOutcome {
         // A test that has what it wants doesn't listen any more.
         let _ = self.0.lock().unwrap().send((port, data.to_vec()));
         match port {
@@ -79,8 +79,8 @@ impl IoBus for Ports {
         data.fill((addr >> 4) as u8);
     }
 
-    fn mmio_write(&self, addr: u64, data: &[u8], pause: &PauseRequest) -> IoOutcome {
-        self.port_write((addr >> 4) as u16, data, pause)
+    fn mmio_write(&self, addr: u64, data: &[u8]) -> IoOutcome {
+        self.port_write((addr >> 4) as u16, data)
     }
 }
 

@@ -30,6 +30,7 @@ use vm_memory::bitmap::AtomicBitmap;
 
 use crate::state::SaveRestore;
 use activation::Activation;
+use worker::Worker;
 
 /// The guest's memory. What devices write through it is recorded in its bitmaps.
 pub type GuestRam = GuestMemoryMmap<AtomicBitmap>;
@@ -83,30 +84,42 @@ pub trait VirtioDevice: Send + Sync {
         None
     }
 
+    /// Its thread.
+    fn worker(&self) -> &Worker;
+
     /// The most entries of each of its queues: powers of two.
     fn queue_sizes(&self) -> Vec<u16>;
 
     /// Reads its configuration space; what lies outside reads as zeroes.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
-    /// Writes its configuration space; what lies outside, or is read-only, is ignored.
-    fn write_config(&self, offset: u64, data: &[u8]);
+    /// Writes its configuration space; what lies outside, or is read-only, is ignored: all of it, if
+    /// the device doesn't say otherwise.
+    fn write_config(&self, _offset: u64, _data: &[u8]) {}
 
     /// A driver is ready. The device serves the queues from now on, whenever the machine runs.
-    fn activate(&self, activation: Arc<Activation>);
+    fn activate(&self, activation: Arc<Activation>) {
+        self.worker().activate(activation);
+    }
 
     /// Back to the state after power-on. When it returns, the device touches neither memory nor
     /// queues. Called while the machine runs, too.
     fn reset(&self);
 
     /// Asks the device to finish what is in flight and then to stand still.
-    fn request_pause(&self);
+    fn request_pause(&self) {
+        self.worker().request_pause();
+    }
 
     /// Waits until it does so.
-    fn wait_paused(&self);
+    fn wait_paused(&self) {
+        self.worker().wait_settled();
+    }
 
     /// Lets it work. It looks at all queues first: notifications may have come before.
-    fn run(&self);
+    fn run(&self) {
+        self.worker().run();
+    }
 
     /// Its saved state, beside that of the transport and the queues; `None` says that it has
     /// none. Used while it is paused.

@@ -47,6 +47,10 @@ impl VirtioDevice for Rng {
         0
     }
 
+    fn worker(&self) -> &Worker {
+        &self.worker
+    }
+
     fn queue_sizes(&self) -> Vec<u16> {
         vec![QUEUE_SIZE]
     }
@@ -55,26 +59,8 @@ impl VirtioDevice for Rng {
         data.fill(0);
     }
 
-    fn write_config(&self, _offset: u64, _data: &[u8]) {}
-
-    fn activate(&self, activation: Arc<Activation>) {
-        self.worker.activate(activation);
-    }
-
     fn reset(&self) {
         self.worker.deactivate();
-    }
-
-    fn request_pause(&self) {
-        self.worker.request_pause();
-    }
-
-    fn wait_paused(&self) {
-        self.worker.wait_settled();
-    }
-
-    fn run(&self) {
-        self.worker.run();
     }
 
     fn saved_state(&self) -> Option<&dyn SaveRestore> {

@@ -1,5 +1,7 @@
 //! The address of a migration, as QMP shows it.
 
+use std::fmt;
+
 use migration::uri::{Uri, UriError};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
@@ -7,7 +9,20 @@ use super::command::CommandError;
 
 /// QAPI's `SocketAddress`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SocketAddress(pub Uri);
+pub struct SocketAddress(Uri);
+
+impl SocketAddress {
+    /// Where a destination listens; `None` if it reads a file, which QAPI's type can't say.
+    pub fn of(uri: &Uri) -> Option<Self> {
+        (!matches!(uri, Uri::File(_))).then(|| Self(uri.clone()))
+    }
+}
+
+impl fmt::Display for SocketAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
 
 impl Serialize for SocketAddress {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -22,11 +37,8 @@ impl Serialize for SocketAddress {
                 map.serialize_entry("type", "unix")?;
                 map.serialize_entry("path", &path.to_string_lossy())?;
             }
-            // QAPI's SocketAddress knows no files: a type that no client takes for another.
-            Uri::File(path) => {
-                map.serialize_entry("type", "file")?;
-                map.serialize_entry("path", &path.to_string_lossy())?;
-            }
+            // None is made of a file.
+            Uri::File(_) => {}
         }
         map.end()
     }
@@ -44,9 +56,10 @@ mod tests {
 
     #[test]
     fn an_address_looks_as_in_qmp() {
-        let json = |uri: &str| serde_json::to_string(&SocketAddress(uri.parse().unwrap())).unwrap();
+        let of = |uri: &str| SocketAddress::of(&uri.parse().unwrap());
+        let json = |uri: &str| serde_json::to_string(&of(uri).unwrap()).unwrap();
         assert_eq!(json("tcp:h:1"), r#"{"type":"inet","host":"h","port":"1"}"#);
         assert_eq!(json("unix:/a"), r#"{"type":"unix","path":"/a"}"#);
-        assert_eq!(json("file:/a"), r#"{"type":"file","path":"/a"}"#);
+        assert_eq!(of("file:/a"), None);
     }
 }

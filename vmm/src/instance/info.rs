@@ -61,10 +61,10 @@ pub(super) fn outgoing(snapshot: &Snapshot) -> MigrationInfo {
     }
 }
 
-/// A migration as its destination sees it, which listens at `uri`.
+/// A migration as its destination sees it, which listens at `uri`, or reads that file.
 pub(super) fn incoming(snapshot: &Snapshot, uri: &Uri) -> MigrationInfo {
     MigrationInfo {
-        socket_address: vec![SocketAddress(uri.clone())],
+        socket_address: SocketAddress::of(uri).into_iter().collect(),
         ..outgoing(snapshot)
     }
 }

@@ -20,7 +20,7 @@ use super::virtio::{ConsoleInput, VirtioDevices, VirtioError};
 use crate::boot::VirtioMmioSlot;
 use crate::console::SerialInput;
 use crate::kvm::Vm;
-use crate::vcpu::{IoBus, IoOutcome, PauseRequest};
+use crate::vcpu::{IoBus, IoOutcome};
 
 /// Why the devices' state could not be saved or loaded.
 #[derive(Debug, thiserror::Error)]
@@ -201,7 +201,7 @@ impl IoBus for Devices {
         self.ports.read(port, data);
     }
 
-    fn port_write(&self, port: u16, data: &[u8], _pause: &PauseRequest) -> IoOutcome {
+    fn port_write(&self, port: u16, data: &[u8]) -> IoOutcome {
         match self.ports.write(port, data) {
             None => IoOutcome::Continue,
             Some(MachineRequest::Reset) => IoOutcome::Reset,
@@ -216,7 +216,7 @@ impl IoBus for Devices {
         }
     }
 
-    fn mmio_write(&self, addr: u64, data: &[u8], _pause: &PauseRequest) -> IoOutcome {
+    fn mmio_write(&self, addr: u64, data: &[u8]) -> IoOutcome {
         if let Some((slot, offset)) = self.virtio.at(addr) {
             slot.write(offset, data);
         }

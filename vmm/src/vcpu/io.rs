@@ -1,8 +1,5 @@
 //! What a vCPU thread asks of the rest of the machine, and what it tells it.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
 /// What a vCPU does after a device took a write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use]
@@ -18,48 +15,17 @@ pub enum IoOutcome {
 
 /// The machine's devices, as the vCPUs reach them. Called on the vCPUs' threads, several at once.
 ///
-/// A call must not wait for anything that waits for a vCPU to pause. A write may wait for room in
-/// a back end, with [`PauseRequest::wait`].
+/// A call must not wait for anything that waits for a vCPU to pause.
 pub trait IoBus: Send + Sync {
     /// The guest reads `data.len()` (1, 2 or 4) bytes from a port. What no device answers reads
     /// as all ones.
     fn port_read(&self, port: u16, data: &mut [u8]);
     /// The guest writes `data` (1, 2 or 4 bytes) to a port.
-    fn port_write(&self, port: u16, data: &[u8], pause: &PauseRequest) -> IoOutcome;
+    fn port_write(&self, port: u16, data: &[u8]) -> IoOutcome;
     /// The guest reads `data.len()` (1 to 8) bytes at a guest physical address that is not RAM.
     fn mmio_read(&self, addr: u64, data: &mut [u8]);
     /// The guest writes `data` (1 to 8 bytes) to an address that is not RAM.
-    fn mmio_write(&self, addr: u64, data: &[u8], pause: &PauseRequest) -> IoOutcome;
-}
-
-/// Whether a vCPU is wanted out of the guest.
-#[derive(Clone, Debug, Default)]
-pub struct PauseRequest(Arc<AtomicBool>);
-
-impl PauseRequest {
-    /// Whether a pause is asked for.
-    pub fn is_pending(&self) -> bool {
-        self.0.load(Ordering::SeqCst)
-    }
-
-    /// Waits until `ready` says so, or a pause is asked for. Whoever makes it ready unparks the
-    /// vCPU's thread afterwards (`std::thread::current()` and `Thread::unpark`); asking for a
-    /// pause does so too. Returns whether it is ready.
-    pub fn wait(&self, mut ready: impl FnMut() -> bool) -> bool {
-        loop {
-            if ready() {
-                return true;
-            }
-            if self.is_pending() {
-                return false;
-            }
-            std::thread::park();
-        }
-    }
-
-    pub(super) fn set(&self, pending: bool) {
-        self.0.store(pending, Ordering::SeqCst);
-    }
+    fn mmio_write(&self, addr: u64, data: &[u8]) -> IoOutcome;
 }
 
 /// Why a vCPU left the guest for good, until the machine decides what to do. Its thread is paused.

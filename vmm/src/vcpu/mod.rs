@@ -18,7 +18,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::VcpuFd;
 use migration::layout::GuestRam;
 
-pub use io::{EventSink, IoBus, IoOutcome, PauseRequest, VcpuEvent};
+pub use io::{EventSink, IoBus, IoOutcome, VcpuEvent};
 pub(crate) use msrs::{MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE};
 pub(crate) use saved::CpuidEntry;
 pub use state::{StateError, VERSION, VcpuState};

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_bindings::{
     KVM_EXIT_INTERNAL_ERROR, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
@@ -10,7 +11,7 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuExit;
 use migration::clock::{Clock, MonotonicClock};
 
-use super::io::{IoBus, IoOutcome, PauseRequest, VcpuEvent};
+use super::io::{IoBus, IoOutcome, VcpuEvent};
 use super::kick::Kickable;
 use super::{Left, Vcpu};
 use crate::kvm::ioctl::{self, InternalError};
@@ -32,25 +33,20 @@ enum Exit {
 }
 
 impl Vcpu {
-    /// Runs the guest until a pause is asked for, or something happens that ends the run. On
+    /// Runs the guest until `pause` is asked for, or something happens that ends the run. On
     /// return the access that the vCPU was in is finished: its state can be read.
-    pub(super) fn run(
-        &mut self,
-        kickable: &Kickable,
-        bus: &dyn IoBus,
-        pause: &PauseRequest,
-    ) -> Left {
+    pub(super) fn run(&mut self, kickable: &Kickable, bus: &dyn IoBus, pause: &AtomicBool) -> Left {
         let mut at = MonotonicClock.now();
         let mut event = None;
-        while event.is_none() && !pause.is_pending() {
-            let exit = self.enter(bus, pause, &mut at);
+        while event.is_none() && !pause.load(Ordering::SeqCst) {
+            let exit = self.enter(bus, &mut at);
             // Before the request is looked at again: see `kick`.
             kickable.set_immediate_exit(false);
-            event = self.finish(exit, bus, pause).break_value();
+            event = self.finish(exit, bus).break_value();
         }
         // KVM finishes a port or memory access (the value read reaches its register, the
         // instruction pointer moves on) at the beginning of the next KVM_RUN.
-        if let Err(error) = self.complete_access(kickable, bus, pause) {
+        if let Err(error) = self.complete_access(kickable, bus) {
             event.get_or_insert(error);
         }
         Left { at, event }
@@ -58,19 +54,14 @@ impl Vcpu {
 
     /// Enters the guest without executing anything in it. Each part of an access that KVM makes
     /// in several is handled as it comes; EINTR says that there is no more.
-    fn complete_access(
-        &mut self,
-        kickable: &Kickable,
-        bus: &dyn IoBus,
-        pause: &PauseRequest,
-    ) -> Result<(), VcpuEvent> {
+    fn complete_access(&mut self, kickable: &Kickable, bus: &dyn IoBus) -> Result<(), VcpuEvent> {
         let mut event = Ok(());
         loop {
             kickable.set_immediate_exit(true);
             let mut ignored = Default::default();
-            let exit = self.enter(bus, pause, &mut ignored);
+            let exit = self.enter(bus, &mut ignored);
             let interrupted = matches!(exit, Exit::Interrupted);
-            if let ControlFlow::Break(stop) = self.finish(exit, bus, pause) {
+            if let ControlFlow::Break(stop) = self.finish(exit, bus) {
                 event = event.and(Err(stop));
             }
             if interrupted || event.is_err() {
@@ -80,12 +71,7 @@ impl Vcpu {
         }
     }
 
-    fn enter(
-        &mut self,
-        bus: &dyn IoBus,
-        pause: &PauseRequest,
-        left_at: &mut std::time::Duration,
-    ) -> Exit {
+    fn enter(&mut self, bus: &dyn IoBus, left_at: &mut std::time::Duration) -> Exit {
         let result = self.fd.run();
         *left_at = MonotonicClock.now();
         match result {
@@ -94,7 +80,7 @@ impl Vcpu {
                 bus.mmio_read(addr, data);
                 Exit::Handled(IoOutcome::Continue)
             }
-            Ok(VcpuExit::MmioWrite(addr, data)) => Exit::Handled(bus.mmio_write(addr, data, pause)),
+            Ok(VcpuExit::MmioWrite(addr, data)) => Exit::Handled(bus.mmio_write(addr, data)),
             Ok(VcpuExit::Shutdown) => Exit::Stop(VcpuEvent::TripleFault),
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => {
                 Exit::Stop(VcpuEvent::Shutdown)
@@ -128,11 +114,11 @@ impl Vcpu {
     }
 
     /// Does what has to be done about an exit.
-    fn finish(&mut self, exit: Exit, bus: &dyn IoBus, pause: &PauseRequest) -> Next {
+    fn finish(&mut self, exit: Exit, bus: &dyn IoBus) -> Next {
         match exit {
             Exit::Interrupted => Next::Continue(()),
             Exit::Handled(outcome) => after(outcome),
-            Exit::Port => match self.port_access(bus, pause) {
+            Exit::Port => match self.port_access(bus) {
                 Some(outcome) => after(outcome),
                 None => self.fail("KVM described a port access that cannot be"),
             },
@@ -144,14 +130,14 @@ impl Vcpu {
 
     /// Makes one port access: one item, or for string instructions several. The first outcome
     /// that stops the vCPU counts, but all items reach the device: KVM can't take them back.
-    fn port_access(&mut self, bus: &dyn IoBus, pause: &PauseRequest) -> Option<IoOutcome> {
+    fn port_access(&mut self, bus: &dyn IoBus) -> Option<IoOutcome> {
         let access = ioctl::port_access(&mut self.fd, self.run_size)?;
         let mut outcome = IoOutcome::Continue;
         for item in access.data.chunks_exact_mut(access.size) {
             if access.is_read {
                 bus.port_read(access.port, item);
             } else {
-                let this = bus.port_write(access.port, item, pause);
+                let this = bus.port_write(access.port, item);
                 if outcome == IoOutcome::Continue {
                     outcome = this;
                 }

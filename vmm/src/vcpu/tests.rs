@@ -179,26 +179,6 @@ fn a_pause_that_comes_before_the_run_begins_is_not_lost() {
 }
 
 #[test]
-fn a_wait_for_room_in_a_device_ends_with_a_pause_or_with_room() {
-    use std::sync::atomic::{AtomicBool, Ordering};
-    let request = PauseRequest::default();
-    let ready = std::sync::Arc::new(AtomicBool::new(false));
-    let wait = |request: &PauseRequest| {
-        let (request, ready) = (request.clone(), ready.clone());
-        std::thread::spawn(move || request.wait(|| ready.load(Ordering::SeqCst)))
-    };
-    let waiter = wait(&request);
-    request.set(true);
-    waiter.thread().unpark();
-    assert!(!waiter.join().unwrap(), "a pause was asked for");
-    request.set(false);
-    let waiter = wait(&request);
-    ready.store(true, Ordering::SeqCst);
-    waiter.thread().unpark();
-    assert!(waiter.join().unwrap(), "there is room");
-}
-
-#[test]
 fn a_triple_fault_and_an_instruction_that_cannot_be_executed_are_told() {
     let Some(kvm) = kvm_or_skip() else { return };
     let mut machine = Machine::new(&kvm, 1);

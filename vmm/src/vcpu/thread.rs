@@ -13,7 +13,7 @@
 //! nor awaiting may be done under a lock that a device takes: a vCPU may be in that device.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -22,7 +22,7 @@ use std::time::Duration;
 use migration::clock::{Clock, MonotonicClock};
 use rustix::thread::gettid;
 
-use super::io::{EventSink, IoBus, PauseRequest, VcpuEvent};
+use super::io::{EventSink, IoBus, VcpuEvent};
 use super::kick::{self, Kickable};
 use super::{Left, Vcpu};
 use crate::kvm::ioctl::VcpuClockFd;
@@ -54,7 +54,8 @@ enum Command {
 }
 
 struct Shared {
-    pause: PauseRequest,
+    /// Whether the vCPU is wanted out of the guest.
+    pause: AtomicBool,
     status: Mutex<VcpuStatus>,
     changed: Condvar,
     /// When the guest was last about to be entered, and last left, in nanoseconds of
@@ -111,7 +112,7 @@ impl VcpuThread {
         let index = vcpu.index;
         let clock = VcpuClockFd::of(&vcpu.fd, vcpu.host_tsc_khz)?;
         let shared = Arc::new(Shared {
-            pause: PauseRequest::default(),
+            pause: AtomicBool::new(false),
             status: Mutex::new(VcpuStatus::Paused { event: None }),
             changed: Condvar::new(),
             entered_at: AtomicU64::new(0),
@@ -164,7 +165,7 @@ impl VcpuThread {
         {
             let mut status = self.shared.status();
             match *status {
-                VcpuStatus::Running if !self.shared.pause.is_pending() => return Ok(()),
+                VcpuStatus::Running if !self.shared.pause.load(Ordering::SeqCst) => return Ok(()),
                 // Being paused: the request may be seen any moment.
                 VcpuStatus::Running => {
                     drop(status);
@@ -176,7 +177,7 @@ impl VcpuThread {
             }
             // From here on a pause that is awaited waits for this run to end.
             *status = VcpuStatus::Running;
-            self.shared.pause.set(false);
+            self.shared.pause.store(false, Ordering::SeqCst);
             self.shared.entered_at.store(0, Ordering::SeqCst);
         }
         self.send(Command::Run)
@@ -184,10 +185,8 @@ impl VcpuThread {
 
     /// Asks the vCPU to leave the guest, and returns at once.
     pub fn request_pause(&self) {
-        self.shared.pause.set(true);
+        self.shared.pause.store(true, Ordering::SeqCst);
         if let Some(thread) = &self.thread {
-            // Out of a wait for room in a device, and out of the guest.
-            thread.thread().unpark();
             kick::kick(thread);
         }
     }
@@ -324,7 +323,7 @@ impl Body {
 
     fn run_guest(&mut self, kickable: &Kickable) {
         let shared = &self.shared;
-        if !shared.pause.is_pending() {
+        if !shared.pause.load(Ordering::SeqCst) {
             store(&shared.entered_at, MonotonicClock.now());
             // The lock, so that a waiter is either not yet waiting or is woken.
             drop(shared.status());

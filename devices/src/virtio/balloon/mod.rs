@@ -254,6 +254,10 @@ impl VirtioDevice for Balloon {
         self.features
     }
 
+    fn worker(&self) -> &Worker {
+        &self.worker
+    }
+
     fn queue_sizes(&self) -> Vec<u16> {
         vec![QUEUE_SIZE; QUEUES]
     }
@@ -286,18 +290,6 @@ impl VirtioDevice for Balloon {
         self.shared.space().reset();
         lock(&self.shared.hints).end();
         *lock(&self.shared.stats) = None;
-    }
-
-    fn request_pause(&self) {
-        self.worker.request_pause();
-    }
-
-    fn wait_paused(&self) {
-        self.worker.wait_settled();
-    }
-
-    fn run(&self) {
-        self.worker.run();
     }
 
     fn saved_state(&self) -> Option<&dyn SaveRestore> {

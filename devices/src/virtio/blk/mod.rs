@@ -102,6 +102,10 @@ impl VirtioDevice for Block {
         }
     }
 
+    fn worker(&self) -> &Worker {
+        &self.worker
+    }
+
     fn queue_sizes(&self) -> Vec<u16> {
         vec![QUEUE_SIZE]
     }
@@ -130,18 +134,6 @@ impl VirtioDevice for Block {
         self.worker.deactivate();
         self.engine.set_held(Vec::new());
         self.engine.writeback.store(true, Ordering::Relaxed);
-    }
-
-    fn request_pause(&self) {
-        self.worker.request_pause();
-    }
-
-    fn wait_paused(&self) {
-        self.worker.wait_settled();
-    }
-
-    fn run(&self) {
-        self.worker.run();
     }
 
     fn saved_state(&self) -> Option<&dyn SaveRestore> {

@@ -16,7 +16,6 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::activation::Activation;
 use super::notifier::Notifier;
 use super::worker::Worker;
 use super::{DeviceKind, VirtioDevice};
@@ -115,6 +114,10 @@ impl VirtioDevice for Console {
         0
     }
 
+    fn worker(&self) -> &Worker {
+        &self.worker
+    }
+
     fn queue_sizes(&self) -> Vec<u16> {
         vec![QUEUE_SIZE; 2]
     }
@@ -124,30 +127,12 @@ impl VirtioDevice for Console {
         data.fill(0);
     }
 
-    fn write_config(&self, _offset: u64, _data: &[u8]) {}
-
-    fn activate(&self, activation: Arc<Activation>) {
-        self.worker.activate(activation);
-    }
-
     fn reset(&self) {
         self.worker.deactivate();
         self.shared.input().clear();
         self.shared.transmitted.store(0, Ordering::SeqCst);
         // There is room: the thread says so when it works again.
         self.shared.wake.notify();
-    }
-
-    fn request_pause(&self) {
-        self.worker.request_pause();
-    }
-
-    fn wait_paused(&self) {
-        self.worker.wait_settled();
-    }
-
-    fn run(&self) {
-        self.worker.run();
     }
 
     fn saved_state(&self) -> Option<&dyn SaveRestore> {

@@ -260,6 +260,10 @@ impl VirtioDevice for Net {
         ))
     }
 
+    fn worker(&self) -> &Worker {
+        &self.worker
+    }
+
     fn queue_sizes(&self) -> Vec<u16> {
         QUEUE_SIZES.to_vec()
     }
@@ -281,8 +285,6 @@ impl VirtioDevice for Net {
         read_config_bytes(&space, offset, data);
     }
 
-    fn write_config(&self, _offset: u64, _data: &[u8]) {}
-
     fn activate(&self, activation: Arc<Activation>) {
         *self.shared.activation() = Some(Arc::clone(&activation));
         self.worker.activate(activation);
@@ -295,18 +297,6 @@ impl VirtioDevice for Net {
         state.mac = self.config.mac;
         state.announce = false;
         state.guest_offloads = None;
-    }
-
-    fn request_pause(&self) {
-        self.worker.request_pause();
-    }
-
-    fn wait_paused(&self) {
-        self.worker.wait_settled();
-    }
-
-    fn run(&self) {
-        self.worker.run();
     }
 
     fn saved_state(&self) -> Option<&dyn SaveRestore> {

@@ -269,7 +269,7 @@ fn write_migration(text: &mut String, info: &MigrationInfo) -> std::fmt::Result 
         }
     }
     for address in &info.socket_address {
-        writeln!(text, "socket address: {}", address.0)?;
+        writeln!(text, "socket address: {address}")?;
     }
     for (what, time) in [
         ("total time", info.total_time),
