@@ -47,9 +47,8 @@ fn linux_names_its_free_pages_and_runs_on() {
         std::thread::sleep(Duration::from_millis(5));
     }
     source.execute("migrate-set-parameters", json!({ "max-bandwidth": 0 }));
-    let info = source.wait_migrated("completed");
+    source.wait_migrated("completed");
     let free = named(&source);
-    eprintln!("{} named; {:#}", free, info["ram"]);
     // Nothing but itself and four MiB are used of its 128 MiB.
     assert!(free > 64 << 20, "{free} bytes were named as free");
     let arrived = wait_passes(&mut destination, before);
