@@ -41,7 +41,7 @@ use self::chain::Layer;
 use self::file::HostFile;
 use self::storage::FileStorage;
 
-pub use self::create::{NewBacking, free_space};
+pub use self::create::{NewBacking, free_space, sync_directory};
 pub use self::error::{Error, Result};
 pub use self::extent::{Extent, ExtentKind, Scope};
 pub use self::identity::{Backing, Fingerprint};
