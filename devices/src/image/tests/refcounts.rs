@@ -363,22 +363,3 @@ fn mutate(path: &Path, seed: u64, times: u32) {
         "{refused} were refused"
     );
 }
-
-#[test]
-#[ignore]
-fn measure() {
-    for _ in 0..3 {
-        let (_dir, path) = dir();
-        let image = create(&path, Format::Qcow2, 256 * MIB);
-        write(&image, 0, &vec![7; 256 << 20]);
-        image.flush().unwrap();
-        let t = std::time::Instant::now();
-        for n in 0..2048 {
-            image.discard(n * 65536, 65536).unwrap();
-        }
-        println!("discard each {:?}", t.elapsed() / 2048);
-        let t = std::time::Instant::now();
-        image.discard(128 * MIB, 128 * MIB).unwrap();
-        println!("discard 128M {:?}", t.elapsed());
-    }
-}
