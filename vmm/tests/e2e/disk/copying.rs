@@ -106,6 +106,7 @@ fn moves_whole(from: Format, to: &str, given: bool) {
     assert!(info["disk"]["transferred"].as_u64() > Some(0), "{info:#}");
     assert_eq!(destination.query_migrate()["disk"]["remaining"], 0);
     destination.wait_status("paused");
+    assert!(!there.with_extension("before").exists());
     assert_equal(&here, &there);
     quit(source);
     destination.execute("cont", Value::Null);
