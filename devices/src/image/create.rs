@@ -1,8 +1,8 @@
 //! Making an image, for a destination that has none yet.
 
-use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::{fs, io};
 
 use imago::FormatCreateBuilder;
 use imago::qcow2::Qcow2;
@@ -33,7 +33,8 @@ impl Image {
     /// A file that exists and is not empty is not overwritten: if it is an image of this format,
     /// size and backing file, it is opened and keeps its contents; otherwise this fails with
     /// [`Error::Exists`]. A block device is opened if it is of this size. A file that could not be
-    /// made into an image is removed, if it was not there before.
+    /// made into an image is removed, if it was not there before. A new file's name is durable when
+    /// this returns.
     pub fn create(
         path: &Path,
         format: Format,
@@ -71,6 +72,9 @@ impl Image {
                 },
             )?;
             image.lock()?;
+            if is_new {
+                sync_directory(&image.path)?;
+            }
             Ok(image)
         });
         if result.is_err() {
@@ -158,14 +162,30 @@ fn check_same(
     }
 }
 
+/// Makes durable which files the directory of `path` has, and their names.
+pub fn sync_directory(path: &Path) -> Result<()> {
+    let directory = directory(path);
+    let synced = fs::File::open(directory).and_then(|directory| directory.sync_all());
+    match synced {
+        // The file system has no such thing.
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+        synced => synced.map_err(|source| Error::whole(directory, "flush the directory", source)),
+    }
+}
+
+/// The directory that a file is in.
+fn directory(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
 /// Bytes that an unprivileged user can still write to the file system that holds `path`, which
 /// need not exist yet.
 pub fn free_space(path: &Path) -> Result<u64> {
-    let parent = path
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty());
     let stat = match rustix::fs::statvfs(path) {
-        Err(rustix::io::Errno::NOENT) => rustix::fs::statvfs(parent.unwrap_or(Path::new("."))),
+        Err(rustix::io::Errno::NOENT) => rustix::fs::statvfs(directory(path)),
         result => result,
     };
     let stat = stat.map_err(|source| Error::whole(path, "ask for free space", source))?;

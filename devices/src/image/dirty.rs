@@ -3,8 +3,8 @@
 //! imago keeps new reference counts in memory until the image is flushed. A process that is killed
 //! before that leaves them behind the tables that refer to the clusters, and whoever writes next
 //! would take clusters that are in use. So the bit is set as long as the image may be written, as
-//! QEMU does with lazy reference counts; an image that still has it when it is locked is refused,
-//! until `qemu-img check -r all` has counted anew. Images of version 2 have no such bit.
+//! QEMU does with lazy reference counts; the counts of an image that still has it when it is locked
+//! are repaired first (see `refcounts`). Images of version 2 have no such bit.
 
 use std::io::IoSliceMut;
 
@@ -43,7 +43,8 @@ pub(super) fn set_dirty(file: &FileStorage, dirty: bool) -> Result<()> {
         .map_err(|source| Error::whole(&file.path, op, source))
 }
 
-fn has_features(file: &FileStorage) -> Result<bool> {
+/// Whether an image of this version can have the bit.
+pub(super) fn has_features(file: &FileStorage) -> Result<bool> {
     let version = header::read(file, 4, 4)?;
     Ok(version.last().is_some_and(|version| *version >= 3))
 }

@@ -22,7 +22,8 @@ pub(super) struct Qcow2Header {
 const MAX_L1_BYTES: u64 = 32 << 20;
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 
-const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+/// Where something is in the file, in an entry of a table.
+pub(super) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 
@@ -251,12 +252,17 @@ pub(super) fn read(file: &FileStorage, offset: u64, len: usize) -> Result<Vec<u8
     Ok(bytes)
 }
 
-fn be32(bytes: &[u8], at: usize) -> u32 {
+pub(super) fn be16(bytes: &[u8], at: usize) -> u16 {
+    let piece = bytes.get(at..).and_then(|rest| rest.first_chunk());
+    u16::from_be_bytes(piece.copied().unwrap_or_default())
+}
+
+pub(super) fn be32(bytes: &[u8], at: usize) -> u32 {
     let piece = bytes.get(at..).and_then(|rest| rest.first_chunk());
     u32::from_be_bytes(piece.copied().unwrap_or_default())
 }
 
-fn be64(bytes: &[u8], at: usize) -> u64 {
+pub(super) fn be64(bytes: &[u8], at: usize) -> u64 {
     let piece = bytes.get(at..).and_then(|rest| rest.first_chunk());
     u64::from_be_bytes(piece.copied().unwrap_or_default())
 }

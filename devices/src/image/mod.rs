@@ -25,6 +25,7 @@ mod header;
 mod identity;
 mod lock;
 mod probe;
+mod refcounts;
 mod request;
 mod storage;
 #[cfg(test)]
@@ -40,7 +41,7 @@ use self::chain::Layer;
 use self::file::HostFile;
 use self::storage::FileStorage;
 
-pub use self::create::{NewBacking, free_space};
+pub use self::create::{NewBacking, free_space, sync_directory};
 pub use self::error::{Error, Result};
 pub use self::extent::{Extent, ExtentKind, Scope};
 pub use self::identity::{Backing, Fingerprint};
@@ -246,12 +247,8 @@ impl Image {
             if now != *header {
                 return Err(changed("its header says something else".to_owned()));
             }
-            if !self.readonly && dirty::is_dirty(&top.file)? {
-                return Err(Error::format(
-                    &self.path,
-                    "the qcow2 image was not closed properly and its reference counts may be wrong \
-                     (dirty); repair it with `qemu-img check -r all`",
-                ));
+            if !self.readonly {
+                refcounts::repair(&top.file)?;
             }
             if let Some(offset) = header::lost_cluster(&top.file)? {
                 let (path, size) = (self.path.display(), top.file.size());

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use devices::disk::Disk;
 use devices::image::{
     self, Cache, ExtentKind, Format, Image, ImageConfig, NewBacking, Scope, free_space,
+    sync_directory,
 };
 use migration::disk::DestinationDisk;
 use migration::vm::VmError;
@@ -187,17 +188,50 @@ impl Unfinished {
         })
     }
 
-    /// The image is whole, and on the disk: what was there before goes.
-    pub(super) fn finish(mut self) -> io::Result<()> {
+    /// The image is whole, and on the disk: what was there before goes. To be dropped once the
+    /// guest runs.
+    pub(super) fn finish(mut self) -> io::Result<Replaced> {
         self.whole = true;
-        remove(&self.before)
+        // Without its name it goes with the process at the latest. Where it can't be opened,
+        // removing it takes its time.
+        let open = fs::File::open(&self.before).ok();
+        remove(&self.before)?;
+        Ok(Replaced {
+            path: self.path.clone(),
+            _open: open,
+        })
     }
 
-    fn undo(&self) -> io::Result<()> {
+    fn undo(&self) -> Result<(), UndoError> {
         remove(&self.path)?;
         match fs::metadata(&self.before)?.len() {
-            0 => remove(&self.before),
-            _ => fs::rename(&self.before, &self.path),
+            0 => remove(&self.before)?,
+            _ => fs::rename(&self.before, &self.path)?,
+        }
+        Ok(sync_directory(&self.path)?)
+    }
+}
+
+/// Why what was there before is not back, or perhaps not after a crash.
+#[derive(Debug, thiserror::Error)]
+enum UndoError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Sync(#[from] image::Error),
+}
+
+/// An image that has been replaced. It has no name any more, but is open: a file system can take
+/// long to free a large file, and does that when it is closed.
+pub(super) struct Replaced {
+    path: PathBuf,
+    _open: Option<fs::File>,
+}
+
+impl Drop for Replaced {
+    fn drop(&mut self) {
+        if let Err(err) = sync_directory(&self.path) {
+            warn!("after a crash the image that was there before may be back: {err}");
         }
     }
 }

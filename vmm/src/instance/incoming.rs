@@ -22,7 +22,7 @@ use migration::vm::{DestinationVm, Offer, Start, VmError};
 use rustix::fs::{MemfdFlags, memfd_create};
 use tracing::{error, info};
 
-use super::arriving_disk::{self, Arrival, ArrivingDisk, Unfinished};
+use super::arriving_disk::{self, Arrival, ArrivingDisk, Replaced, Unfinished};
 use super::offer::{INITRD, KERNEL, MovingMachine};
 use super::{Exit, Shared, info as show};
 use crate::control::command::{EventKind, MigrationInfo, RunState, ShutdownCause};
@@ -165,6 +165,7 @@ impl Receiver {
         let mut destination = Destination {
             shared: Arc::clone(&self.shared),
             arriving: None,
+            replaced: Vec::new(),
         };
         let arrived = match origin {
             Origin::Listener(mut listener) => {
@@ -209,6 +210,9 @@ impl Receiver {
 struct Destination {
     shared: Arc<Shared>,
     arriving: Option<Arriving>,
+    /// The images that new ones have replaced. They go with this, when the guest runs: freeing
+    /// them takes long.
+    replaced: Vec<Replaced>,
 }
 
 struct Arriving {
@@ -338,8 +342,8 @@ impl DestinationVm for Destination {
         arriving.machine.load(sections)?;
         // Only now: what was there before is put back if the state is refused. The engine has
         // flushed the new images.
-        for unfinished in arriving.unfinished.drain(..) {
-            unfinished.finish()?;
+        for unfinished in std::mem::take(&mut arriving.unfinished) {
+            self.replaced.push(unfinished.finish()?);
         }
         Ok(())
     }

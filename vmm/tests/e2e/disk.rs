@@ -3,6 +3,7 @@
 mod copying;
 mod errors;
 mod failure;
+mod killed;
 mod locks;
 mod moving;
 mod options;

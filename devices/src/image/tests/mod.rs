@@ -7,6 +7,7 @@ mod locks;
 mod model;
 mod open;
 mod qemu;
+mod refcounts;
 pub(crate) mod space;
 
 use std::io::{IoSlice, IoSliceMut};

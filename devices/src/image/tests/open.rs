@@ -24,7 +24,7 @@ fn files_that_are_no_images_are_refused() {
 
 /// As long as it may be written it is marked, so that a process that is killed leaves the mark.
 #[test]
-fn an_image_that_was_not_closed_is_not_written() {
+fn an_image_that_was_not_closed_is_repaired_before_it_is_written() {
     let (dir, path) = dir();
     let image = create(&path, Format::Qcow2, MIB);
     write(&image, 0, &[7; 65_536]);
@@ -39,13 +39,17 @@ fn an_image_that_was_not_closed_is_not_written() {
     };
     let again = Image::open(&config).unwrap();
     assert_eq!(read(&again, 0, 65_536), [7; 65_536], "it can be read");
-    let error = again.lock().unwrap_err().to_string();
-    assert!(error.contains("(dirty); repair it with"), "{error}");
+    again.lock().unwrap();
+    assert_eq!(read(&again, 0, 65_536), [7; 65_536], "it is repaired");
+    drop(again);
+    // Who only reads it leaves it as it is.
+    std::fs::copy(&path, &config.path).unwrap();
     let config = ImageConfig {
         readonly: true,
         ..config
     };
     Image::open(&config).unwrap().lock().unwrap();
+    assert!(std::fs::read(&config.path).unwrap() == std::fs::read(&path).unwrap());
     for close in [Image::unlock, |_: &Image| Ok(())] {
         image.lock().unwrap();
         write(&image, 4096, &[8; 512]);

@@ -1,6 +1,7 @@
 //! Disks that travel with their guest: `migrate -b` and `migrate -i`.
 
 use std::io::{IoSlice, IoSliceMut};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use devices::image::{Cache, Format, Image, ImageConfig, NewBacking};
@@ -106,6 +107,7 @@ fn moves_whole(from: Format, to: &str, given: bool) {
     assert!(info["disk"]["transferred"].as_u64() > Some(0), "{info:#}");
     assert_eq!(destination.query_migrate()["disk"]["remaining"], 0);
     destination.wait_status("paused");
+    assert!(!there.with_extension("before").exists());
     assert_equal(&here, &there);
     quit(source);
     destination.execute("cont", Value::Null);
@@ -387,8 +389,10 @@ fn without_room_nothing_is_copied_and_the_source_goes_on() {
     assert!(error.contains("overcommit=on"), "{error}");
     assert!(!there.exists());
     destination.wait_exit();
-    wait_progress(&source, 100);
     // By what it takes: that is too much here, too.
+    while std::fs::metadata(&here).unwrap().blocks() * 512 < 16 << 20 {
+        wait_progress(&source, 100);
+    }
     let (mut destination, uri) = incoming(dir.path(), "d1", &[drive(&there, ",overcommit=on")]);
     migrate(&mut source, &uri, "blk");
     source.wait_migrated("failed");
