@@ -110,6 +110,11 @@ pub struct ClockState {
 }
 
 impl ClockState {
+    /// The guest's kvmclock: the time that it has run, with stops that it was not to notice.
+    pub fn kvmclock(&self) -> Duration {
+        Duration::from_nanos(self.kvmclock)
+    }
+
     /// Takes the clocks of a guest whose vCPUs, all in `vcpus` in the order of their indices, are
     /// paused, the last since `stopped_at` on [`MonotonicClock`].
     pub fn take(vm: &Vm, vcpus: &[&VcpuClockFd], stopped_at: Duration) -> Result<Self, ClockError> {

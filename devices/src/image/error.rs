@@ -138,6 +138,16 @@ pub enum Error {
         /// What the host said.
         source: io::Error,
     },
+    /// The host failed to copy the image's file.
+    #[error("{}: cannot copy it to {}: {source}", path.display(), to.display())]
+    Copy {
+        /// What was to be copied.
+        path: PathBuf,
+        /// Where the copy was to be.
+        to: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// The host failed something that concerns the whole image.
     #[error("{}: cannot {op}: {source}", path.display())]
     Whole {
@@ -168,6 +178,7 @@ impl Error {
             Error::Open { source, .. }
             | Error::Lock { source, .. }
             | Error::Io { source, .. }
+            | Error::Copy { source, .. }
             | Error::Whole { source, .. } => Some(source),
             Error::Backing { source, .. } => source.io(),
             _ => None,

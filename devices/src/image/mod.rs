@@ -15,6 +15,7 @@
 //! them back. The locks are those of QEMU: the two exclude each other on one image.
 
 mod chain;
+mod copy;
 mod create;
 mod dirty;
 mod discard;
@@ -41,6 +42,7 @@ use self::chain::Layer;
 use self::file::HostFile;
 use self::storage::FileStorage;
 
+pub use self::copy::{copy_file, fingerprint_file};
 pub use self::create::{NewBacking, free_space, sync_directory};
 pub use self::error::{Error, Result};
 pub use self::extent::{Extent, ExtentKind, Scope};

@@ -17,6 +17,7 @@ pub use super::migration::{
 };
 pub use super::network::{AnnounceChange, AnnounceParameters, AnnounceRequest, NetworkInfo};
 pub use super::run_state::{CpuInfo, RunState, StatusInfo};
+pub use super::snapshot::{SavedInfo, SnapshotInfo, Work};
 
 /// The result of a command.
 pub type CommandResult<T> = Result<T, CommandError>;
@@ -90,6 +91,20 @@ pub trait Control: Send + Sync {
     /// and has not got an address yet, or if it cannot listen there. `exit_on_error`: whether the
     /// process ends if the migration fails (the default in QEMU), or stays for another try.
     fn migrate_incoming(&self, address: Uri, exit_on_error: bool) -> CommandResult<()>;
+
+    /// Saves the guest with its disks, in the background, as the snapshot `tag`, which replaces one
+    /// of that name; without a name one is made of the time. Fails at once if it cannot begin.
+    fn save_snapshot(&self, tag: Option<String>) -> CommandResult<Work>;
+
+    /// Puts the guest and its disks back to where they were when the snapshot was saved, in the
+    /// background. If that fails, the guest goes on as if nothing had happened.
+    fn load_snapshot(&self, tag: &str) -> CommandResult<Work>;
+
+    /// Deletes a snapshot, in the background.
+    fn delete_snapshot(&self, tag: &str) -> CommandResult<Work>;
+
+    /// The snapshots that there are, by date. Fails if the machine has no disk that can have any.
+    fn snapshots(&self) -> CommandResult<Vec<SnapshotInfo>>;
 
     /// How the migration under way, or else the last one, is doing.
     fn migration_info(&self) -> MigrationInfo;

@@ -19,6 +19,7 @@ pub(crate) struct State {
     pub(crate) parameters: MigrationParameters,
     pub(crate) events_capability: bool,
     pub(crate) balloon: BalloonInfo,
+    pub(crate) snapshots: Vec<SnapshotInfo>,
     /// The commands that arrived, in words.
     pub(crate) calls: Vec<String>,
     /// What the next command that can fail fails with.
@@ -38,6 +39,7 @@ impl FakeMachine {
                 actual: 512 << 20,
                 ferry: None,
             },
+            snapshots: Vec::new(),
             calls: Vec::new(),
             failure: None,
         };
@@ -188,6 +190,22 @@ impl Control for FakeMachine {
 
     fn migrate_incoming(&self, address: Uri, exit_on_error: bool) -> CommandResult<()> {
         self.call(format!("migrate_incoming {address} {exit_on_error}"))
+    }
+
+    fn save_snapshot(&self, tag: Option<String>) -> CommandResult<Work> {
+        Ok(Work::done(self.call(format!("savevm {tag:?}"))))
+    }
+
+    fn load_snapshot(&self, tag: &str) -> CommandResult<Work> {
+        Ok(Work::done(self.call(format!("loadvm {tag}"))))
+    }
+
+    fn delete_snapshot(&self, tag: &str) -> CommandResult<Work> {
+        Ok(Work::done(self.call(format!("delvm {tag}"))))
+    }
+
+    fn snapshots(&self) -> CommandResult<Vec<SnapshotInfo>> {
+        Ok(self.state().snapshots.clone())
     }
 
     fn migration_info(&self) -> MigrationInfo {

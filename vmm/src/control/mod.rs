@@ -16,6 +16,7 @@ pub mod network;
 pub mod qmp;
 pub mod run_state;
 pub mod size;
+pub mod snapshot;
 pub mod socket;
 
 #[cfg(test)]

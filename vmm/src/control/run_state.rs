@@ -30,6 +30,10 @@ pub enum RunState {
     IoError,
     /// Stopped by a debugger.
     Debug,
+    /// Stopped while a snapshot is saved.
+    SaveVm,
+    /// A snapshot is being loaded, and there is no guest yet.
+    RestoreVm,
 }
 
 impl RunState {
@@ -47,6 +51,8 @@ impl RunState {
             Self::GuestPanicked => "guest-panicked",
             Self::IoError => "io-error",
             Self::Debug => "debug",
+            Self::SaveVm => "save-vm",
+            Self::RestoreVm => "restore-vm",
         }
     }
 }
@@ -104,6 +110,8 @@ mod tests {
             RunState::GuestPanicked,
             RunState::IoError,
             RunState::Debug,
+            RunState::SaveVm,
+            RunState::RestoreVm,
         ] {
             assert_eq!(serde_json::to_value(state).unwrap(), state.as_str());
         }

@@ -13,7 +13,7 @@ use crate::control::command::{
     AnnounceRequest, BalloonInfo, BlockInfo, CommandError, CommandResult, Control, CpuInfo,
     ErrorClass, Event, EventKind, FerryBalloonInfo, MigrateRequest, MigrationCapabilityStatus,
     MigrationInfo, MigrationParameters, MigrationStatus, NetworkInfo, ParameterChange, RunState,
-    ShutdownCause, StatusInfo, StorageCopy, Uri,
+    ShutdownCause, SnapshotInfo, StatusInfo, StorageCopy, Uri, Work,
 };
 use crate::machine::{Machine, backends};
 
@@ -21,7 +21,7 @@ use crate::machine::{Machine, backends};
 const EVENTS: &str = "events";
 
 impl State {
-    fn guest(&self) -> CommandResult<&Arc<Machine>> {
+    pub(super) fn guest(&self) -> CommandResult<&Arc<Machine>> {
         self.guest
             .as_ref()
             .ok_or_else(|| CommandError::generic("there is no guest here yet"))
@@ -74,8 +74,9 @@ impl Control for Instance {
         let mut state = self.0.state();
         match state.run {
             RunState::Running => state.stop_guest(&self.0, RunState::Paused),
-            RunState::Inmigrate => state.autostart = false,
+            RunState::Inmigrate | RunState::RestoreVm => state.autostart = false,
             RunState::FinishMigrate => return Err(handing_over("stop")),
+            RunState::SaveVm => return Err(saving("stop")),
             _ => {}
         }
         Ok(())
@@ -85,11 +86,12 @@ impl Control for Instance {
         let mut state = self.0.state();
         match state.run {
             RunState::Running => Ok(()),
-            RunState::Inmigrate => {
+            RunState::Inmigrate | RunState::RestoreVm => {
                 state.autostart = true;
                 Ok(())
             }
             RunState::FinishMigrate => Err(handing_over("cont")),
+            RunState::SaveVm => Err(saving("cont")),
             RunState::Shutdown | RunState::InternalError | RunState::GuestPanicked => Err(
                 CommandError::generic("Resetting the Virtual Machine is required"),
             ),
@@ -126,6 +128,7 @@ impl Control for Instance {
         state.guest()?;
         match state.run {
             RunState::FinishMigrate => Err(handing_over("system_reset")),
+            RunState::SaveVm => Err(saving("system_reset")),
             RunState::Postmigrate | RunState::Inmigrate => Err(CommandError::generic(format!(
                 "the guest is not here to be reset (state '{}')",
                 state.run
@@ -142,6 +145,7 @@ impl Control for Instance {
         let guest = state.guest()?;
         match state.run {
             RunState::FinishMigrate => Err(handing_over("system_powerdown")),
+            RunState::SaveVm => Err(saving("system_powerdown")),
             RunState::Postmigrate | RunState::Inmigrate => Err(CommandError::generic(format!(
                 "the guest is not here to be powered down (state '{}')",
                 state.run
@@ -202,6 +206,7 @@ impl Control for Instance {
     fn migrate(&self, request: MigrateRequest) -> CommandResult<()> {
         let mut state = self.0.state();
         let guest = Arc::clone(state.guest()?);
+        state.check_no_snapshot_work()?;
         if state.outgoing.as_ref().is_some_and(Outgoing::is_running) {
             return Err(CommandError::generic(
                 "There's a migration process in progress",
@@ -263,6 +268,22 @@ impl Control for Instance {
             .map_err(|err| CommandError::generic(err.to_string()))?;
         state.incoming = Some(incoming);
         Ok(())
+    }
+
+    fn save_snapshot(&self, tag: Option<String>) -> CommandResult<Work> {
+        self.begin_save(tag)
+    }
+
+    fn load_snapshot(&self, tag: &str) -> CommandResult<Work> {
+        self.begin_load(tag)
+    }
+
+    fn delete_snapshot(&self, tag: &str) -> CommandResult<Work> {
+        self.begin_delete(tag)
+    }
+
+    fn snapshots(&self) -> CommandResult<Vec<SnapshotInfo>> {
+        self.list_snapshots()
     }
 
     fn migration_info(&self) -> MigrationInfo {
@@ -343,5 +364,11 @@ pub(super) fn handing_over(command: &str) -> CommandError {
     CommandError::generic(format!(
         "the guest is being handed over to the destination: '{command}' is possible before or \
          after that"
+    ))
+}
+
+fn saving(command: &str) -> CommandError {
+    CommandError::generic(format!(
+        "a snapshot of the guest is being saved: '{command}' is possible before or after that"
     ))
 }

@@ -41,6 +41,11 @@ impl GuestEvents {
         self.arrived.notify_one();
     }
 
+    /// Forgets what has come: the guest that it came from is gone.
+    pub(super) fn forget(&self) {
+        while self.take().is_some() {}
+    }
+
     fn take(&self) -> Option<GuestEvent> {
         self.queue
             .lock()
@@ -133,7 +138,7 @@ impl Shared {
         let ran = state.run == RunState::Running;
         guest.pause();
         // What the vCPUs asked for until here is moot.
-        while self.guest_events.take().is_some() {}
+        self.guest_events.forget();
         info!(?cause, "the machine resets");
         match guest.reset() {
             Ok(()) => {

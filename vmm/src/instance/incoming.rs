@@ -162,11 +162,7 @@ impl Receiver {
             progress,
             deadlines: Deadlines::default(),
         };
-        let mut destination = Destination {
-            shared: Arc::clone(&self.shared),
-            arriving: None,
-            replaced: Vec::new(),
-        };
+        let mut destination = Destination::new(Arc::clone(&self.shared));
         let arrived = match origin {
             Origin::Listener(mut listener) => {
                 let incoming = match listener.accept(&self.cancel, &job.deadlines) {
@@ -207,7 +203,7 @@ impl Receiver {
 }
 
 /// The machine that is being received.
-struct Destination {
+pub(super) struct Destination {
     shared: Arc<Shared>,
     arriving: Option<Arriving>,
     /// The images that new ones have replaced. They go with this, when the guest runs: freeing
@@ -227,6 +223,69 @@ struct Arriving {
 }
 
 impl Destination {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self {
+            shared,
+            arriving: None,
+            replaced: Vec::new(),
+        }
+    }
+
+    /// The machine that is offered, if it can be had here.
+    pub(super) fn check(&self, offer: &Offer) -> Result<MovingMachine, VmError> {
+        let shared = &self.shared;
+        let moving = MovingMachine::from_sections(&offer.configuration)?;
+        let host = HostCpu::probe(&shared.kvm)?;
+        let mut objections =
+            moving.objections(&shared.settings.given, &host, crate::memory::of_host())?;
+        let layout = crate::memory::layout(moving.config.memory)?;
+        if layout != offer.layout {
+            objections.push(format!(
+                "the source's memory layout is {:?}, but {} bytes are laid out as {:?} here",
+                offer.layout.regions(),
+                moving.config.memory,
+                layout.regions()
+            ));
+        }
+        objections.extend(misplaced_files(&moving, offer));
+        objections.extend(misplaced_disks(&moving, offer));
+        if !objections.is_empty() {
+            return Err(objections.join("\n").into());
+        }
+        Ok(moving)
+    }
+
+    /// Builds it on `backends`.
+    pub(super) fn build(
+        &mut self,
+        moving: MovingMachine,
+        backends: Backends,
+        fresh: Vec<bool>,
+        unfinished: Vec<Unfinished>,
+    ) -> Result<GuestRam, VmError> {
+        let shared = &self.shared;
+        let machine = shared.build(moving.config.clone(), Some(&moving.cpu), backends)?;
+        let here = machine.devices().inventory();
+        if here != moving.devices {
+            return Err(device_differences(&moving.devices, &here).join("\n").into());
+        }
+        let ram = machine.ram().clone();
+        self.arriving = Some(Arriving {
+            moving,
+            fresh,
+            files: Vec::new(),
+            machine,
+            unfinished,
+        });
+        Ok(ram)
+    }
+
+    /// The machine once it is loaded, and the name that came with it.
+    pub(super) fn take(&mut self) -> Result<(Arc<Machine>, Option<String>), VmError> {
+        let arriving = self.arriving.take().ok_or("no machine was prepared")?;
+        Ok((arriving.machine, arriving.moving.name))
+    }
+
     fn arriving(&mut self) -> Result<&mut Arriving, VmError> {
         self.arriving
             .as_mut()
@@ -261,48 +320,16 @@ impl Destination {
             fresh.push(prepared.fresh);
             unfinished.extend(prepared.unfinished);
         }
-        let backends = self.shared.open_backends_for(|id| images.remove(id))?;
+        let backends = self.shared.open_backends_for(|id| images.remove(id), &[])?;
         Ok((backends, fresh, unfinished))
     }
 }
 
 impl DestinationVm for Destination {
     fn prepare(&mut self, offer: &Offer) -> Result<GuestRam, VmError> {
-        let shared = &self.shared;
-        let moving = MovingMachine::from_sections(&offer.configuration)?;
-        let host = HostCpu::probe(&shared.kvm)?;
-        let mut objections =
-            moving.objections(&shared.settings.given, &host, crate::memory::of_host())?;
-        let layout = crate::memory::layout(moving.config.memory)?;
-        if layout != offer.layout {
-            objections.push(format!(
-                "the source's memory layout is {:?}, but {} bytes are laid out as {:?} here",
-                offer.layout.regions(),
-                moving.config.memory,
-                layout.regions()
-            ));
-        }
-        objections.extend(misplaced_files(&moving, offer));
-        objections.extend(misplaced_disks(&moving, offer));
-        if !objections.is_empty() {
-            return Err(objections.join("\n").into());
-        }
+        let moving = self.check(offer)?;
         let (backends, fresh, unfinished) = self.backends(&moving, offer)?;
-        let shared = &self.shared;
-        let machine = shared.build(moving.config.clone(), Some(&moving.cpu), backends)?;
-        let here = machine.devices().inventory();
-        if here != moving.devices {
-            return Err(device_differences(&moving.devices, &here).join("\n").into());
-        }
-        let ram = machine.ram().clone();
-        self.arriving = Some(Arriving {
-            moving,
-            fresh,
-            files: Vec::new(),
-            machine,
-            unfinished,
-        });
-        Ok(ram)
+        self.build(moving, backends, fresh, unfinished)
     }
 
     fn create_blob(&mut self, index: usize) -> Result<Box<dyn Write + Send>, VmError> {
@@ -349,9 +376,7 @@ impl DestinationVm for Destination {
     }
 
     fn start(&mut self, start: Start) -> Result<(), VmError> {
-        let Arriving {
-            moving, machine, ..
-        } = self.arriving.take().ok_or("no machine was prepared")?;
+        let (machine, name) = self.take()?;
         // The source has given them away, and waits.
         for disk in machine.disks() {
             disk.image().drop_page_cache()?;
@@ -367,7 +392,7 @@ impl DestinationVm for Destination {
         self.shared.install(&mut state, machine);
         // Whether it runs or not, it is here now.
         state.announce();
-        state.name = state.name.take().or(moving.name);
+        state.name = state.name.take().or(name);
         Ok(())
     }
 

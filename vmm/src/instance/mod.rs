@@ -17,12 +17,14 @@ mod leaving_disk;
 mod network;
 mod offer;
 mod outgoing;
+mod snapshots;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use devices::image::Image;
 use devices::virtio::blk::errors::ErrorSink;
+use devices::virtio::net::tap::Tap;
 use migration::uri::Uri;
 use tokio::sync::{Notify, broadcast, watch};
 use tracing::{error, info};
@@ -33,6 +35,7 @@ pub use self::incoming::WaitError;
 
 use self::incoming::Incoming;
 use self::outgoing::Outgoing;
+use self::snapshots::SnapshotJob;
 use crate::console::{Console, SerialInput};
 use crate::control::command::{AnnounceParameters, Event, EventKind, RunState, ShutdownCause};
 use crate::cpuid::GuestCpu;
@@ -101,6 +104,8 @@ struct State {
     outgoing: Option<Outgoing>,
     /// The migration to here, for a process that was started with `--incoming`.
     incoming: Option<Incoming>,
+    /// The work on a snapshot that is under way.
+    snapshot: Option<SnapshotJob>,
     /// How a guest that has arrived is announced to the network.
     announce: AnnounceParameters,
     /// The announcement under way, or the last one.
@@ -127,13 +132,15 @@ impl Shared {
         Backends::open(&self.settings.given, errors)
     }
 
-    /// The same for a guest that arrives, where `arriving` opens the images that come with it.
+    /// The same for a guest that arrives, where `arriving` opens the images that come with it, and
+    /// `taps` are those that are open here already.
     fn open_backends_for(
         &self,
         arriving: impl FnMut(&str) -> Option<Image>,
+        taps: &[Arc<Tap>],
     ) -> Result<Backends, BackendError> {
         let errors = Arc::clone(&self.guest_events) as Arc<dyn ErrorSink>;
-        Backends::open_for(&self.settings.given, errors, arriving)
+        Backends::open_for(&self.settings.given, errors, arriving, taps)
     }
 
     /// Builds a machine, for a guest that has `seen` its processor already if it arrives.
@@ -228,6 +235,7 @@ impl Instance {
             guest: None,
             outgoing: None,
             incoming: None,
+            snapshot: None,
             announce: AnnounceParameters::default(),
             announcement: None,
             autostart: !settings.paused,
@@ -310,12 +318,14 @@ impl Instance {
             let mut state = shared.state();
             let outgoing = state.outgoing.as_mut().and_then(Outgoing::begin_shutdown);
             let incoming = state.incoming.as_mut().and_then(Incoming::begin_shutdown);
-            [outgoing, incoming]
+            let snapshot = state.snapshot.as_mut();
+            let snapshot = snapshot.and_then(SnapshotJob::begin_shutdown);
+            [outgoing, incoming, snapshot]
         };
         // Not under the lock: they need it to end.
         for thread in threads.into_iter().flatten() {
             if thread.join().is_err() {
-                error!("a migration thread panicked");
+                error!("a thread of a migration or a snapshot panicked");
             }
         }
         let mut state = shared.state();

@@ -67,23 +67,13 @@ impl Outgoing {
             parameters: Arc::clone(&shared.parameters),
             progress: Arc::clone(&progress),
             deadlines: Deadlines::default(),
-            costs: Costs {
-                state_bytes: STATE_BYTES + STATE_BYTES_PER_VCPU * u64::from(guest.config().vcpus),
-                ..Costs::default()
-            },
+            costs: costs(&guest),
         };
         let into_file = matches!(address, Uri::File(_));
         let thread = thread::Builder::new()
             .name("migration".to_owned())
             .spawn(move || {
-                let mut source = Source {
-                    shared,
-                    guest,
-                    copy,
-                    leaving: Vec::new(),
-                    log: None,
-                    before: RunState::Running,
-                };
+                let mut source = Source::new(shared, guest, copy);
                 let outcome = match address {
                     Uri::File(path) => snapshot::save(&mut source, &path, &job),
                     uri => source::migrate(&mut source, Peer::Uri(uri), &job),
@@ -167,8 +157,16 @@ impl Observer for StatusObserver {
     }
 }
 
+/// What to expect of the guest's hand-over.
+pub(super) fn costs(guest: &Machine) -> Costs {
+    Costs {
+        state_bytes: STATE_BYTES + STATE_BYTES_PER_VCPU * u64::from(guest.config().vcpus),
+        ..Costs::default()
+    }
+}
+
 /// The engine's view of the guest.
-struct Source {
+pub(super) struct Source {
     shared: Arc<Shared>,
     guest: Arc<Machine>,
     copy: StorageCopy,
@@ -354,6 +352,17 @@ impl SourceVm for Source {
 }
 
 impl Source {
+    pub(super) fn new(shared: Arc<Shared>, guest: Arc<Machine>, copy: StorageCopy) -> Self {
+        Self {
+            shared,
+            guest,
+            copy,
+            leaving: Vec::new(),
+            log: None,
+            before: RunState::Running,
+        }
+    }
+
     /// Asks the guest for pages that need not be sent, if it gives such.
     fn start_hints(&mut self) -> Result<(), VmError> {
         let (Some(log), Some(balloon)) = (&mut self.log, self.guest.devices().balloon()) else {

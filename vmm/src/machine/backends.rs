@@ -57,14 +57,16 @@ pub struct Backends {
 impl Backends {
     /// Opens what the command line names. Disk images are not locked: see [`lock`].
     pub fn open(given: &Given, errors: Arc<dyn ErrorSink>) -> Result<Self, BackendError> {
-        Self::open_for(given, errors, |_| None)
+        Self::open_for(given, errors, |_| None, &[])
     }
 
-    /// As [`open`](Self::open), but for a disk for which `opened` has an image it takes that one.
+    /// As [`open`](Self::open), but for a disk for which `opened` has an image it takes that one,
+    /// and of the network cards the first ones take `taps`.
     pub fn open_for(
         given: &Given,
         errors: Arc<dyn ErrorSink>,
         mut opened: impl FnMut(&str) -> Option<Image>,
+        taps: &[Arc<Tap>],
     ) -> Result<Self, BackendError> {
         let mut disks = Vec::new();
         for (index, options) in given.disks.iter().enumerate() {
@@ -79,7 +81,10 @@ impl Backends {
         for (index, options) in given.net.iter().enumerate() {
             nets.push(NetBackend {
                 id: options.id_at(index),
-                tap: Arc::new(Tap::open(&options.ifname)?),
+                tap: match taps.get(index) {
+                    Some(tap) => Arc::clone(tap),
+                    None => Arc::new(Tap::open(&options.ifname)?),
+                },
                 mac: match options.mac {
                     Some(mac) => mac,
                     None => MacAddress::random().map_err(BackendError::Mac)?,

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ::devices::disk::Disk;
+use ::devices::virtio::net::tap::Tap;
 use migration::clock::{Clock, MonotonicClock};
 use migration::layout::GuestRam;
 use migration::section::{Section, SectionError, Sections};
@@ -104,6 +105,7 @@ pub struct Machine {
     vm: Arc<Vm>,
     devices: Arc<Devices>,
     disks: Vec<Arc<Disk>>,
+    taps: Vec<Arc<Tap>>,
     /// Lets vCPUs go that wait for room in the console.
     interrupt: Interrupt,
     cpu: GuestCpu,
@@ -184,6 +186,11 @@ impl Machine {
             vm,
             devices,
             disks: backends.disks().to_vec(),
+            taps: backends
+                .nets
+                .iter()
+                .map(|net| Arc::clone(&net.tap))
+                .collect(),
             interrupt: console.output().interrupt(),
             cpu: seen.ok_or(MachineError::NoVcpu(0))?,
             files: Mutex::new(None),
@@ -219,6 +226,18 @@ impl Machine {
     /// The disks. Their images must be locked while the guest runs.
     pub fn disks(&self) -> &[Arc<Disk>] {
         &self.disks
+    }
+
+    /// The network cards' taps, in the order of the command line.
+    pub fn taps(&self) -> &[Arc<Tap>] {
+        &self.taps
+    }
+
+    /// How long the guest had run when it was stopped, by its kvmclock; zero if it was not.
+    pub fn clock(&self) -> Duration {
+        let vcpus = self.vcpus();
+        let clocks = vcpus.arrived.as_ref().or(vcpus.stopped.as_ref());
+        clocks.map_or(Duration::ZERO, ClockState::kvmclock)
     }
 
     /// What the guest sees of its processor.

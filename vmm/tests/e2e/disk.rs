@@ -7,6 +7,7 @@ mod killed;
 mod locks;
 mod moving;
 mod options;
+mod snapshots;
 mod space;
 
 use std::io::{self, IoSliceMut, Read, Seek, SeekFrom};

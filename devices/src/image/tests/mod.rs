@@ -1,6 +1,7 @@
 //! Images against QEMU's tools, against a model in memory, and against a hostile file.
 
 mod backing;
+mod copy;
 mod create;
 mod hostile;
 mod locks;

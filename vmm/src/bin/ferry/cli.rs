@@ -61,7 +61,8 @@ pub(crate) enum Command {
 #[derive(Clone, Debug, Default, PartialEq, Args)]
 #[command(
     override_usage = "ferry run --kernel FILE [OPTIONS]\n       \
-                      ferry run --incoming ADDRESS [OPTIONS]",
+                      ferry run --incoming ADDRESS [OPTIONS]\n       \
+                      ferry run --loadvm TAG [OPTIONS]",
     after_help = "Options are also read in QEMU's spelling (-kernel, -m 2G, -smp 2, -incoming, \
                   -serial, -monitor, -qmp, -name, -S).\nA guest that migrates here brings with \
                   it what is not given."
@@ -154,6 +155,14 @@ pub(crate) struct RunOptions {
     #[arg(long, value_name = "ADDRESS", help_heading = "Connections")]
     pub(crate) incoming: Option<Incoming>,
 
+    /// Begin with the guest and the disks of a snapshot that savevm has saved
+    #[arg(
+        long,
+        value_name = "TAG",
+        conflicts_with = "incoming",
+        help_heading = "Behaviour"
+    )]
+    pub(crate) loadvm: Option<String>,
     /// Do not run the guest before it is told to (cont)
     #[arg(long, help_heading = "Behaviour")]
     pub(crate) paused: bool,
@@ -229,10 +238,10 @@ impl Cli {
 impl RunOptions {
     /// What no single option can tell.
     fn check(&self) -> Result<(), String> {
-        if self.kernel.is_none() && self.incoming.is_none() {
+        if self.kernel.is_none() && self.incoming.is_none() && self.loadvm.is_none() {
             return Err(
                 "there is nothing to run: give --kernel FILE, or --incoming ADDRESS to \
-                        wait for a guest"
+                        wait for a guest, or --loadvm TAG"
                     .into(),
             );
         }

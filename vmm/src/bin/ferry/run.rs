@@ -138,6 +138,9 @@ async fn serve(options: &RunOptions) -> Result<(), RunError> {
         (Some(Incoming::At(address)), _) => {
             instance.wait_for_guest(Some(address), true)?;
         }
+        _ if let Some(tag) = &options.loadvm => instance
+            .load_snapshot_at_start(tag)
+            .map_err(|error| RunError::Ended(error.to_string()))?,
         (None, Some(files)) => instance
             .boot(files)
             .map_err(|error| not_booted(options, error))?,

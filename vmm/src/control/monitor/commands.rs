@@ -5,7 +5,7 @@ use super::line::Words;
 use super::session::Session;
 use crate::control::command::{
     AnnounceRequest, CommandError, MigrateRequest, MigrationCapabilityStatus, ParameterChange,
-    ShutdownCause, StorageCopy, Uri,
+    ShutdownCause, StorageCopy, Uri, Work,
 };
 use crate::control::size::parse_size;
 
@@ -47,6 +47,8 @@ pub enum Reply {
     Text(String),
     /// A migration has begun, and the person waits for it.
     Migrating,
+    /// Something has begun that is soon over, and the person waits for it.
+    Working(Work),
 }
 
 impl Reply {
@@ -138,6 +140,17 @@ pub const COMMANDS: &[Command] = &[
         },
     },
     Command {
+        names: &["delvm"],
+        parameters: "tag",
+        help: "delete a snapshot of the guest and its disks",
+        completion: Completion::None,
+        run: |session, mut words| {
+            let tag = words.required()?;
+            words.finish()?;
+            Ok(Reply::Working(session.machine().delete_snapshot(&tag)?))
+        },
+    },
+    Command {
         names: &["help", "?"],
         parameters: "[command]",
         help: "show all commands, or one",
@@ -150,6 +163,17 @@ pub const COMMANDS: &[Command] = &[
         help: "show something about the machine (help info lists the topics)",
         completion: Completion::Topics,
         run: info::run,
+    },
+    Command {
+        names: &["loadvm"],
+        parameters: "tag",
+        help: "put the guest and its disks back to a snapshot",
+        completion: Completion::None,
+        run: |session, mut words| {
+            let tag = words.required()?;
+            words.finish()?;
+            Ok(Reply::Working(session.machine().load_snapshot(&tag)?))
+        },
     },
     Command {
         names: &["migrate"],
@@ -290,6 +314,18 @@ pub const COMMANDS: &[Command] = &[
             words.finish()?;
             session.machine().quit(ShutdownCause::HostQmpQuit);
             Ok(Reply::nothing())
+        },
+    },
+    Command {
+        names: &["savevm"],
+        parameters: "[tag]",
+        help: "save the guest with its disks as a snapshot, in place of one of that name; without \
+               a name one is made of the time",
+        completion: Completion::None,
+        run: |session, mut words| {
+            let tag = words.optional();
+            words.finish()?;
+            Ok(Reply::Working(session.machine().save_snapshot(tag)?))
         },
     },
     Command {

@@ -83,6 +83,12 @@ pub const TOPICS: &[Topic] = &[
         show: registers,
     },
     Topic {
+        name: "snapshots",
+        parameters: "",
+        help: "the snapshots of the guest and its disks",
+        show: snapshots,
+    },
+    Topic {
         name: "status",
         parameters: "",
         help: "whether the guest runs, and why not",
@@ -217,6 +223,39 @@ fn registers(session: &Session, words: &mut Words) -> Result<String, Failure> {
     for index in indices {
         let registers = machine.registers(index)?;
         let _ = writeln!(text, "CPU#{index}\n{}", registers.trim_end());
+    }
+    Ok(text)
+}
+
+fn snapshots(session: &Session, _: &mut Words) -> Result<String, Failure> {
+    let snapshots = session.machine().snapshots()?;
+    if snapshots.is_empty() {
+        return Ok("There is no snapshot available.\n".to_owned());
+    }
+    let mut text = "List of snapshots present on all disks:\n".to_owned();
+    let mut line = |[id, tag, size, date, clock, icount]: [&str; 6]| {
+        // Columns as in QEMU.
+        let _ = writeln!(
+            text,
+            "{id:<7} {tag:<16} {size:>8} {date:>20} {clock:>15} {icount:>10}"
+        );
+    };
+    line(["ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"]);
+    for snapshot in &snapshots {
+        let (size, date, clock) = match &snapshot.saved {
+            Some(saved) => (
+                format_size(saved.state_bytes),
+                saved.date(),
+                saved.vm_clock(),
+            ),
+            None => ("--".to_owned(), "--".to_owned(), "--".to_owned()),
+        };
+        line(["--", &snapshot.tag, &size, &date, &clock, "--"]);
+    }
+    for snapshot in snapshots {
+        if let Some(problem) = snapshot.problem {
+            let _ = writeln!(text, "'{}' can't be loaded: {problem}", snapshot.tag);
+        }
     }
     Ok(text)
 }

@@ -16,7 +16,7 @@ pub mod terminal;
 #[cfg(test)]
 mod tests;
 
-pub use session::{Outcome, Session, is_failure};
+pub use session::{Detached, Outcome, Session, is_failure};
 
 /// What a monitor shows when it waits for a command.
 pub const PROMPT: &str = "(ferry) ";

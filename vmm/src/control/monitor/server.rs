@@ -55,6 +55,13 @@ impl Client {
             match self.session.execute(&line) {
                 Outcome::Done(text) => self.print(&text).await?,
                 Outcome::Migrating => self.follow().await?,
+                Outcome::Working => {
+                    let text = tokio::select! {
+                        text = self.session.finished() => text,
+                        () = closed(&mut self.closing) => return Ok(()),
+                    };
+                    self.print(&text).await?;
+                }
             }
             self.print(PROMPT).await?;
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::commands::{self, Failure, Reply};
 use super::line;
-use crate::control::command::{CommandError, CommandResult, Control};
+use crate::control::command::{CommandError, CommandResult, Control, Work};
 
 /// What a line led to.
 #[derive(Debug, PartialEq, Eq)]
@@ -15,18 +15,35 @@ pub enum Outcome {
     /// A migration has begun that the person waits for:
     /// [follow](super::progress::follow) it.
     Migrating,
+    /// Something goes on that is soon over: [`Session::finished`] has the answer.
+    Working,
+}
+
+/// What a line led to where no migration is waited for.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Detached {
+    /// See [`Outcome::Done`].
+    Done(String),
+    /// See [`Outcome::Working`].
+    Working,
 }
 
 /// A conversation: the machine, and what was said before that matters.
 pub struct Session {
     machine: Arc<dyn Control>,
     cpu: u32,
+    /// What the last line began.
+    work: Option<Work>,
 }
 
 impl Session {
     /// A new conversation.
     pub fn new(machine: Arc<dyn Control>) -> Self {
-        Self { machine, cpu: 0 }
+        Self {
+            machine,
+            cpu: 0,
+            work: None,
+        }
     }
 
     /// The machine that it is about.
@@ -60,17 +77,35 @@ impl Session {
         match self.run(line) {
             Ok(Reply::Text(text)) => Outcome::Done(text),
             Ok(Reply::Migrating) => Outcome::Migrating,
+            Ok(Reply::Working(work)) => {
+                self.work = Some(work);
+                Outcome::Working
+            }
             Err(text) => Outcome::Done(text),
         }
     }
 
+    /// Waits for what the last line began; returns its answer.
+    pub async fn finished(&mut self) -> String {
+        let result = match self.work.take() {
+            Some(work) => work.wait().await,
+            None => Ok(()),
+        };
+        match result {
+            Ok(()) => String::new(),
+            Err(error) => failure_text(error.into(), None),
+        }
+    }
+
     /// Carries a line out where nobody can wait for a migration: it goes on in the background.
-    pub fn execute_at_once(&mut self, line: &str) -> String {
+    pub fn execute_detached(&mut self, line: &str) -> Detached {
         match self.execute(line) {
-            Outcome::Done(text) => text,
-            Outcome::Migrating => "a migration cannot be waited for here, continuing detached \
-                                   (see info migrate)\n"
-                .to_owned(),
+            Outcome::Done(text) => Detached::Done(text),
+            Outcome::Migrating => Detached::Done(
+                "a migration cannot be waited for here, continuing detached (see info migrate)\n"
+                    .to_owned(),
+            ),
+            Outcome::Working => Detached::Working,
         }
     }
 

@@ -114,6 +114,7 @@ async fn execute(
     while let Some(line) = commands.recv().await {
         let end = match session.execute(&line) {
             Outcome::Done(text) => text,
+            Outcome::Working => session.finished().await,
             Outcome::Migrating => {
                 foreground.begin();
                 let mut follower = Follower::new(Arc::clone(&machine), PROGRESS);

@@ -1,5 +1,6 @@
 //! The commands: a table of names, and for each what it takes and returns.
 
+use std::pin::Pin;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -10,18 +11,30 @@ use crate::control::command::{
     AnnounceChange, AnnounceRequest, CommandError, CommandResult, Control, ErrorClass,
     MigrateRequest, MigrationCapabilityStatus, ParameterChange, ShutdownCause, StorageCopy, Uri,
 };
-use crate::control::monitor;
+use crate::control::monitor::{self, Detached};
 
 type Handler = fn(&Arc<dyn Control>, Arguments) -> CommandResult<Value>;
 
-/// Every command but `qmp_capabilities`, which only opens a session.
+/// The command that carries out a line of the monitor's. It may begin something that its client
+/// waits for.
+const HUMAN_MONITOR_COMMAND: &str = "human-monitor-command";
+
+/// What a command led to.
+pub enum Execution {
+    /// It is done.
+    Done(CommandResult<Value>),
+    /// It is soon: this is the answer.
+    Working(Pin<Box<dyn Future<Output = CommandResult<Value>> + Send>>),
+}
+
+/// Every command but `qmp_capabilities`, which only opens a session, and
+/// [`HUMAN_MONITOR_COMMAND`].
 const COMMANDS: &[(&str, Handler)] = &[
     ("balloon", balloon),
     ("announce-self", announce_self),
     ("cont", |machine, arguments| {
         nothing(arguments, || machine.cont())
     }),
-    ("human-monitor-command", human_monitor_command),
     ("migrate", migrate),
     ("migrate_cancel", |machine, arguments| {
         nothing(arguments, || machine.migrate_cancel())
@@ -74,18 +87,18 @@ const COMMANDS: &[(&str, Handler)] = &[
 ];
 
 /// Carries a command out.
-pub fn execute(
-    machine: &Arc<dyn Control>,
-    name: &str,
-    arguments: Arguments,
-) -> CommandResult<Value> {
-    match COMMANDS.iter().find(|(known, _)| *known == name) {
+pub fn execute(machine: &Arc<dyn Control>, name: &str, arguments: Arguments) -> Execution {
+    if name == HUMAN_MONITOR_COMMAND {
+        return human_monitor_command(machine, arguments)
+            .unwrap_or_else(|error| Execution::Done(Err(error)));
+    }
+    Execution::Done(match COMMANDS.iter().find(|(known, _)| *known == name) {
         Some((_, handler)) => handler(machine, arguments),
         None => Err(CommandError::new(
             ErrorClass::CommandNotFound,
             format!("The command {name} has not been found"),
         )),
-    }
+    })
 }
 
 /// A command that takes nothing and returns nothing.
@@ -114,7 +127,7 @@ fn query_commands(_: &Arc<dyn Control>, arguments: Arguments) -> CommandResult<V
     let names = COMMANDS
         .iter()
         .map(|(name, _)| *name)
-        .chain(["qmp_capabilities"]);
+        .chain([HUMAN_MONITOR_COMMAND, "qmp_capabilities"]);
     query(arguments, || {
         names
             .map(|name| json!({ "name": name }))
@@ -148,7 +161,7 @@ fn query_cpus_fast(machine: &Arc<dyn Control>, arguments: Arguments) -> CommandR
 fn human_monitor_command(
     machine: &Arc<dyn Control>,
     mut arguments: Arguments,
-) -> CommandResult<Value> {
+) -> CommandResult<Execution> {
     let line = arguments.string("command-line")?;
     let cpu = arguments.unsigned("cpu-index")?;
     let line = arguments.required("command-line", line)?;
@@ -159,7 +172,12 @@ fn human_monitor_command(
             CommandError::generic("Parameter 'cpu-index' expects a CPU number".to_owned())
         })?;
     }
-    Ok(Value::String(session.execute_at_once(&line)))
+    Ok(match session.execute_detached(&line) {
+        Detached::Done(text) => Execution::Done(Ok(Value::String(text))),
+        Detached::Working => Execution::Working(Box::pin(async move {
+            Ok(Value::String(session.finished().await))
+        })),
+    })
 }
 
 fn migrate(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResult<Value> {

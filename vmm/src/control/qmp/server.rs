@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use tokio::net::UnixStream;
 use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::time::{Instant, timeout_at};
 
-use super::commands;
+use super::commands::{self, Execution};
 use super::framing::JsonStream;
 use super::request::{Request, answer};
 use crate::control::command::{CommandError, CommandResult, Control, ErrorClass, Event};
@@ -40,7 +41,15 @@ pub(crate) struct Client {
     input: JsonStream,
     /// What the client has not read yet.
     output: Vec<u8>,
+    /// The command under way. The next one is read when it is over.
+    work: Option<Working>,
     broken: u32,
+}
+
+/// A command that takes a while.
+struct Working {
+    id: Option<Value>,
+    work: Pin<Box<dyn Future<Output = CommandResult<Value>> + Send>>,
 }
 
 /// Why a conversation ends.
@@ -65,6 +74,7 @@ impl Client {
             events: None,
             input: JsonStream::default(),
             output: Vec::new(),
+            work: None,
             broken: 0,
         };
         client.send(&json!({ "QMP": { "version": super::version(), "capabilities": [] } }));
@@ -108,7 +118,11 @@ impl Client {
                     }
                 }
                 event = next_event(&mut self.events) => self.send(&event),
-                read = reader.read(&mut chunk), if self.output.len() < QUEUE_PAUSE => match read {
+                result = finished(&mut self.work) => {
+                    let id = self.work.take().and_then(|working| working.id);
+                    self.answer(id, result);
+                }
+                read = reader.read(&mut chunk), if self.reads() => match read {
                     Ok(0) => return End::Hangup,
                     Ok(len) => self.input.feed(chunk.get(..len).unwrap_or_default()),
                     Err(_) => return End::Broken,
@@ -117,9 +131,14 @@ impl Client {
         }
     }
 
+    /// Whether the client is listened to now.
+    fn reads(&self) -> bool {
+        self.output.len() < QUEUE_PAUSE && self.work.is_none()
+    }
+
     /// Carries out what has arrived, as long as the client reads the answers.
     fn execute_queued(&mut self) -> Result<(), End> {
-        while self.output.len() < QUEUE_PAUSE {
+        while self.reads() {
             let Some(next) = self.input.next_value() else {
                 return Ok(());
             };
@@ -127,16 +146,14 @@ impl Client {
                 Ok(message) => {
                     self.broken = 0;
                     let Request { id, command } = Request::parse(message);
-                    let result = command.and_then(|(name, arguments)| match name.as_str() {
-                        "qmp_capabilities" => self.negotiate(arguments),
-                        _ if self.events.is_none() => {
-                            not_now("Expecting capabilities negotiation with 'qmp_capabilities'")
-                        }
-                        _ => commands::execute(&self.machine, &name, arguments),
-                    });
-                    // What a command caused is told before its answer, as QEMU does.
-                    self.queue_events();
-                    self.send(&answer(id, result));
+                    let execution = match command {
+                        Ok((name, arguments)) => self.execute(&name, arguments),
+                        Err(error) => Execution::Done(Err(error)),
+                    };
+                    match execution {
+                        Execution::Done(result) => self.answer(id, result),
+                        Execution::Working(work) => self.work = Some(Working { id, work }),
+                    }
                 }
                 Err(error) => {
                     self.send(&answer(None, Err(CommandError::generic(error.to_string()))));
@@ -149,6 +166,22 @@ impl Client {
             }
         }
         Ok(())
+    }
+
+    fn execute(&mut self, name: &str, arguments: super::arguments::Arguments) -> Execution {
+        match name {
+            "qmp_capabilities" => Execution::Done(self.negotiate(arguments)),
+            _ if self.events.is_none() => Execution::Done(not_now(
+                "Expecting capabilities negotiation with 'qmp_capabilities'",
+            )),
+            _ => commands::execute(&self.machine, name, arguments),
+        }
+    }
+
+    fn answer(&mut self, id: Option<Value>, result: CommandResult<Value>) {
+        // What a command caused is told before its answer, as QEMU does.
+        self.queue_events();
+        self.send(&answer(id, result));
     }
 
     fn negotiate(&mut self, mut arguments: super::arguments::Arguments) -> CommandResult<Value> {
@@ -204,6 +237,14 @@ fn not_now(desc: &str) -> CommandResult<Value> {
 
 fn warn_lost(lost: u64) {
     tracing::warn!("{lost} events came too fast to be told to a QMP client");
+}
+
+/// What the command under way leads to; never, if there is none.
+async fn finished(work: &mut Option<Working>) -> CommandResult<Value> {
+    match work {
+        Some(working) => working.work.as_mut().await,
+        None => std::future::pending().await,
+    }
 }
 
 /// The next event; never, for a client that gets none.

@@ -31,6 +31,7 @@ const OPTIONS: &[(&str, Meaning)] = &[
     ("monitor", Value("--monitor")),
     ("qmp", Value("--qmp")),
     ("incoming", Value("--incoming")),
+    ("loadvm", Value("--loadvm")),
     ("drive", Value("--disk")),
     ("log", Value("--log")),
     ("S", Flag("--paused")),

@@ -50,6 +50,13 @@ fn both_spellings_mean_the_same() {
 }
 
 #[test]
+fn a_snapshot_is_enough_to_begin_with() {
+    let options = run("-loadvm a");
+    assert_eq!(options.loadvm.as_deref(), Some("a"));
+    assert_eq!(options, run("--loadvm a"));
+}
+
+#[test]
 fn what_is_not_given_can_be_told() {
     let options = run("--incoming defer");
     assert_eq!(
@@ -181,6 +188,7 @@ fn what_is_wrong_is_named() {
             "have the id net1",
         ),
         ("run --incoming tcp:h", "has no valid port"),
+        ("run --incoming defer --loadvm a", "cannot be used with"),
         ("run --incoming deferred", "or defer"),
         ("run -kernel", "a value is required behind -kernel"),
         ("run --kernel k -display gtk", "ferry only has none"),

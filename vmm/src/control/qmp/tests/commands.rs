@@ -362,6 +362,14 @@ async fn the_monitor_answers_in_a_string() {
             .unwrap(),
         "unknown command: 'nope'\n"
     );
+    // Two at once: each has its answer, in order.
+    let save =
+        json!({ "execute": "human-monitor-command", "arguments": line("savevm a"), "id": 1 });
+    let stop = json!({ "execute": "query-name", "id": 2 });
+    let first = client.ask(format!("{save}{stop}")).await;
+    assert_eq!(first, json!({ "return": "", "id": 1 }));
+    assert_eq!(client.receive().await["id"], 2);
+    assert_eq!(setup.machine.calls(), ["savevm Some(\"a\")"]);
     let started = client
         .execute("human-monitor-command", line("migrate tcp:h:1"))
         .await
