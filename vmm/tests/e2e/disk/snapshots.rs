@@ -345,7 +345,8 @@ fn without_space_guest_and_older_snapshot_stay() {
 fn what_cannot_be_saved_is_refused() {
     require_kvm!();
     let dir = scratch();
-    let mut none = Ferry::run(dir.path(), "none", &guest(busy()), &[]);
+    // Paused: without a disk that guest has nothing to do, and ends.
+    let mut none = Ferry::run(dir.path(), "none", &guest(busy()), &["--paused"]);
     for line in ["savevm a", "loadvm a", "delvm a", "info snapshots"] {
         let answer = monitor(&mut none, line);
         assert_eq!(answer, "Error: No block device can accept snapshots\n");

@@ -76,7 +76,12 @@ impl Balloon {
     }
 
     pub(crate) fn actual(&self) -> u64 {
-        self.given.len() as u64
+        // What is being taken back is in the balloon until the device has said that it is not.
+        let moving = match self.pending {
+            Some(Pending { inflate: false, .. }) => self.moving.len(),
+            _ => 0,
+        };
+        (self.given.len() + moving) as u64
     }
 
     pub(crate) fn is_done(&self) -> bool {
