@@ -10,6 +10,7 @@
 pub mod disk;
 pub mod error;
 pub mod migration;
+pub mod network;
 pub mod pause;
 pub mod proc;
 pub mod scenario;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use benches::error::Error;
-use benches::scenario::Scenario;
+use benches::scenario::{Link, Scenario};
 use benches::summary::{Spread, Table};
 use benches::vmm::{Drive, DriveCache, DriveFormat, Ferry, Qemu, Vmm};
 use benches::{disk, migration, pause, proc, start};
@@ -95,6 +95,12 @@ struct Migration {
     /// The downtime limit in ms
     #[arg(long, default_value_t = 30)]
     downtime_limit: u64,
+    /// Over a link of so many Mbit/s between two network namespaces, instead of loopback
+    #[arg(long, value_name = "MBIT")]
+    link: Option<u32>,
+    /// Switch to post-copy so many ms after the start
+    #[arg(long, value_name = "MS")]
+    postcopy_after: Option<u64>,
 }
 
 /// A known scenario, and where it is to differ.
@@ -273,16 +279,22 @@ fn by_name<T: serde::Serialize>(vmms: &[Box<dyn Vmm>], outcomes: &[Vec<T>]) -> V
 
 fn migrations(cli: &Cli, options: &Migration, vmms: &[Box<dyn Vmm>]) -> Result<Value, Error> {
     const MIB: f64 = (1 << 20) as f64;
-    let scenario = options.work.scenario();
-    let limit = Duration::from_millis(options.downtime_limit);
+    let mut scenario = options.work.scenario();
+    if let Some(mbit) = options.link {
+        scenario.link = Link::Shaped { mbit };
+    }
+    let how = migration::How {
+        downtime_limit: Duration::from_millis(options.downtime_limit),
+        postcopy_after: options.postcopy_after.map(Duration::from_millis),
+    };
     let dir = scratch()?;
     println!("{scenario}");
     let outcomes = in_turn(cli.common.runs, vmms, |vmm| {
-        migration::run(vmm, &scenario, limit, dir.path())
+        migration::run(vmm, &scenario, how, dir.path())
     })?;
     let mut table = table(vmms);
     type Pick = fn(&migration::Outcome) -> Option<f64>;
-    let rows: [(&str, usize, Pick); 19] = [
+    let rows: [(&str, usize, Pick); 25] = [
         ("total, ms", 0, |o| Some(o.total)),
         ("total reported, ms", 0, |o| Some(o.total_reported)),
         ("downtime felt, ms", 2, |o| Some(o.felt)),
@@ -299,6 +311,18 @@ fn migrations(cli: &Cli, options: &Migration, vmms: &[Box<dyn Vmm>]) -> Result<V
         ("longest gap when quiet, ms", 2, |o| Some(o.gap_quiet)),
         ("longest gap before, ms", 2, |o| Some(o.gap_before)),
         ("longest gap after, ms", 2, |o| Some(o.gap_after)),
+        ("post-copy, ms", 1, |o| o.postcopy.map(|p| p.time)),
+        ("  pages asked for", 0, |o| {
+            o.postcopy.map(|p| p.requests as f64)
+        }),
+        ("  wait, average, ms", 3, |o| o.postcopy.map(|p| p.average)),
+        ("  wait, median at most, ms", 3, |o| {
+            o.postcopy.map(|p| p.median_below)
+        }),
+        ("  wait, longest, ms", 3, |o| o.postcopy.map(|p| p.longest)),
+        ("  all vCPUs waited, ms", 1, |o| {
+            o.postcopy.map(|p| p.blocked)
+        }),
         ("sent, MiB", 1, |o| Some(o.bytes as f64 / MIB)),
         ("rounds", 0, |o| Some(o.rounds as f64)),
         ("CPU, s", 2, |o| Some(o.cpu_seconds)),

@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::error::{Error, PATIENCE};
+use crate::network::Network;
 use crate::proc;
 use crate::scenario::Scenario;
 use crate::vmm::{Guest, Reported, Role, Running, Vmm};
@@ -21,6 +22,15 @@ const WATCH: Duration = Duration::from_millis(700);
 
 /// How long to wait between two looks.
 const LOOK: Duration = Duration::from_millis(1);
+
+/// How a guest is to move.
+#[derive(Clone, Copy, Debug)]
+pub struct How {
+    /// How long it may be stopped.
+    pub downtime_limit: Duration,
+    /// When it goes over into post-copy, from the start on.
+    pub postcopy_after: Option<Duration>,
+}
 
 /// What one migration was like. Times are in milliseconds.
 #[derive(Clone, Debug, Serialize)]
@@ -53,17 +63,31 @@ pub struct Outcome {
     pub resident_source: u64,
     /// Of the guest's RAM at the destination, right after.
     pub resident_destination: u64,
+    /// Post-copy, where the VMM tells of it.
+    pub postcopy: Option<Postcopy>,
     /// Pages that the guest has verified at the destination; none was wrong.
     pub verified_pages: u64,
 }
 
+/// Post-copy as the destination says. Times are in milliseconds.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Postcopy {
+    /// From the guest's move to its last page.
+    pub time: f64,
+    /// Pages that were asked for.
+    pub requests: u64,
+    /// How long one was waited for.
+    pub average: f64,
+    /// Half of them were not waited for any longer than this, a power of two.
+    pub median_below: f64,
+    /// The longest wait.
+    pub longest: f64,
+    /// How long all vCPUs waited at once.
+    pub blocked: f64,
+}
+
 /// Runs the scenario's guest, migrates it, has it verify its memory.
-pub fn run(
-    vmm: &dyn Vmm,
-    scenario: &Scenario,
-    downtime_limit: Duration,
-    dir: &Path,
-) -> Result<Outcome, Error> {
+pub fn run(vmm: &dyn Vmm, scenario: &Scenario, how: How, dir: &Path) -> Result<Outcome, Error> {
     let kernel = dir.join("dirtier.elf");
     std::fs::write(&kernel, guest_tests::DIRTIER).map_err(Error::io("the guest's image"))?;
     let append = scenario.work.to_string();
@@ -73,16 +97,23 @@ pub fn run(
         memory: scenario.memory,
         drives: vec![],
     };
-    let mut source = Running::start(vmm, &guest, Role::Source, dir)?;
-    let mut destination = Running::start(vmm, &guest, Role::Destination, dir)?;
+    let network = Network::new(scenario.link)?;
+    let mut source = Running::start_in(&network, vmm, &guest, Role::Source, dir)?;
+    let mut destination = Running::start_in(&network, vmm, &guest, Role::Destination, dir)?;
     for process in [&mut source, &mut destination] {
         let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         process.execute("migrate-set-capabilities", events)?;
     }
-    let limit = u64::try_from(downtime_limit.as_millis()).unwrap_or(u64::MAX);
+    if how.postcopy_after.is_some() {
+        for process in [&mut source, &mut destination] {
+            let on = json!({ "capabilities": [{ "capability": "postcopy-ram", "state": true }] });
+            process.execute("migrate-set-capabilities", on)?;
+        }
+    }
+    let limit = u64::try_from(how.downtime_limit.as_millis()).unwrap_or(u64::MAX);
     let parameters = json!({ "max-bandwidth": MAX_BANDWIDTH, "downtime-limit": limit });
     source.execute("migrate-set-parameters", parameters)?;
-    let uri = destination.listen()?;
+    let uri = destination.listen(network.address())?;
 
     source.execute("cont", Value::Null)?;
     source
@@ -103,10 +134,16 @@ pub fn run(
     let stolen_before = proc::stolen_seconds()?;
     let begin = Instant::now();
     source.execute("migrate", json!({ "uri": uri }))?;
+    if let Some(after) = how.postcopy_after {
+        sleep(after);
+        source.execute("migrate-start-postcopy", Value::Null)?;
+    }
     let end = source.wait_migrated()?;
     let cpu_seconds = cpu()? - cpu_before;
     let stolen = (proc::stolen_seconds()? - stolen_before) * 1e3;
     let info = settled(&mut source)?;
+    let there = destination.execute("query-migrate", Value::Null)?;
+    let phase = info["x-ferry"]["postcopy"]["time"].as_f64();
 
     let first = first_heartbeat(&destination)?;
     sleep(WATCH);
@@ -134,8 +171,35 @@ pub fn run(
         stolen,
         resident_source,
         resident_destination,
+        postcopy: phase.map(|us| postcopy(us / 1e3, &there)),
         verified_pages,
     })
+}
+
+fn postcopy(time: f64, there: &Value) -> Postcopy {
+    let ns = |name: &str| there[name].as_f64().unwrap_or_default() / 1e6;
+    let distribution = there["postcopy-latency-dist"].as_array();
+    let counts: Vec<u64> = distribution
+        .map(|counts| counts.iter().filter_map(Value::as_u64).collect())
+        .unwrap_or_default();
+    let all: u64 = counts.iter().sum();
+    let mut below = 0;
+    let median = counts.iter().position(|count| {
+        below += count;
+        2 * below >= all
+    });
+    let ferry = &there["x-ferry"]["postcopy"];
+    Postcopy {
+        time,
+        requests: there["ram"]["postcopy-requests"]
+            .as_u64()
+            .unwrap_or_default(),
+        average: ns("postcopy-latency"),
+        // The bucket n ends at 2^(n+1) µs.
+        median_below: median.map_or(0.0, |n| f64::from(2u32 << n.min(30)) / 1e3),
+        longest: ferry["latency-max"].as_f64().unwrap_or_default() / 1e3,
+        blocked: ferry["blocktime"].as_f64().unwrap_or_default() / 1e3,
+    }
 }
 
 /// What the source says in the end. QEMU tells that it has completed before it has its times.

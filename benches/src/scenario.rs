@@ -4,13 +4,18 @@ use guest_tests::Size;
 use guest_tests::dirtier::{Data, Options, Rate};
 use serde::Serialize;
 
-/// The way that the guest takes. More will follow (a shaped link, two hosts).
+/// The way that the guest takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Link {
     /// TCP on 127.0.0.1.
     #[default]
     Loopback,
+    /// TCP between two network namespaces, over a link of that rate.
+    Shaped {
+        /// Megabits (10^6) a second, each way.
+        mbit: u32,
+    },
 }
 
 /// A guest, its work and its way.
@@ -102,6 +107,9 @@ impl std::fmt::Display for Scenario {
         }
         match link {
             Link::Loopback => write!(f, "; heartbeat every {heartbeat} µs; over loopback"),
+            Link::Shaped { mbit } => {
+                write!(f, "; heartbeat every {heartbeat} µs; over {mbit} Mbit/s")
+            }
         }
     }
 }

@@ -13,6 +13,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::error::{Error, PATIENCE};
+use crate::network::Network;
 
 pub use ferry::Ferry;
 pub use qemu::Qemu;
@@ -147,6 +148,17 @@ pub struct Running {
 impl Running {
     /// Starts a process whose sockets are in `dir`. No guest runs yet.
     pub fn start(vmm: &dyn Vmm, guest: &Guest, role: Role, dir: &Path) -> Result<Self, Error> {
+        Self::start_in(&Network::Loopback, vmm, guest, role, dir)
+    }
+
+    /// The same in a network.
+    pub fn start_in(
+        network: &Network,
+        vmm: &dyn Vmm,
+        guest: &Guest,
+        role: Role,
+        dir: &Path,
+    ) -> Result<Self, Error> {
         let side = match role {
             Role::Source => "source",
             Role::Destination => "destination",
@@ -162,8 +174,19 @@ impl Running {
             let _ = std::fs::remove_file(socket);
         }
         let arguments = vmm.arguments(guest, role, &sockets);
-        let process = Process::spawn(vmm.program(), arguments, &path("log"))
-            .map_err(Error::io(format!("starting {}", vmm.program().display())))?;
+        let log = path("log");
+        let process = match network.namespace(role) {
+            None => Process::spawn(vmm.program(), arguments, &log),
+            Some(namespace) => {
+                // It becomes the program, with the same process id.
+                let mut all = ["netns", "exec", namespace].map(str::to_owned).to_vec();
+                all.push(vmm.program().display().to_string());
+                all.extend(arguments);
+                Process::spawn(Path::new("ip"), all, &log)
+            }
+        };
+        let process =
+            process.map_err(Error::io(format!("starting {}", vmm.program().display())))?;
         let qmp = Client::connect(&sockets.qmp, PATIENCE).map_err(|source| Error::Qmp {
             name: name.clone(),
             source,
@@ -207,9 +230,12 @@ impl Running {
         self.serial.send(&[command]).map_err(Error::io(what))
     }
 
-    /// Lets it listen on a free port of loopback; returns the address.
-    pub fn listen(&mut self) -> Result<String, Error> {
-        self.execute("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" }))?;
+    /// Lets it listen on a free port of that address; returns both.
+    pub fn listen(&mut self, address: &str) -> Result<String, Error> {
+        self.execute(
+            "migrate-incoming",
+            json!({ "uri": format!("tcp:{address}:0") }),
+        )?;
         let info = self.execute("query-migrate", Value::Null)?;
         let address = &info["socket-address"][0];
         match (address["host"].as_str(), address["port"].as_str()) {

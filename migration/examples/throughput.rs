@@ -131,10 +131,11 @@ fn receive(uri: &str, huge: bool) -> Result<(), Any> {
         cancel: Cancel::new()?,
         progress: progress(),
         deadlines: Deadlines::default(),
+        postcopy: None,
     };
     let incoming = listener.accept(&job.cancel, &job.deadlines)?;
     let before = cpu();
-    destination::receive(&mut Arriving(huge), incoming, &job)?;
+    destination::receive(&mut Arriving(huge), incoming, None, &job)?;
     println!("{}", (cpu() - before).as_millis());
     Ok(())
 }
@@ -180,11 +181,12 @@ fn main() -> Result<(), Any> {
         progress: progress(),
         deadlines: Deadlines::default(),
         costs: Costs::default(),
+        postcopy: None,
     };
     let before = cpu();
     let outcome = source::migrate(&mut Idle(ram), Peer::Uri(line.trim().parse()?), &job);
     let source_cpu = cpu() - before;
-    let Outcome::Completed(downtime) = outcome else {
+    let Outcome::Completed(Some(downtime)) = outcome else {
         return Err(format!("{outcome:?}").into());
     };
     line.clear();

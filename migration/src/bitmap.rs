@@ -139,6 +139,13 @@ impl PageBitmap {
         self.or_words(0, &other.words);
     }
 
+    /// Removes every page of `other`, which has as many pages.
+    pub fn remove(&mut self, other: &Self) {
+        for (word, other) in self.words.iter_mut().zip(&other.words) {
+            *word &= !other;
+        }
+    }
+
     /// The words of the `count` pages from `first`, which is a multiple of 64: what
     /// `KVM_CLEAR_DIRTY_LOG` takes. The last word may hold pages past the range. `None` if the
     /// range is not within the pages or `first` is not a multiple of 64.

@@ -4,6 +4,7 @@ mod send;
 
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -48,7 +49,7 @@ pub enum ChannelError {
     /// The order of the frames.
     #[error(transparent)]
     OutOfOrder(#[from] OutOfOrder),
-    /// The peer gave up, and says why: REFUSE, FAILED or CANCEL.
+    /// The peer gave up, or has no more need, and says why: REFUSE, FAILED, CANCEL or GONE.
     #[error("{}: {reason}", peer_verb(*.kind))]
     Peer {
         /// Which.
@@ -56,6 +57,9 @@ pub enum ChannelError {
         /// Why.
         reason: String,
     },
+    /// A request for memory that there is none of.
+    #[error("the destination asks for memory that the guest does not have: {0}")]
+    Request(String),
     /// The peer sends answers to nothing.
     #[error("the peer sent more than {MAX_WAITING} unasked frames")]
     Flood,
@@ -72,6 +76,7 @@ fn peer_verb(kind: Kind) -> &'static str {
     match kind {
         Kind::Refuse => "the destination refused",
         Kind::Cancel => "the source cancelled",
+        Kind::Gone => "the guest has ended at the destination",
         _ => "the destination failed",
     }
 }
@@ -159,6 +164,24 @@ impl Channel {
         }
     }
 
+    /// The destination's end of a connection whose first frame, of that kind, was taken in by the
+    /// listener.
+    pub(crate) fn returned(
+        link: Link,
+        clock: Arc<dyn Clock>,
+        kind: Kind,
+    ) -> Result<Self, OutOfOrder> {
+        let mut channel = Self::new(link, clock, false);
+        channel.phase = channel.phase.after(kind)?;
+        channel.next_received = 1;
+        Ok(channel)
+    }
+
+    /// The guest runs at the destination, and what is missing of its memory follows.
+    pub(crate) fn enter_late(&mut self) {
+        self.phase = Phase::Late;
+    }
+
     /// An error if cancelled.
     pub(crate) fn check_cancel(&self) -> Result<(), ChannelError> {
         self.link.check_cancel().map_err(|error| self.broken(error))
@@ -230,14 +253,14 @@ impl Channel {
     /// Takes in frames of the peer that are there, without waiting.
     fn take_in(&mut self) -> Result<(), ChannelError> {
         loop {
-            match self.fill() {
-                Ok(true) => {}
-                Ok(false) => return Ok(()),
-                // What it said before it closed comes first.
-                Err(_) if !self.waiting.is_empty() => return Ok(()),
-                Err(error) => return Err(error),
-            }
-            while let Some(arrived) = self.next_frame()? {
+            loop {
+                // After RUNNING it may be over or just begin, which is for who takes it to say.
+                if self.phase == Phase::Over && !self.waiting.is_empty() {
+                    return Ok(());
+                }
+                let Some(arrived) = self.next_frame()? else {
+                    break;
+                };
                 if self.waiting.len() >= MAX_WAITING {
                     return Err(ChannelError::Flood);
                 }
@@ -246,6 +269,13 @@ impl Channel {
                     kind: arrived.kind,
                     body: self.body.clone(),
                 });
+            }
+            match self.fill() {
+                Ok(true) => {}
+                Ok(false) => return Ok(()),
+                // What it said before it closed comes first.
+                Err(_) if !self.waiting.is_empty() => return Ok(()),
+                Err(error) => return Err(error),
             }
         }
     }
@@ -290,6 +320,19 @@ impl Channel {
             }
             self.wait_readable(since)?;
             since = Instant::now();
+        }
+    }
+
+    /// The next frame, if it is there but for its payload; for the side that is not duplex.
+    pub(crate) fn try_receive(&mut self) -> Result<Option<Arrived>, ChannelError> {
+        loop {
+            if let Some(arrived) = self.next_frame()? {
+                self.arrived_at = self.clock.now();
+                return Ok(Some(arrived));
+            }
+            if !self.fill()? {
+                return Ok(None);
+            }
         }
     }
 
@@ -402,7 +445,10 @@ impl Channel {
         std::mem::swap(&mut self.body, &mut self.partial);
         self.next_received = self.next_received.wrapping_add(1);
         self.phase = self.phase.after(header.kind)?;
-        if matches!(header.kind, Kind::Refuse | Kind::Failed | Kind::Cancel) {
+        if matches!(
+            header.kind,
+            Kind::Refuse | Kind::Failed | Kind::Cancel | Kind::Gone
+        ) {
             let reason = self.decode(header.kind, decode_reason)?;
             return Err(ChannelError::Peer {
                 kind: header.kind,
@@ -451,7 +497,7 @@ impl Channel {
         len: usize,
         data: &mut Vec<u8>,
     ) -> Result<(), ChannelError> {
-        data.clear();
+        // What is in it is written over, so it is not made zero first.
         data.resize(len, 0);
         let there = self.inbox.get(self.inbox_start..).unwrap_or_default();
         let mut done = there.len().min(len);
@@ -470,6 +516,16 @@ impl Channel {
             }
         }
         Ok(())
+    }
+
+    /// The socket, to be waited for.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.link.fd()
+    }
+
+    /// Ends both directions at once.
+    pub(crate) fn shut_down(&self) {
+        self.link.shutdown();
     }
 
     /// After last words: lets the peer read them before the socket closes, which would discard

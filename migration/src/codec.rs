@@ -45,6 +45,14 @@ pub enum DecodeError {
     /// A run of no pages.
     #[error("an empty run of pages at {0:#x}")]
     EmptyRun(u64),
+    /// A piece of a bitmap of pages that is none.
+    #[error("a malformed bitmap of {len} bytes for the pages from {first}")]
+    Bitmap {
+        /// The first page's number.
+        first: u64,
+        /// How many bytes of bits.
+        len: usize,
+    },
     /// Disks with other blocks.
     #[error("the block size of the disks is {0} bytes; only 65536 is supported")]
     BlockSize(u32),

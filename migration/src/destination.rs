@@ -3,6 +3,10 @@
 
 mod blobs;
 mod disks;
+mod faults;
+pub mod late;
+mod postcopy;
+mod recovery;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,18 +15,21 @@ pub use self::disks::DiskError;
 
 use self::blobs::Blobs;
 use self::disks::Disks;
+use self::late::LateError;
+use self::postcopy::Late;
 use crate::cancel::Cancel;
 use crate::channel::{Channel, ChannelError};
 use crate::clock::Clock;
 use crate::frame::{Kind, MAX_SECTION};
 use crate::guest_io::MemoryError;
 use crate::link::{Deadlines, Link, LinkError};
-use crate::listener::Incoming;
+use crate::listener::{Incoming, ListenError, Listener};
 use crate::message::{
-    Accept, BlobChunk, CAPABILITIES, End, Flush, Flushed, Go, Hello, Id, REQUIRABLE, Ready,
-    Running, Sync, SyncAck, decode_pages, decode_state, decode_zero, encode_reason,
+    Accept, BlobChunk, CAPABILITIES, End, Flush, Flushed, Go, Hello, Id, Missing, REQUIRABLE,
+    Ready, Running, Sync, SyncAck, decode_pages, decode_state, decode_zero, encode_reason,
 };
 use crate::placement::{Incomplete, Placement};
+use crate::postcopy::Control;
 use crate::progress::{Progress, Status};
 use crate::protocol::{NEWEST_VERSION, OLDEST_VERSION, common_version};
 use crate::section::{Section, SectionError};
@@ -46,6 +53,8 @@ pub struct Job {
     pub progress: Arc<Progress>,
     /// How long it waits.
     pub deadlines: Deadlines,
+    /// If the migration may go over into post-copy.
+    pub postcopy: Option<Control<Listener>>,
 }
 
 /// Why a guest did not arrive. It has not run here and never will.
@@ -122,6 +131,29 @@ pub enum DestinationError {
     /// Memory is not whole.
     #[error(transparent)]
     Incomplete(#[from] Incomplete),
+    /// The source's other connection.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// Memory that comes later.
+    #[error(transparent)]
+    Late(#[from] LateError),
+    /// No descriptors or threads.
+    #[error("cannot prepare post-copy: {0}")]
+    Resources(std::io::Error),
+    /// What was told as missing is not what is.
+    #[error("{ours} pages of guest memory are missing here, the source says {theirs}")]
+    Disagreement {
+        /// Here.
+        ours: u64,
+        /// There.
+        theirs: u64,
+    },
+    /// The source says that it has sent everything.
+    #[error("{0} pages of guest memory have not come, though the source has sent everything")]
+    NeverPushed(u64),
+    /// The fault channel is gone, and the guest has not been started.
+    #[error("{0}")]
+    Broken(String),
     /// GO contradicts what went before.
     #[error("the source's GO is not for this migration: {0}")]
     Go(String),
@@ -150,6 +182,17 @@ pub struct Arrival {
     pub start: Start,
 }
 
+/// A guest that runs without all of its memory, and why its connection is broken already, if so.
+type Rest = (Late, Option<ChannelError>);
+
+/// The memory of the arriving guest.
+enum Arriving {
+    /// All of it comes before the guest.
+    Early(Box<Placement>),
+    /// The rest comes after.
+    Late,
+}
+
 struct Destination<'a> {
     vm: &'a mut dyn DestinationVm,
     job: &'a Job,
@@ -158,10 +201,14 @@ struct Destination<'a> {
 }
 
 /// Receives a guest into `vm`. On success it runs, or is paused as it was at the source. On
-/// failure it has not run and never will, and the source has been told why.
+/// failure it has not run and never will, and the source has been told why. `listener` is where the
+/// connection came from, and where post-copy's second one comes from; it is closed as soon as it is
+/// of no more use. In post-copy this returns when all of the guest's memory is here, or nobody waits
+/// for it any more.
 pub fn receive(
     vm: &mut dyn DestinationVm,
     incoming: Incoming,
+    listener: Option<Listener>,
     job: &Job,
 ) -> Result<Arrival, DestinationError> {
     job.progress.set_status(Status::Setup);
@@ -182,17 +229,22 @@ pub fn receive(
         (incoming.preamble.oldest, incoming.preamble.newest),
     );
     let result = match version {
-        Some(version) => destination.converse(&mut channel, version),
+        Some(version) => destination.converse(&mut channel, version, listener),
         None => Err(DestinationError::Version {
             oldest: incoming.preamble.oldest,
             newest: incoming.preamble.newest,
         }),
     };
     match result {
-        Ok(arrival) => {
+        Ok((arrival, late)) => {
             tracing::info!(id = ?arrival.id, start = ?arrival.start, "the guest has arrived");
-            job.progress.set_status(Status::Completed);
-            channel.linger(Instant::now() + job.deadlines.linger);
+            match late {
+                Some((late, broken)) => destination.run_late(channel, late, broken),
+                None => {
+                    job.progress.set_status(Status::Completed);
+                    channel.linger(Instant::now() + job.deadlines.linger);
+                }
+            }
             Ok(arrival)
         }
         Err(error) => {
@@ -207,7 +259,8 @@ impl Destination<'_> {
         &mut self,
         channel: &mut Channel,
         version: u16,
-    ) -> Result<Arrival, DestinationError> {
+        listener: Option<Listener>,
+    ) -> Result<(Arrival, Option<Rest>), DestinationError> {
         let deadline = Instant::now() + self.job.deadlines.handshake;
         channel.link().set_until(Some(deadline));
         channel.receive()?;
@@ -218,11 +271,15 @@ impl Destination<'_> {
             return Err(DestinationError::Capabilities(unknown));
         }
         tracing::info!(id = ?hello.id, version, bytes = hello.offer.layout.bytes(), "offered");
+        let control = Late::check(&hello, self.job)
+            .map_err(|reason| DestinationError::Refused(reason.into()))?;
+        // If it is not wanted, the address is free for whoever comes next.
+        let listener = listener.filter(|_| control.is_some());
         let ram = self
             .vm
             .prepare(&hello.offer)
             .map_err(DestinationError::Refused)?;
-        let mut placement = Placement::new(ram)?;
+        let placement = Placement::new(ram)?;
         if *placement.layout() != hello.offer.layout {
             return Err(DestinationError::Vm {
                 doing: "building the guest's memory",
@@ -243,16 +300,27 @@ impl Destination<'_> {
             snapshot.disk = disks.counts();
         });
         self.job.progress.set_status(Status::Active);
+        let mut late = match control {
+            Some(control) => Some(Late::join(control, hello.id, listener, channel, self)?),
+            None => None,
+        };
 
-        let (sections, end) = self.take_in(channel, &hello.offer, &mut disks, &mut placement)?;
+        let mut arriving = Arriving::Early(Box::new(placement));
+        let (sections, end) =
+            self.take_in(channel, &hello.offer, &mut disks, &mut arriving, &mut late)?;
         self.job.progress.set_status(Status::Device);
         let began = self.clock.now();
-        placement.check_complete()?;
+        if let Arriving::Early(placement) = &arriving {
+            placement.check_complete()?;
+        }
         disks.check_complete()?;
         // Whatever becomes of this host, what the source gives up with GO is on the disks.
         disks.flush()?;
         drop(disks);
         self.vm.load(sections).map_err(vm("loading the state"))?;
+        if let Some(late) = &late {
+            late.check_connected()?;
+        }
         let took = self.clock.now().saturating_sub(began);
         Ready {
             load_ns: nanoseconds(took),
@@ -260,7 +328,9 @@ impl Destination<'_> {
         .encode(&mut self.body);
         channel.send(Kind::Ready, &self.body)?;
         tracing::info!(id = ?hello.id, load_us = took.as_micros(), "ready");
-        self.start(channel, hello.id, end)
+        let mut late = late.filter(Late::is_switched);
+        let (arrival, broken) = self.start(channel, hello.id, end, late.as_mut())?;
+        Ok((arrival, late.map(|late| (late, broken))))
     }
 
     /// Everything up to END: blobs, disks, memory, state.
@@ -269,7 +339,8 @@ impl Destination<'_> {
         channel: &mut Channel,
         offer: &Offer,
         disks: &mut Disks,
-        placement: &mut Placement,
+        arriving: &mut Arriving,
+        late: &mut Option<Late>,
     ) -> Result<(Vec<Section>, End), DestinationError> {
         let mut blobs = Blobs::default();
         let mut sections: Vec<Section> = Vec::new();
@@ -309,11 +380,31 @@ impl Destination<'_> {
                     channel.decode(Kind::Pages, |body| {
                         decode_pages(body, arrived.payload_len, &mut runs, &mut crcs)
                     })?;
-                    placement.receive(channel, &runs, &crcs)?;
+                    arriving
+                        .early(channel, Kind::Pages)?
+                        .receive(channel, &runs, &crcs)?;
                 }
                 Kind::Zero => {
                     channel.decode(Kind::Zero, |body| decode_zero(body, &mut runs))?;
-                    placement.zero(&runs)?;
+                    arriving.early(channel, Kind::Zero)?.zero(&runs)?;
+                }
+                Kind::Missing => {
+                    let late = late
+                        .as_mut()
+                        .ok_or_else(|| out_of_order(channel, Kind::Missing))?;
+                    if let Arriving::Early(placement) = std::mem::replace(arriving, Arriving::Late)
+                    {
+                        self.tell(channel, disks, &placement, 0);
+                        late.switch(*placement, self)?;
+                    }
+                    late.drop_missing(channel)?;
+                }
+                Kind::Late => {
+                    let told = channel.decode(Kind::Late, Missing::decode)?;
+                    let late = late
+                        .as_ref()
+                        .ok_or_else(|| out_of_order(channel, Kind::Late))?;
+                    late.check_told(told)?;
                 }
                 Kind::Sync => {
                     let sync = channel.decode(Kind::Sync, Sync::decode_padded)?;
@@ -326,7 +417,9 @@ impl Destination<'_> {
                         }) => {}
                         result => result?,
                     }
-                    self.tell(channel, disks, placement, sync.round);
+                    if let Arriving::Early(placement) = arriving {
+                        self.tell(channel, disks, placement, sync.round);
+                    }
                 }
                 Kind::State => {
                     let section = channel.decode(Kind::State, decode_state)?;
@@ -341,7 +434,9 @@ impl Destination<'_> {
                 }
                 Kind::End => {
                     let end = channel.decode(Kind::End, End::decode)?;
-                    self.tell(channel, disks, placement, 0);
+                    if let Arriving::Early(placement) = arriving {
+                        self.tell(channel, disks, placement, 0);
+                    }
                     if end.sections as usize != sections.len() {
                         return Err(DestinationError::SectionCount {
                             found: sections.len(),
@@ -361,7 +456,8 @@ impl Destination<'_> {
         channel: &mut Channel,
         id: Id,
         end: End,
-    ) -> Result<Arrival, DestinationError> {
+        late: Option<&mut Late>,
+    ) -> Result<(Arrival, Option<ChannelError>), DestinationError> {
         let deadline = Instant::now() + self.job.deadlines.go;
         channel.link().set_until(Some(deadline));
         let arrived = channel.receive()?;
@@ -389,7 +485,15 @@ impl Destination<'_> {
             run: go.run,
             stopped_for,
         };
-        self.vm.start(start).map_err(vm("starting the guest"))?;
+        let started = match late.as_ref() {
+            Some(late) => late.guest_runs(self.job),
+            None => Ok(()),
+        }
+        .and_then(|()| self.vm.start(start).map_err(vm("starting the guest")));
+        if let (Err(_), Some(late)) = (&started, late) {
+            late.guest_never_runs();
+        }
+        started?;
         let took = self.clock.now().saturating_sub(arrived_at);
         Running {
             start_ns: nanoseconds(took),
@@ -398,11 +502,12 @@ impl Destination<'_> {
         channel
             .link()
             .set_until(Some(Instant::now() + self.job.deadlines.linger));
-        if let Err(error) = channel.send(Kind::Running, &self.body) {
+        let told = channel.send(Kind::Running, &self.body);
+        if let Err(error) = &told {
             // The guest is here, whatever the source thinks.
             tracing::warn!(?id, "cannot tell the source that the guest runs: {error}");
         }
-        Ok(Arrival { id, start })
+        Ok((Arrival { id, start }, told.err()))
     }
 
     fn tell(&self, channel: &Channel, disks: &Disks, placement: &Placement, round: u64) {
@@ -452,6 +557,15 @@ impl Destination<'_> {
             self.job.progress.set_status(Status::Failed);
         }
         channel.linger(Instant::now() + self.job.deadlines.linger);
+    }
+}
+
+impl Arriving {
+    fn early(&mut self, channel: &Channel, kind: Kind) -> Result<&mut Placement, DestinationError> {
+        match self {
+            Self::Early(placement) => Ok(placement),
+            Self::Late => Err(out_of_order(channel, kind)),
+        }
     }
 }
 

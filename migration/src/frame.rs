@@ -32,6 +32,9 @@ pub const MAX_SYNC: usize = 512 << 10;
 /// The most bytes of UTF-8 in the reason of a REFUSE, FAILED or CANCEL.
 pub const MAX_REASON: usize = 16 << 10;
 
+/// The most bytes of a bitmap of pages in one frame: 128 MiB of RAM.
+pub const MAX_BITS: usize = 4096;
+
 /// What a frame says. Those that the source sends are below 0x80.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
@@ -58,6 +61,19 @@ pub enum Kind {
     Blocks = 0x0a,
     /// Source: asks for what was written to the disks to be flushed.
     Flush = 0x0b,
+    /// Source: pages that the destination does not have, or that are stale there. From here on
+    /// nothing of memory comes before the guest runs at the destination.
+    Missing = 0x0c,
+    /// Source: the guest is stopped, and all that is missing has been told.
+    Late = 0x0d,
+    /// Source: everything that was missing has been sent.
+    Pushed = 0x0e,
+    /// Source, at the beginning of a connection: the fault channel of a migration.
+    Join = 0x0f,
+    /// Source, at the beginning of a connection: goes on with a migration in post-copy.
+    Resume = 0x10,
+    /// Source: agrees on what has arrived.
+    Continue = 0x11,
     /// Destination: the offer is accepted.
     Accept = 0x81,
     /// Destination: the offer is not accepted.
@@ -72,11 +88,21 @@ pub enum Kind {
     Failed = 0x86,
     /// Destination: the disks are flushed.
     Flushed = 0x87,
+    /// Destination, on the fault channel: pages that the guest waits for.
+    Request = 0x88,
+    /// Destination: all of the guest's memory has arrived.
+    Complete = 0x89,
+    /// Destination: the guest has ended there, and needs no more memory.
+    Gone = 0x8a,
+    /// Destination: what has arrived.
+    Arrived = 0x8b,
+    /// Destination: that was all of it, and so much is missing.
+    Left = 0x8c,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 29] = [
         Self::Hello,
         Self::Blob,
         Self::Pages,
@@ -88,6 +114,12 @@ impl Kind {
         Self::Cancel,
         Self::Blocks,
         Self::Flush,
+        Self::Missing,
+        Self::Late,
+        Self::Pushed,
+        Self::Join,
+        Self::Resume,
+        Self::Continue,
         Self::Accept,
         Self::Refuse,
         Self::SyncAck,
@@ -95,6 +127,11 @@ impl Kind {
         Self::Running,
         Self::Failed,
         Self::Flushed,
+        Self::Request,
+        Self::Complete,
+        Self::Gone,
+        Self::Arrived,
+        Self::Left,
     ];
 
     fn from_code(code: u8) -> Option<Self> {
@@ -122,6 +159,17 @@ impl Kind {
             Self::Running => "RUNNING",
             Self::Failed => "FAILED",
             Self::Flushed => "FLUSHED",
+            Self::Missing => "MISSING",
+            Self::Late => "LATE",
+            Self::Pushed => "PUSHED",
+            Self::Join => "JOIN",
+            Self::Resume => "RESUME",
+            Self::Continue => "CONTINUE",
+            Self::Request => "REQUEST",
+            Self::Complete => "COMPLETE",
+            Self::Gone => "GONE",
+            Self::Arrived => "ARRIVED",
+            Self::Left => "LEFT",
         }
     }
 
@@ -134,7 +182,8 @@ impl Kind {
             Self::Zero => 4 + 16 * MAX_ZERO_RUNS,
             Self::Blocks => 6 + 21 * MAX_BLOCK_RUNS,
             Self::State => 128 + MAX_SECTION,
-            Self::Refuse | Self::Failed | Self::Cancel => MAX_REASON,
+            Self::Refuse | Self::Failed | Self::Cancel | Self::Gone => MAX_REASON,
+            Self::Missing | Self::Arrived => 8 + MAX_BITS,
             Self::Sync => MAX_SYNC,
             Self::End
             | Self::Go
@@ -143,7 +192,15 @@ impl Kind {
             | Self::SyncAck
             | Self::Ready
             | Self::Running
-            | Self::Flushed => 64,
+            | Self::Flushed
+            | Self::Late
+            | Self::Pushed
+            | Self::Join
+            | Self::Resume
+            | Self::Continue
+            | Self::Request
+            | Self::Complete
+            | Self::Left => 64,
         }
     }
 

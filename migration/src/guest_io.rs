@@ -33,6 +33,13 @@ struct Mapped {
     private: bool,
 }
 
+// SAFETY: `host` points into a mapping that `GuestPages` keeps, for as long as it lives, and that
+// may be used from any thread. Nothing here makes a reference to it: it is read and written through
+// raw pointers and by system calls, as memory that the guest's own threads change at any moment.
+unsafe impl Send for Mapped {}
+// SAFETY: as above; the fields themselves never change.
+unsafe impl Sync for Mapped {}
+
 /// Why guest memory cannot be used, or a run of it.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MemoryError {
@@ -47,6 +54,25 @@ pub enum MemoryError {
         "{} pages at {:#x} are not within one region of guest RAM", .0.pages, .0.address
     )]
     Outside(AddressRun),
+}
+
+/// The kernel doesn't take pages of guest memory back.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "cannot drop {} pages of guest memory at {:#x}: {error}{}",
+    .run.pages, .run.address, locked_hint(.error)
+)]
+pub struct DiscardError {
+    run: AddressRun,
+    error: io::Error,
+}
+
+fn locked_hint(error: &io::Error) -> &'static str {
+    // For memory that is locked, madvise says EINVAL.
+    match error.raw_os_error() {
+        Some(libc::EINVAL) => " (locked memory can't be dropped: post-copy needs it unlocked)",
+        _ => "",
+    }
 }
 
 impl GuestPages {
@@ -164,6 +190,46 @@ impl GuestPages {
         };
     }
 
+    /// Gives the memory of a run within one region back to the kernel: nothing is mapped there
+    /// any more, and whoever touches it finds zeroes, or waits where a userfaultfd watches.
+    pub fn discard(&self, run: PageRun) -> Result<(), DiscardError> {
+        let run = self.within_region(run);
+        // Of a shared mapping, MADV_DONTNEED would drop the page tables and keep the contents.
+        let advice = match self.region(run.first).private {
+            true => libc::MADV_DONTNEED,
+            false => libc::MADV_REMOVE,
+        };
+        // SAFETY: the range is mapped guest memory, which belongs to the guest: no reference to it
+        // exists in this process, so its contents may change.
+        let result = unsafe {
+            libc::madvise(
+                self.host(run.first).cast(),
+                (run.count * PAGE_SIZE) as usize,
+                advice,
+            )
+        };
+        if result == 0 {
+            return Ok(());
+        }
+        Err(DiscardError {
+            run: self.addresses(run),
+            error: io::Error::last_os_error(),
+        })
+    }
+
+    /// The host address of a page.
+    pub(crate) fn host_address(&self, page: u64) -> u64 {
+        self.host(page) as u64
+    }
+
+    /// The page at a host address, if it is guest memory.
+    pub(crate) fn page_at_host_address(&self, address: u64) -> Option<u64> {
+        self.regions.iter().find_map(|region| {
+            let page = address.checked_sub(region.host as u64)? / PAGE_SIZE;
+            (page < region.pages).then_some(region.first + page)
+        })
+    }
+
     fn region(&self, page: u64) -> &Mapped {
         let index = self.regions.partition_point(|r| r.first <= page) - 1;
         let region = &self.regions[index];
@@ -206,6 +272,9 @@ impl GuestPages {
 pub struct PageIo {
     ranges: Vec<libc::iovec>,
 }
+
+// SAFETY: between calls the list is empty; its addresses are used within one call only.
+unsafe impl Send for PageIo {}
 
 impl PageIo {
     /// Sends `parts`, then the pages of `runs`, without the first `skip` bytes of it all; returns
@@ -335,6 +404,59 @@ mod tests {
         }
         let across = PageRun { first: 6, count: 4 };
         assert_eq!(pages.within_region(across), PageRun { first: 6, count: 2 });
+    }
+
+    #[test]
+    fn host_addresses_are_those_of_pages() {
+        let (_, pages) = memory();
+        for page in 0..pages.layout().pages() {
+            let address = pages.host_address(page);
+            assert_eq!(pages.page_at_host_address(address), Some(page));
+            assert_eq!(pages.page_at_host_address(address + 4095), Some(page));
+        }
+        for outside in [0, u64::MAX] {
+            assert_eq!(pages.page_at_host_address(outside), None);
+        }
+    }
+
+    #[test]
+    fn discarded_pages_of_shared_memory_are_gone_too() {
+        let file = tempfile::tempfile().unwrap();
+        let len = 4 * PAGE_SIZE;
+        file.set_len(len).unwrap();
+        let file = vm_memory::FileOffset::new(file, 0);
+        let range = (GuestAddress(0), len as usize, Some(file));
+        let ram: GuestRam = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
+        let pages = GuestPages::new(ram.clone()).unwrap();
+        for page in 0..4u64 {
+            ram.write_obj(page + 1, GuestAddress(page * PAGE_SIZE))
+                .unwrap();
+        }
+        pages.discard(PageRun { first: 1, count: 2 }).unwrap();
+        for page in 0..4 {
+            assert_eq!(pages.is_zero(page), (1..3).contains(&page), "page {page}");
+        }
+    }
+
+    #[test]
+    fn discarded_pages_are_gone_and_locked_ones_are_refused() {
+        let (ram, pages) = memory();
+        for page in 0..8u64 {
+            ram.write_obj(page + 1, GuestAddress(page * PAGE_SIZE))
+                .unwrap();
+        }
+        pages.discard(PageRun { first: 2, count: 3 }).unwrap();
+        for page in 0..8 {
+            assert_eq!(pages.is_zero(page), (2..5).contains(&page), "page {page}");
+        }
+        // SAFETY: a page of the test's own memory; locking it changes no contents.
+        let locked = unsafe { libc::mlock(pages.host(6).cast(), PAGE_SIZE as usize) };
+        if locked != 0 {
+            return guest_tests::driver::skip("in part: cannot lock a page of memory");
+        }
+        let error = pages.discard(PageRun { first: 6, count: 1 }).unwrap_err();
+        assert!(error.to_string().contains("needs it unlocked"), "{error}");
+        assert!(!pages.is_zero(6));
     }
 
     #[test]

@@ -10,7 +10,8 @@
 //! - The source: [`source`], with its passes over memory (`rounds`, [`pagemap`], `zero`) and over
 //!   disks (`blocks`, `read_ahead`), its side of the connection (`session`), and arithmetic
 //!   ([`convergence`], [`pacing`]).
-//! - The destination: [`listener`], [`destination`], and the arriving memory (`placement`).
+//! - The destination: [`listener`], [`destination`], and the arriving memory: `placement` before
+//!   the switch, [`destination::late`] with [`userfault`] after it.
 //! - A guest in a file: [`snapshot`], described in docs/snapshot.md.
 //! - The wire, described in docs/protocol.md: [`protocol`], [`frame`], [`message`], [`codec`],
 //!   `channel`, [`link`], [`connect`], and `guest_io`, which moves memory.
@@ -35,6 +36,7 @@ pub mod pacing;
 pub mod pagemap;
 pub mod parameters;
 mod placement;
+pub mod postcopy;
 pub mod progress;
 pub mod protocol;
 pub mod read_ahead;
@@ -44,5 +46,6 @@ mod session;
 pub mod snapshot;
 pub mod source;
 pub mod uri;
+pub mod userfault;
 pub mod vm;
 mod zero;

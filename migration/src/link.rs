@@ -21,6 +21,8 @@ pub struct Deadlines {
     pub handshake: Duration,
     /// Without a byte going or coming, while one should.
     pub progress: Duration,
+    /// For the connection of a post-copy that is resumed to agree on what has arrived.
+    pub resume: Duration,
     /// At the source: from FLUSH to FLUSHED, in which the destination waits for its disks.
     pub flush: Duration,
     /// While the guest is stopped, from the pause to READY, in addition to twice the downtime
@@ -42,6 +44,7 @@ impl Default for Deadlines {
             connect: Duration::from_secs(10),
             handshake: Duration::from_secs(30),
             progress: Duration::from_secs(30),
+            resume: Duration::from_secs(30),
             flush: Duration::from_secs(300),
             stop_margin: Duration::from_secs(5),
             go: Duration::from_secs(30),
@@ -204,6 +207,11 @@ impl Link {
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
+    }
+
+    /// From here on, this cancels.
+    pub(crate) fn set_cancel(&mut self, cancel: Cancel) {
+        self.cancel = Some(cancel);
     }
 
     /// An error if cancelled.

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::{TcpListener, TcpStream};
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -13,8 +14,9 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::cancel::Cancel;
 use crate::connect::addresses;
+use crate::frame::{HEADER_LEN, Header, Kind};
 use crate::link::{Deadlines, LinkError, Readiness, Stream, not_ready, timespec, wait_for};
-use crate::message::{MAGIC, PREAMBLE_LEN, Preamble};
+use crate::message::{Id, MAGIC, PREAMBLE_LEN, Preamble, Return};
 use crate::uri::Uri;
 
 /// How many connections may be without a whole preamble. One more pushes out the oldest.
@@ -43,6 +45,9 @@ pub enum ListenError {
     /// The listening socket failed.
     #[error("waiting for connections failed: {0}")]
     Io(#[from] io::Error),
+    /// Who was expected did not come in time, or its peer has gone.
+    #[error("the source's other connection did not come")]
+    Nobody,
     /// On a connection that was given, not accepted: no migration begins there.
     #[error("the connection does not begin with a migration")]
     Stranger,
@@ -71,13 +76,71 @@ pub struct Incoming {
     pub(crate) preamble: Preamble,
 }
 
+/// A connection of a source that has been here before: the fault channel of its migration, or the
+/// one with which it goes on after a break.
+#[derive(Debug)]
+pub(crate) struct Returned {
+    pub(crate) stream: Stream,
+    pub(crate) attempt: u32,
+}
+
+/// Which connection of a source that is known is waited for.
+#[derive(Clone, Debug)]
+pub(crate) struct Awaited<'a> {
+    /// The kind of its first frame, which says where it belongs.
+    pub(crate) kind: Kind,
+    pub(crate) id: Id,
+    pub(crate) attempts: RangeInclusive<u32>,
+    pub(crate) until: Option<Instant>,
+    /// The connection that it comes beside: once the peer ends that, nobody comes any more.
+    pub(crate) beside: Option<BorrowedFd<'a>>,
+}
+
+/// Which connection is waited for.
+#[derive(Clone, Copy, Debug)]
+enum Expected<'a> {
+    /// One that begins with a preamble.
+    Migration,
+    Return(&'a Awaited<'a>),
+}
+
+impl Expected<'_> {
+    fn until(self) -> Option<Instant> {
+        match self {
+            Self::Migration => None,
+            Self::Return(awaited) => awaited.until,
+        }
+    }
+
+    fn beside(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Migration => None,
+            Self::Return(awaited) => awaited.beside,
+        }
+    }
+}
+
+/// The preamble, and the first frame of a connection that returns.
+const FIRST_LEN: usize = PREAMBLE_LEN + HEADER_LEN + Return::LEN;
+
 /// A connection that has yet to say what it is.
 #[derive(Debug)]
 struct Pending {
     stream: Stream,
-    bytes: [u8; PREAMBLE_LEN],
+    bytes: [u8; FIRST_LEN],
     len: usize,
     end: Instant,
+}
+
+/// What a connection has said.
+#[derive(Clone, Copy, Debug)]
+enum Said {
+    Preamble(Preamble),
+    Return {
+        attempt: u32,
+    },
+    /// That the source begins anew, and what is waited for will not come.
+    Anew,
 }
 
 impl Pending {
@@ -85,32 +148,76 @@ impl Pending {
         stream.prepare(deadlines)?;
         Ok(Self {
             stream,
-            bytes: [0; PREAMBLE_LEN],
+            bytes: [0; FIRST_LEN],
             len: 0,
             end: Instant::now() + deadlines.preamble,
         })
     }
 
-    /// Reads what is there: the preamble once it is whole, an error for a stranger.
-    fn read(&mut self) -> Result<Option<Preamble>, &'static str> {
-        match rustix::io::read(&self.stream, &mut self.bytes[self.len..]) {
-            Ok(0) => return Err("it closed the connection without saying anything more"),
-            Ok(count) => self.len += count,
-            Err(error) => match not_ready::<()>(error.into()) {
-                Ok(_) => return Ok(None),
-                Err(_) => return Err("the connection failed"),
-            },
+    /// Reads what is there: what is expected once it is whole, an error for a stranger.
+    fn read(&mut self, expected: Expected<'_>) -> Result<Option<Said>, &'static str> {
+        let wanted = match expected {
+            Expected::Migration => PREAMBLE_LEN,
+            Expected::Return(_) => FIRST_LEN,
+        };
+        if self.len < wanted {
+            match rustix::io::read(&self.stream, &mut self.bytes[self.len..wanted]) {
+                Ok(0) => return Err("it closed the connection without saying anything more"),
+                Ok(count) => self.len += count,
+                Err(error) => match not_ready::<()>(error.into()) {
+                    Ok(_) => return Ok(None),
+                    Err(_) => return Err("the connection failed"),
+                },
+            }
         }
         let magic = self.len.min(MAGIC.len());
         if self.bytes[..magic] != MAGIC[..magic] {
             return Err("it does not speak Ferry's protocol");
         }
+        let Some((preamble, first)) = self.bytes.split_first_chunk::<PREAMBLE_LEN>() else {
+            return Ok(None);
+        };
         if self.len < PREAMBLE_LEN {
             return Ok(None);
         }
-        Preamble::decode(&self.bytes)
-            .map(Some)
-            .ok_or("its preamble is damaged")
+        let preamble = Preamble::decode(preamble).ok_or("its preamble is damaged")?;
+        match expected {
+            Expected::Migration => Ok(Some(Said::Preamble(preamble))),
+            Expected::Return(awaited) => {
+                let first = &first[..self.len - PREAMBLE_LEN];
+                returned(first, awaited)
+            }
+        }
+    }
+}
+
+/// Checks as much of the first frame as is there.
+fn returned(bytes: &[u8], awaited: &Awaited<'_>) -> Result<Option<Said>, &'static str> {
+    let Some((header, body)) = bytes.split_first_chunk::<HEADER_LEN>() else {
+        return Ok(None);
+    };
+    let damaged = "its first frame is damaged";
+    let header = Header::decode(header).map_err(|_| damaged)?;
+    let anew = (awaited.kind, header.kind) == (Kind::Join, Kind::Resume);
+    if header.kind != awaited.kind && !anew
+        || header.sequence != 0
+        || header.body_len as usize != Return::LEN
+    {
+        return Err("it is not the connection that is waited for");
+    }
+    if body.len() < Return::LEN {
+        return Ok(None);
+    }
+    header.check_body(body).map_err(|_| damaged)?;
+    let said = Return::decode(body).map_err(|_| damaged)?;
+    if said.id != awaited.id {
+        return Err("it belongs to another migration");
+    }
+    let attempt = said.attempt;
+    match anew {
+        true if attempt > *awaited.attempts.end() => Ok(Some(Said::Anew)),
+        false if awaited.attempts.contains(&attempt) => Ok(Some(Said::Return { attempt })),
+        _ => Err("it belongs to another attempt"),
     }
 }
 
@@ -133,7 +240,8 @@ impl Incoming {
                 Err(LinkError::Cancelled(reason)) => return Err(ListenError::Cancelled(reason)),
                 Err(error) => return Err(ListenError::Io(io::Error::other(error))),
             }
-            if let Some(preamble) = pending.read().map_err(|_| ListenError::Stranger)? {
+            let said = pending.read(Expected::Migration);
+            if let Some(Said::Preamble(preamble)) = said.map_err(|_| ListenError::Stranger)? {
                 let Pending { stream, .. } = pending;
                 return Ok(Self { stream, preamble });
             }
@@ -208,19 +316,53 @@ impl Listener {
         cancel: &Cancel,
         deadlines: &Deadlines,
     ) -> Result<Incoming, ListenError> {
+        match self.accept_expected(Expected::Migration, cancel, deadlines)? {
+            (stream, Said::Preamble(preamble)) => Ok(Incoming { stream, preamble }),
+            _ => Err(ListenError::Stranger),
+        }
+    }
+
+    /// Waits for a connection of a source that is known, which begins with a frame of that kind.
+    /// All others are dropped and logged.
+    pub(crate) fn accept_returning(
+        &mut self,
+        awaited: Awaited<'_>,
+        cancel: &Cancel,
+        deadlines: &Deadlines,
+    ) -> Result<Returned, ListenError> {
+        match self.accept_expected(Expected::Return(&awaited), cancel, deadlines)? {
+            (stream, Said::Return { attempt }) => Ok(Returned { stream, attempt }),
+            _ => Err(ListenError::Stranger),
+        }
+    }
+
+    fn accept_expected(
+        &mut self,
+        expected: Expected<'_>,
+        cancel: &Cancel,
+        deadlines: &Deadlines,
+    ) -> Result<(Stream, Said), ListenError> {
         loop {
             if let Some(reason) = cancel.cancelled() {
                 return Err(ListenError::Cancelled(reason.to_owned()));
             }
-            self.wait(cancel)?;
-            self.take_new(deadlines)?;
-            if let Some(incoming) = self.look_at_pending() {
-                return Ok(incoming);
+            // Who waits already may have said more than was looked at before.
+            if let Some(found) = self.look_at_pending(expected)? {
+                return Ok(found);
             }
+            // One at a time, so that each is looked at before many others push it out.
+            if self.take_new(deadlines)? {
+                continue;
+            }
+            let late = |until| Instant::now() >= until;
+            if expected.until().is_some_and(late) || expected.beside().is_some_and(has_ended) {
+                return Err(ListenError::Nobody);
+            }
+            self.wait(cancel, expected)?;
         }
     }
 
-    fn wait(&self, cancel: &Cancel) -> Result<(), ListenError> {
+    fn wait(&self, cancel: &Cancel, expected: Expected<'_>) -> Result<(), ListenError> {
         let mut fds = vec![
             PollFd::new(cancel, PollFlags::IN),
             PollFd::new(self, PollFlags::IN),
@@ -230,10 +372,17 @@ impl Listener {
                 .iter()
                 .map(|pending| PollFd::new(&pending.stream, PollFlags::IN)),
         );
+        let beside = expected.beside();
+        fds.extend(
+            beside
+                .iter()
+                .map(|beside| PollFd::new(beside, PollFlags::RDHUP)),
+        );
         let timeout = self
             .pending
             .iter()
             .map(|pending| pending.end)
+            .chain(expected.until())
             .min()
             .map(|end| timespec(end.saturating_duration_since(Instant::now())));
         match poll(&mut fds, timeout.as_ref()) {
@@ -242,7 +391,8 @@ impl Listener {
         }
     }
 
-    fn take_new(&mut self, deadlines: &Deadlines) -> Result<(), ListenError> {
+    /// Accepts a connection; false if there is none.
+    fn take_new(&mut self, deadlines: &Deadlines) -> Result<bool, ListenError> {
         loop {
             let accepted = match &self.socket {
                 Socket::Tcp(socket) => socket.accept().map(|(stream, _)| tcp(stream)),
@@ -256,15 +406,16 @@ impl Listener {
                         dropped(&oldest, "too many connections are waiting");
                     }
                     self.pending.push_back(pending);
+                    return Ok(true);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(error) if out_of_resources(&error) => {
                     // What is waiting makes room, and otherwise somebody else must.
                     tracing::warn!("cannot accept a connection: {error}");
                     if self.pending.pop_front().is_none() {
                         std::thread::sleep(Duration::from_millis(50));
                     }
-                    return Ok(());
+                    return Ok(false);
                 }
                 // The connection that was to be accepted is gone already; there may be others.
                 Err(error) => tracing::info!("a connection failed before it was accepted: {error}"),
@@ -272,14 +423,19 @@ impl Listener {
         }
     }
 
-    fn look_at_pending(&mut self) -> Option<Incoming> {
+    fn look_at_pending(
+        &mut self,
+        expected: Expected<'_>,
+    ) -> Result<Option<(Stream, Said)>, ListenError> {
         let now = Instant::now();
         let mut index = 0;
         while let Some(pending) = self.pending.get_mut(index) {
-            match pending.read() {
-                Ok(Some(preamble)) => {
-                    let Pending { stream, .. } = self.pending.remove(index)?;
-                    return Some(Incoming { stream, preamble });
+            match pending.read(expected) {
+                // It stays: it is waited for next.
+                Ok(Some(Said::Anew)) => return Err(ListenError::Nobody),
+                Ok(Some(said)) => {
+                    let pending = self.pending.remove(index);
+                    return Ok(pending.map(|pending| (pending.stream, said)));
                 }
                 Ok(None) if pending.end > now => index += 1,
                 result => {
@@ -289,7 +445,7 @@ impl Listener {
                 }
             }
         }
-        None
+        Ok(None)
     }
 }
 
@@ -311,6 +467,12 @@ impl Drop for Listener {
             let _ = std::fs::remove_file(path);
         }
     }
+}
+
+/// Whether the peer has ended its direction of a connection.
+fn has_ended(connection: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(connection, PollFlags::RDHUP)];
+    poll(&mut fds, Some(&timespec(Duration::ZERO))).is_ok_and(|ended| ended > 0)
 }
 
 fn tcp(stream: TcpStream) -> Stream {

@@ -1,8 +1,11 @@
 //! The bodies of the frames: typed, explicit little-endian, every count and length bounded before
 //! it is believed. See docs/protocol.md.
 
+mod bits;
 mod disks;
 
+pub(crate) use self::bits::MAX_BIT_PAGES;
+pub use self::bits::{decode_bits, encode_bits};
 pub use self::disks::{BlockRun, MAX_DISK, MAX_DISKS, RunKind, decode_blocks, encode_blocks};
 
 use self::disks::{put_disks, take_disks};
@@ -94,8 +97,11 @@ pub struct Hello {
 /// Required if disks travel with the guest.
 pub const BLOCK_MIGRATION: u32 = 1 << 0;
 
+/// Required if memory may come after the guest; see docs/design.md.
+pub const POSTCOPY: u32 = 1 << 1;
+
 /// What a source may require of this build; see [`Hello::required`].
-pub const REQUIRABLE: u32 = BLOCK_MIGRATION;
+pub const REQUIRABLE: u32 = BLOCK_MIGRATION | POSTCOPY;
 
 /// What this build can leave alone; see [`Hello::optional`].
 pub const CAPABILITIES: u32 = 0;
@@ -536,6 +542,39 @@ fixed! {
     Running {
         /// The time from GO's arrival to the first vCPU about to enter the guest, in nanoseconds.
         start_ns: u64,
+    }
+}
+
+fixed! {
+    /// LATE, LEFT and CONTINUE.
+    Missing {
+        /// How many pages the destination does not have.
+        pages: u64,
+    }
+}
+
+fixed! {
+    /// JOIN and RESUME: which migration the connection belongs to.
+    Return {
+        /// The migration.
+        id: Id,
+        /// Counts the connections of a migration: 0 for its first, one more for each recovery.
+        attempt: u32,
+    }
+}
+
+impl Return {
+    /// The length of the body.
+    pub const LEN: usize = 20;
+}
+
+fixed! {
+    /// REQUEST.
+    Request {
+        /// The guest physical address of the first page.
+        address: u64,
+        /// How many pages.
+        pages: u32,
     }
 }
 

@@ -193,6 +193,42 @@ fn the_format_of_disks_is_fixed() {
 }
 
 #[test]
+fn the_format_of_post_copy_is_fixed() {
+    assert_eq!(POSTCOPY, 2);
+    let missing = Missing { pages: 0x0102 };
+    assert_eq!(encoded(|out| missing.encode(out)), [2, 1, 0, 0, 0, 0, 0, 0]);
+    let returning = Return {
+        id: hello().id,
+        attempt: 0x0304,
+    };
+    let expected = [&hello().id.0[..], &[4, 3, 0, 0]].concat();
+    assert_eq!(encoded(|out| returning.encode(out)), expected);
+    assert_eq!(expected.len(), Return::LEN);
+    assert_eq!(Return::decode(&expected), Ok(returning));
+    let request = Request {
+        address: 0x0102_0304_5000,
+        pages: 0x0201,
+    };
+    assert_eq!(
+        encoded(|out| request.encode(out)),
+        [0, 0x50, 4, 3, 2, 1, 0, 0, 1, 2, 0, 0]
+    );
+    let mut pages = crate::bitmap::PageBitmap::new(300);
+    for page in [64, 71, 190] {
+        pages.set(page);
+    }
+    let body = encoded(|out| assert!(encode_bits(&pages, 0, out)));
+    let mut expected = vec![64, 0, 0, 0, 0, 0, 0, 0];
+    expected.extend([0x81, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x40]);
+    assert_eq!(body, expected);
+    assert_eq!(decode_bits(&body, 300), Ok((64, vec![0x81, 1 << 62])));
+    for len in 0..Return::LEN {
+        assert!(Return::decode(&[0; Return::LEN][..len]).is_err());
+    }
+    assert!(Missing::decode(&[0; 9]).is_err() && Request::decode(&[0; 13]).is_err());
+}
+
+#[test]
 fn disks_out_of_bounds_are_refused() {
     let encode = |disks: Vec<Disk>| {
         let mut hello = hello_with_disks();

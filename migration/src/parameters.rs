@@ -1,6 +1,6 @@
 //! What a user may change at any time, also while a migration runs.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// The longest downtime limit: 2000 s, as in QEMU.
@@ -21,6 +21,10 @@ pub struct Parameters {
     downtime_limit_ms: AtomicU64,
     max_bandwidth: AtomicU64,
     avail_switchover_bandwidth: AtomicU64,
+    max_postcopy_bandwidth: AtomicU64,
+    postcopy_after_rounds: AtomicU64,
+    postcopy_after_ms: AtomicU64,
+    postcopy_no_convergence: AtomicBool,
 }
 
 impl Default for Parameters {
@@ -29,6 +33,10 @@ impl Default for Parameters {
             downtime_limit_ms: AtomicU64::new(DEFAULT_DOWNTIME_LIMIT.as_millis() as u64),
             max_bandwidth: AtomicU64::new(0),
             avail_switchover_bandwidth: AtomicU64::new(0),
+            max_postcopy_bandwidth: AtomicU64::new(0),
+            postcopy_after_rounds: AtomicU64::new(0),
+            postcopy_after_ms: AtomicU64::new(0),
+            postcopy_no_convergence: AtomicBool::new(false),
         }
     }
 }
@@ -70,6 +78,54 @@ impl Parameters {
         self.avail_switchover_bandwidth
             .store(bytes_per_second, Ordering::Relaxed);
     }
+
+    /// The most bytes a second that the source pushes once the guest has moved; 0 means no limit.
+    /// Pages that the guest waits for are sent beside that.
+    pub fn max_postcopy_bandwidth(&self) -> u64 {
+        self.max_postcopy_bandwidth.load(Ordering::Relaxed)
+    }
+
+    /// Sets [`max_postcopy_bandwidth`](Self::max_postcopy_bandwidth).
+    pub fn set_max_postcopy_bandwidth(&self, bytes_per_second: u64) {
+        self.max_postcopy_bandwidth
+            .store(bytes_per_second, Ordering::Relaxed);
+    }
+
+    /// After how many rounds a migration that may go over into post-copy does so by itself; 0
+    /// means never.
+    pub fn postcopy_after_rounds(&self) -> u64 {
+        self.postcopy_after_rounds.load(Ordering::Relaxed)
+    }
+
+    /// Sets [`postcopy_after_rounds`](Self::postcopy_after_rounds).
+    pub fn set_postcopy_after_rounds(&self, rounds: u64) {
+        self.postcopy_after_rounds.store(rounds, Ordering::Relaxed);
+    }
+
+    /// How long after its start a migration that may go over into post-copy does so by itself;
+    /// `None` means never.
+    pub fn postcopy_after_time(&self) -> Option<Duration> {
+        match self.postcopy_after_ms.load(Ordering::Relaxed) {
+            0 => None,
+            ms => Some(Duration::from_millis(ms)),
+        }
+    }
+
+    /// Sets [`postcopy_after_time`](Self::postcopy_after_time) in milliseconds; 0 means never.
+    pub fn set_postcopy_after_ms(&self, ms: u64) {
+        self.postcopy_after_ms.store(ms, Ordering::Relaxed);
+    }
+
+    /// Whether a migration that may go over into post-copy does so by itself as soon as it is
+    /// clear that the rest will never fit into the downtime limit.
+    pub fn postcopy_no_convergence(&self) -> bool {
+        self.postcopy_no_convergence.load(Ordering::Relaxed)
+    }
+
+    /// Sets [`postcopy_no_convergence`](Self::postcopy_no_convergence).
+    pub fn set_postcopy_no_convergence(&self, on: bool) {
+        self.postcopy_no_convergence.store(on, Ordering::Relaxed);
+    }
 }
 
 #[cfg(test)]
@@ -89,5 +145,20 @@ mod tests {
             "the downtime limit must be from 0 to 2000000 ms, not 2000001 ms"
         );
         assert_eq!(parameters.downtime_limit(), MAX_DOWNTIME_LIMIT);
+    }
+
+    #[test]
+    fn nothing_switches_to_postcopy_by_itself_unless_asked_to() {
+        let parameters = Parameters::default();
+        assert_eq!(parameters.postcopy_after_rounds(), 0);
+        assert_eq!(parameters.postcopy_after_time(), None);
+        assert!(!parameters.postcopy_no_convergence());
+        parameters.set_postcopy_after_ms(1500);
+        assert_eq!(
+            parameters.postcopy_after_time(),
+            Some(Duration::from_millis(1500))
+        );
+        parameters.set_postcopy_after_ms(0);
+        assert_eq!(parameters.postcopy_after_time(), None);
     }
 }

@@ -131,6 +131,11 @@ impl Placement {
         Ok(())
     }
 
+    /// The memory, the pages that never came, and those whose last copy was not right.
+    pub(crate) fn into_parts(self) -> (GuestPages, PageBitmap, PageBitmap) {
+        (self.memory, self.missing, self.suspect)
+    }
+
     /// Whether every page has come and none is damaged.
     pub(crate) fn check_complete(&self) -> Result<(), Incomplete> {
         let first = |set: &PageBitmap| {

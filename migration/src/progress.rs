@@ -35,6 +35,12 @@ pub enum Status {
     Cancelled,
     /// The hand-over was begun and never confirmed: the guest may run at the destination. Ours.
     HandoverUnknown,
+    /// The guest runs at the destination, and not all of its memory is there yet.
+    PostcopyActive,
+    /// The same, and the connection is broken: it waits to be recovered.
+    PostcopyPaused,
+    /// Another connection is there, and both sides agree on what is left.
+    PostcopyRecover,
 }
 
 impl Status {
@@ -50,6 +56,9 @@ impl Status {
             Self::Cancelling => "cancelling",
             Self::Cancelled => "cancelled",
             Self::HandoverUnknown => "handover-unknown",
+            Self::PostcopyActive => "postcopy-active",
+            Self::PostcopyPaused => "postcopy-paused",
+            Self::PostcopyRecover => "postcopy-recover",
         }
     }
 
@@ -58,6 +67,14 @@ impl Status {
         matches!(
             self,
             Self::Completed | Self::Failed | Self::Cancelled | Self::HandoverUnknown
+        )
+    }
+
+    /// Whether the guest's memory is at one side and the guest at the other.
+    pub fn is_postcopy(self) -> bool {
+        matches!(
+            self,
+            Self::PostcopyActive | Self::PostcopyPaused | Self::PostcopyRecover
         )
     }
 }
@@ -188,6 +205,38 @@ pub struct Downtime {
     pub start: Duration,
 }
 
+/// What happened after the guest had moved ahead of its memory.
+///
+/// The *downtime* is not in it. What the guest still waits for, it waits for page by page: the
+/// source knows how many were asked for, the destination how long each took.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Postcopy {
+    /// How long the guest has run without all of its memory, or did.
+    pub phase_time: Duration,
+    /// Bytes sent (at the destination: received) in that time.
+    pub bytes: u64,
+    /// Requests by the destination.
+    pub requests: u64,
+    /// Pages that they were for.
+    pub requested_pages: u64,
+    /// Pages that are still to come.
+    pub missing_pages: u64,
+    /// The guest is known to be at the destination; the source knows it when that has said so.
+    /// Until then it may never have begun.
+    pub confirmed: bool,
+    /// How long all vCPUs waited for pages at the same time; only at the destination.
+    pub blocktime: Option<Duration>,
+    /// How long each vCPU waited; only at the destination.
+    pub vcpu_blocktime: Vec<Duration>,
+    /// From a fault to its page, on average; `None` without a fault, and at the source.
+    pub latency_average: Option<Duration>,
+    /// The longest of them.
+    pub latency_max: Option<Duration>,
+    /// How many faults took how long: the one of index N is of those from 2^N to 2^(N+1) µs, the
+    /// first and the last also of all below and above.
+    pub latency_distribution: Vec<u64>,
+}
+
 /// One pass over the dirty blocks and pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Round {
@@ -238,6 +287,8 @@ pub struct Snapshot {
     pub expected_downtime: Option<Duration>,
     /// What it did cost.
     pub downtime: Option<Downtime>,
+    /// Post-copy, from the moment that pages may be missing at the destination.
+    pub postcopy: Option<Postcopy>,
     /// Pages that were never touched, and so never read.
     pub skipped: u64,
     /// Rounds begun so far, the last one with the guest stopped included.

@@ -22,6 +22,8 @@ pub enum Phase {
     Blobs,
     /// Disks and memory come.
     Ram,
+    /// What is missing is told, to be sent after the guest has moved.
+    Switching,
     /// State sections come.
     State,
     /// END is there; the destination loads.
@@ -30,6 +32,14 @@ pub enum Phase {
     Ready,
     /// GO is there.
     Going,
+    /// The guest runs at the destination, and what is missing of its memory comes.
+    Late,
+    /// The fault channel.
+    Faults,
+    /// A migration in post-copy is being resumed: the destination tells what has arrived.
+    Resuming,
+    /// All of that is told; the source has not agreed.
+    Resumed,
     /// Over, well or badly.
     Over,
 }
@@ -47,7 +57,10 @@ pub struct OutOfOrder {
 impl Phase {
     /// The phase after a frame of that kind.
     pub fn after(self, kind: Kind) -> Result<Self, OutOfOrder> {
-        use Phase::{Blobs, Ended, Going, Offered, Over, Ram, Ready, Start, State};
+        use Phase::{
+            Blobs, Ended, Faults, Going, Late, Offered, Over, Ram, Ready, Resumed, Resuming, Start,
+            State, Switching,
+        };
         Ok(match (self, kind) {
             (Start, Kind::Hello) => Offered,
             (Offered, Kind::Accept) => Blobs,
@@ -56,14 +69,28 @@ impl Phase {
             (Blobs | Ram, Kind::Pages | Kind::Zero | Kind::Sync) => Ram,
             (Blobs | Ram, Kind::Blocks | Kind::Flush) => Ram,
             (Ram, Kind::Flushed) => Ram,
-            (Ram | State | Ended, Kind::SyncAck) => self,
+            (Blobs | Ram | Switching, Kind::Missing) => Switching,
+            (Switching, Kind::Sync | Kind::Blocks | Kind::Flush | Kind::Flushed) => Switching,
+            (Switching, Kind::Late) => State,
+            (Ram | Switching | State | Ended, Kind::SyncAck) => self,
             (Ram | State, Kind::State) => State,
             (Ram | State, Kind::End) => Ended,
             (Ended, Kind::Ready) => Ready,
             (Ready, Kind::Go) => Going,
             (Going, Kind::Running) => Over,
-            (Offered | Blobs | Ram | State | Ended | Ready, Kind::Cancel) => Over,
-            (Offered | Blobs | Ram | State | Ended | Ready | Going, Kind::Failed) => Over,
+            (Offered | Blobs | Ram | Switching | State | Ended | Ready, Kind::Cancel) => Over,
+            (Offered | Blobs | Ram | Switching | State | Ended | Ready | Going, Kind::Failed) => {
+                Over
+            }
+            (Late, Kind::Pages | Kind::Zero | Kind::Pushed) => Late,
+            (Late, Kind::Complete | Kind::Gone) => Over,
+            (Start, Kind::Join) => Faults,
+            (Faults, Kind::Request | Kind::Pages | Kind::Zero) => Faults,
+            (Start, Kind::Resume) => Resuming,
+            (Resuming, Kind::Arrived) => Resuming,
+            (Resuming, Kind::Left) => Resumed,
+            (Resumed, Kind::Continue) => Late,
+            (Resuming | Resumed, Kind::Refuse | Kind::Cancel) => Over,
             _ => return Err(OutOfOrder { kind, phase: self }),
         })
     }
@@ -80,7 +107,10 @@ mod tests {
     use super::*;
     use Phase::*;
 
-    const PHASES: [Phase; 9] = [Start, Offered, Blobs, Ram, State, Ended, Ready, Going, Over];
+    const PHASES: [Phase; 14] = [
+        Start, Offered, Blobs, Ram, Switching, State, Ended, Ready, Going, Late, Faults, Resuming,
+        Resumed, Over,
+    ];
 
     fn run(kinds: &[Kind]) -> Result<Phase, OutOfOrder> {
         kinds
@@ -116,6 +146,60 @@ mod tests {
     }
 
     #[test]
+    fn a_whole_migration_in_post_copy() {
+        use Kind::*;
+        let first = [
+            Hello, Accept, Blob, Sync, Pages, SyncAck, Missing, Missing, Sync, SyncAck, Blocks,
+            Flush, Flushed, Missing, Late,
+        ];
+        assert_eq!(run(&first), Ok(Phase::State));
+        let rest = [Kind::State, End, Ready, Go, Running];
+        assert_eq!(run(&[&first[..], &rest].concat()), Ok(Over));
+        // Then both sides go on.
+        let late = |kinds: &[Kind]| {
+            kinds
+                .iter()
+                .try_fold(Phase::Late, |phase, &kind| phase.after(kind))
+        };
+        assert_eq!(late(&[Pages, Zero, Pushed, Complete]), Ok(Over));
+        assert_eq!(late(&[Pages, Gone]), Ok(Over));
+        assert_eq!(run(&[Join, Request, Pages, Zero, Request]), Ok(Faults));
+        assert_eq!(
+            run(&[Resume, Arrived, Arrived, Left, Continue, Pages]),
+            Ok(Phase::Late)
+        );
+        assert_eq!(run(&[Resume, Left, Cancel]), Ok(Over));
+    }
+
+    #[test]
+    fn what_belongs_to_post_copy_comes_nowhere_else() {
+        let allowed = |kind| {
+            PHASES
+                .into_iter()
+                .filter(move |phase| phase.after(kind).is_ok())
+        };
+        for (kind, phases) in [
+            (Kind::Missing, &[Blobs, Ram, Switching][..]),
+            (Kind::Late, &[Switching]),
+            (Kind::Pushed, &[Late]),
+            (Kind::Complete, &[Late]),
+            (Kind::Gone, &[Late]),
+            (Kind::Join, &[Start]),
+            (Kind::Resume, &[Start]),
+            (Kind::Request, &[Faults]),
+            (Kind::Arrived, &[Resuming]),
+            (Kind::Left, &[Resuming]),
+            (Kind::Continue, &[Resumed]),
+        ] {
+            assert!(allowed(kind).eq(phases.iter().copied()), "{kind:?}");
+        }
+        // Once the guest has moved nobody takes it back.
+        for phase in [Late, Resuming, Resumed, Faults] {
+            assert!(phase.after(Kind::Failed).is_err() && phase.after(Kind::Go).is_err());
+        }
+    }
+
+    #[test]
     fn the_guest_is_handed_over_only_after_ready() {
         for phase in PHASES {
             assert_eq!(phase.after(Kind::Go).is_ok(), phase == Ready, "{phase:?}");
@@ -130,7 +214,7 @@ mod tests {
         for kind in Kind::ALL {
             assert!(Over.after(kind).is_err());
             // A version may be refused before HELLO is understood.
-            let first = matches!(kind, Kind::Hello | Kind::Refuse);
+            let first = matches!(kind, Kind::Hello | Kind::Refuse | Kind::Join | Kind::Resume);
             assert_eq!(Start.after(kind).is_ok(), first);
         }
     }

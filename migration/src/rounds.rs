@@ -88,7 +88,8 @@ impl Memory {
         }
     }
 
-    /// Sends all that is pending; nothing is pending afterwards.
+    /// Sends all that is pending; nothing is pending afterwards. If `stop` says so it ends earlier,
+    /// and the rest stays pending.
     pub(crate) fn send(
         &mut self,
         pass: Pass,
@@ -96,12 +97,13 @@ impl Memory {
         vm: &mut dyn SourceVm,
         session: &mut Session,
         progress: &Progress,
+        stop: &dyn Fn() -> bool,
     ) -> Result<Sent, PassError> {
         self.sent = Sent::default();
         self.told = Sent::default();
         self.frame.limit = session.frame_pages() as usize;
         let mut next = 0;
-        loop {
+        while !stop() {
             if pass == Pass::First {
                 // Between chunks: a page that is protected in order to be sent must be sent.
                 self.leave_out(&vm.free_pages(), round, session)?;

@@ -1,6 +1,7 @@
 //! The source: from the offer to the hand-over. See docs/design.md for who may run the guest when.
 
 mod disks;
+mod late;
 mod precopy;
 mod switchover;
 
@@ -9,6 +10,7 @@ use std::time::Duration;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use self::late::{Late, LateEnd};
 use crate::blocks::{BlocksError, Disks};
 use crate::cancel::Cancel;
 use crate::channel::{Channel, ChannelError};
@@ -22,6 +24,7 @@ use crate::guest_io::{GuestPages, MemoryError};
 use crate::link::{Deadlines, Link, LinkError, Stream};
 use crate::message::{Id, encode_reason};
 use crate::parameters::Parameters;
+use crate::postcopy::Control;
 use crate::progress::{self, Downtime, Progress, Status};
 use crate::read_ahead::ReadError;
 use crate::rounds::{Memory, PassError};
@@ -51,6 +54,8 @@ pub struct Job {
     pub deadlines: Deadlines,
     /// What a stop is expected to cost beside moving memory, on a machine like this.
     pub costs: Costs,
+    /// If the migration may go over into post-copy.
+    pub postcopy: Option<Control<Uri>>,
 }
 
 /// Why a migration did not complete.
@@ -90,6 +95,15 @@ pub enum SourceError {
     /// The destination answered for another migration, or with what was not offered.
     #[error("the destination accepted something else than was offered: {0}")]
     Accept(String),
+    /// Post-copy needs a second connection.
+    #[error("post-copy needs an address, to which more than one connection can be made")]
+    NoAddress,
+    /// No descriptors or threads.
+    #[error("cannot prepare post-copy: {0}")]
+    Breaker(std::io::Error),
+    /// The fault channel is gone, and the guest has not been handed over.
+    #[error("{0}")]
+    Broken(String),
     /// No random number.
     #[error("cannot get random bytes for the migration's identifier: {0}")]
     Random(std::io::Error),
@@ -125,8 +139,15 @@ pub enum Guest {
 /// How a migration ended.
 #[derive(Debug)]
 pub enum Outcome {
-    /// The guest is at the destination.
-    Completed(Downtime),
+    /// The guest is at the destination. Its downtime is not known if the connection broke before
+    /// the destination said that it runs, and post-copy was recovered.
+    Completed(Option<Downtime>),
+    /// The guest is at the destination, not all of its memory is, and nobody waits any more to
+    /// send the rest.
+    Abandoned {
+        /// Why.
+        reason: String,
+    },
     /// It failed.
     Failed {
         /// Why.
@@ -163,6 +184,7 @@ enum Step {
     Save,
     Load,
     HandOver,
+    Late,
 }
 
 /// Who may run the guest.
@@ -174,6 +196,23 @@ enum Owner {
     Stopped(Pause),
     /// The destination: GO may have left.
     HandedOver(Pause),
+}
+
+/// How a conversation ended that was not broken off.
+enum Moved {
+    /// With all of the guest at the destination.
+    Whole(Downtime),
+    /// In post-copy.
+    Late(Option<Downtime>, LateEnd),
+}
+
+/// What the rounds led to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// The rest fits.
+    SwitchOver,
+    /// The rest is to come after the guest.
+    Postcopy,
 }
 
 /// What moves while the guest runs.
@@ -218,12 +257,15 @@ pub fn migrate(vm: &mut dyn SourceVm, peer: Peer, job: &Job) -> Outcome {
 }
 
 impl Source<'_> {
-    fn run(&mut self, peer: Peer) -> Result<Downtime, SourceError> {
+    fn run(&mut self, peer: Peer) -> Result<Moved, SourceError> {
         getrandom(&mut self.id.0, GetRandomFlags::empty())
             .map_err(|error| SourceError::Random(error.into()))?;
-        let stream = match peer {
-            Peer::Connected(stream) => stream,
-            Peer::Uri(uri) => connect(&uri, &self.job.cancel, &self.job.deadlines)?,
+        let (stream, uri) = match peer {
+            Peer::Connected(stream) => (stream, None),
+            Peer::Uri(uri) => {
+                let stream = connect(&uri, &self.job.cancel, &self.job.deadlines)?;
+                (stream, Some(uri))
+            }
         };
         tracing::info!(id = ?self.id, peer = stream.peer(), "migration begins");
         let link = Link::new(stream, self.job.cancel.clone(), &self.job.deadlines)
@@ -236,15 +278,37 @@ impl Source<'_> {
             Arc::clone(&self.job.parameters),
         );
         session.convergence.costs = self.job.costs;
-        let result = self.converse(&mut session);
+        let mut late = None;
+        let result = self.converse(&mut session, uri, &mut late);
+        let moved = match &result {
+            Ok(_) => true,
+            Err(error) => self.may_run_there(error),
+        };
+        if let Some(mut late) = late.filter(|late| moved && late.is_switched()) {
+            let (downtime, broken) = match result {
+                Ok(downtime) => (Some(downtime), None),
+                Err(error) => (None, Some(error)),
+            };
+            self.stop_logging();
+            self.vm.handed_over();
+            self.enter(Step::Late);
+            let end = self.run_late(session.channel, &mut late, broken);
+            return Ok(Moved::Late(downtime, end));
+        }
         self.session = Some(session);
-        result
+        result.map(Moved::Whole)
     }
 
-    fn converse(&mut self, session: &mut Session) -> Result<Downtime, SourceError> {
+    fn converse(
+        &mut self,
+        session: &mut Session,
+        uri: Option<Uri>,
+        late: &mut Option<Late>,
+    ) -> Result<Downtime, SourceError> {
         self.enter(Step::Offer);
         let offer = self.vm.offer().map_err(vm("describing the guest"))?;
         self.offer(session, &offer)?;
+        *late = self.join(uri)?;
         self.enter(Step::Blobs);
         self.send_blobs(session, &offer)?;
         for _ in 0..2 {
@@ -274,34 +338,38 @@ impl Source<'_> {
             .start_dirty_log()
             .map_err(vm("switching the dirty log on"))?;
         self.logging = true;
-        let rounds = self.rounds(session, &mut guest)?;
+        let (rounds, next) = self.rounds(session, &mut guest)?;
+        let mut late = late.as_mut().filter(|_| next == Next::Postcopy);
+        if let Some(late) = &mut late {
+            self.tell_missing(session, &mut guest, late, rounds)?;
+        }
         self.job.progress.update(|snapshot| {
             session.tell(snapshot);
             snapshot.ram.precopy_bytes = snapshot.ram.transferred;
         });
-        self.switch_over(session, &mut guest, rounds + 1)
+        self.switch_over(session, &mut guest, rounds + 1, late)
+    }
+
+    /// Whether, after that, the guest may be running at the destination.
+    fn may_run_there(&self, error: &SourceError) -> bool {
+        matches!(self.owner, Owner::HandedOver(_)) && !failed_by_destination(error)
     }
 
     /// Puts the guest where it belongs, tells the peer, and says how it ended.
-    fn end(&mut self, result: Result<Downtime, SourceError>) -> Outcome {
+    fn end(&mut self, result: Result<Moved, SourceError>) -> Outcome {
         let error = match result {
-            Ok(downtime) => {
+            Ok(Moved::Whole(downtime)) => {
                 self.stop_logging();
                 tracing::info!(id = ?self.id, downtime_us = downtime.total.as_micros(), "migration completed");
                 self.vm.handed_over();
                 self.job.progress.complete();
-                return Outcome::Completed(downtime);
+                return Outcome::Completed(Some(downtime));
             }
+            Ok(Moved::Late(downtime, end)) => return self.end_late(downtime, end),
             Err(error) => error,
         };
         // First of all the guest goes on, before anything that takes time.
-        let failed_by_destination = matches!(
-            error,
-            SourceError::Channel(ChannelError::Peer {
-                kind: Kind::Failed,
-                ..
-            })
-        );
+        let failed_by_destination = failed_by_destination(&error);
         let guest = match self.owner {
             Owner::Running => Guest::Untouched,
             Owner::HandedOver(_) if !failed_by_destination => return self.unknown(error),
@@ -332,6 +400,33 @@ impl Source<'_> {
                 Outcome::Failed { error, guest }
             }
         }
+    }
+
+    fn end_late(&mut self, downtime: Option<Downtime>, end: LateEnd) -> Outcome {
+        let reason = match end {
+            LateEnd::Complete => None,
+            LateEnd::Gone(reason) => {
+                tracing::warn!(id = ?self.id, "the guest has ended at the destination: {reason}");
+                self.job.progress.update(|snapshot| {
+                    snapshot.error =
+                        Some(format!("the guest has ended at the destination: {reason}"));
+                });
+                Some(reason)
+            }
+            LateEnd::Abandoned(reason) => {
+                tracing::error!(id = ?self.id, "post-copy was given up: {reason}");
+                self.job
+                    .progress
+                    .update(|snapshot| snapshot.error = Some(reason.clone()));
+                self.job.progress.set_status(Status::Failed);
+                return Outcome::Abandoned { reason };
+            }
+        };
+        let downtime_us = downtime.map(|downtime| downtime.total.as_micros());
+        tracing::info!(id = ?self.id, downtime_us, gone = reason, "post-copy completed");
+        self.job.progress.update(|snapshot| snapshot.error = reason);
+        self.job.progress.complete();
+        Outcome::Completed(downtime)
     }
 
     fn unknown(&mut self, error: SourceError) -> Outcome {
@@ -388,6 +483,16 @@ impl Source<'_> {
         self.step = step;
         self.step_began = now;
     }
+}
+
+fn failed_by_destination(error: &SourceError) -> bool {
+    matches!(
+        error,
+        SourceError::Channel(ChannelError::Peer {
+            kind: Kind::Failed,
+            ..
+        })
+    )
 }
 
 fn vm(doing: &'static str) -> impl FnOnce(VmError) -> SourceError {

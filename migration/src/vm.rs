@@ -146,6 +146,11 @@ pub trait DestinationVm {
         Err(format!("this machine has no disk {index} to fill").into())
     }
 
+    /// The ids of the threads that the vCPUs run on, in order: to tell whom a missing page stops.
+    fn vcpu_threads(&self) -> Vec<u32> {
+        Vec::new()
+    }
+
     /// Loads the state of everything but RAM. Unknown, duplicate, missing, left-over and invalid
     /// sections are errors that name the section. The guest could run when this returns.
     fn load(&mut self, sections: Vec<Section>) -> Result<(), VmError>;

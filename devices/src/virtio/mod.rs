@@ -24,6 +24,7 @@ pub mod transport;
 pub mod worker;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::AtomicBitmap;
@@ -114,6 +115,12 @@ pub trait VirtioDevice: Send + Sync {
     /// Waits until it does so.
     fn wait_paused(&self) {
         self.worker().wait_settled();
+    }
+
+    /// The same, but not longer than until `deadline`; whether it stands still. A device may have
+    /// to wait for guest memory that is not there yet. [`run`](Self::run) takes the request back.
+    fn wait_paused_until(&self, deadline: Instant) -> bool {
+        self.worker().wait_settled_until(deadline)
     }
 
     /// Lets it work. It looks at all queues first: notifications may have come before.

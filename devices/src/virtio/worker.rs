@@ -124,6 +124,20 @@ impl Worker {
                 .unwrap_or_else(PoisonError::into_inner);
         }
     }
+
+    /// The same, but not longer than until `deadline`; whether it has.
+    pub fn wait_settled_until(&self, deadline: Instant) -> bool {
+        let mut wanted = self.shared.wanted();
+        while wanted.settled != wanted.changes {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let waited = self.shared.settled.wait_timeout(wanted, left);
+            (wanted, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+        true
+    }
 }
 
 impl Drop for Worker {

@@ -24,6 +24,40 @@ fn teller() -> (Worker, Receiver<&'static str>) {
     (Worker::spawn("teller", &[0], Teller(tell)).unwrap(), told)
 }
 
+/// Cannot begin before it is let, like one that reads memory that is not there.
+struct Stuck(Receiver<()>, Sender<&'static str>);
+
+impl Handler for Stuck {
+    fn start(&mut self, _: &Arc<Activation>) {
+        self.0.recv().unwrap();
+        self.1.send("start").unwrap();
+    }
+    fn queue_notified(&mut self, _: &Arc<Activation>, _: usize) {}
+    fn drain(&mut self, _: &Arc<Activation>) {
+        self.1.send("drain").unwrap();
+    }
+}
+
+#[test]
+fn a_pause_that_takes_too_long_can_be_taken_back() {
+    let ((go_on, may_go_on), (tell, told)) = (channel(), channel());
+    let worker = Worker::spawn("stuck", &[0], Stuck(may_go_on, tell)).unwrap();
+    worker.activate(activation());
+    worker.run();
+    // It is in `start`, or will be before it does what is asked of it next.
+    worker.wait_settled();
+    worker.request_pause();
+    assert!(!worker.wait_settled_until(Instant::now()));
+    worker.run();
+    go_on.send(()).unwrap();
+    go_on.send(()).unwrap();
+    let did: Vec<_> = (0..3).map(|_| told.recv().unwrap()).collect();
+    assert_eq!(did, ["start", "drain", "start"]);
+    worker.request_pause();
+    assert!(worker.wait_settled_until(Instant::now() + LONGEST_WAIT));
+    assert_eq!(told.recv().unwrap(), "drain");
+}
+
 fn activation() -> Arc<Activation> {
     let driver = TestDriver::new(Arc::new(Rng::new().unwrap()));
     driver.start(0);

@@ -108,7 +108,7 @@ pub fn load(
     let thread = thread.map_err(TransferError::Begin)?;
     let result = Incoming::from_stream(here.into(), &job.cancel, &job.deadlines)
         .map_err(|error| LoadError::File(error.into()))
-        .and_then(|incoming| Ok(destination::receive(vm, incoming, &job)?));
+        .and_then(|incoming| Ok(destination::receive(vm, incoming, None, &job)?));
     match (result, thread.join()) {
         (Ok(arrival), _) => Ok(arrival),
         // What the file's end knows says more than what it told.

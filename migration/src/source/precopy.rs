@@ -3,10 +3,11 @@
 use std::io::Read;
 use std::time::{Duration, Instant};
 
-use super::{Contents, Source, SourceError, blocks_error, pass_error, vm};
+use super::{Contents, Next, Source, SourceError, blocks_error, pass_error, vm};
 use crate::convergence::{Decision, Rest};
 use crate::frame::{Kind, MAX_CHUNK};
-use crate::message::{Accept, BLOCK_MIGRATION, BlobChunk, CAPABILITIES, Hello, Preamble};
+use crate::message::{Accept, BLOCK_MIGRATION, BlobChunk, CAPABILITIES, Hello, POSTCOPY, Preamble};
+use crate::postcopy::Control;
 use crate::progress::Round;
 use crate::protocol::{NEWEST_VERSION, OLDEST_VERSION};
 use crate::rounds::{Pass, Sent};
@@ -24,11 +25,7 @@ impl Source<'_> {
     ) -> Result<(), SourceError> {
         let hello = Hello {
             id: self.id,
-            required: if offer.disks.is_empty() {
-                0
-            } else {
-                BLOCK_MIGRATION
-            },
+            required: self.required(offer),
             optional: CAPABILITIES,
             offer: offer.clone(),
         };
@@ -55,6 +52,20 @@ impl Source<'_> {
             return Err(SourceError::Accept(format!("{accept:?}")));
         }
         Ok(())
+    }
+
+    fn required(&self, offer: &Offer) -> u32 {
+        let disks = if offer.disks.is_empty() {
+            0
+        } else {
+            BLOCK_MIGRATION
+        };
+        let late = if self.job.postcopy.is_some() {
+            POSTCOPY
+        } else {
+            0
+        };
+        disks | late
     }
 
     pub(super) fn send_blobs(
@@ -91,15 +102,17 @@ impl Source<'_> {
         Ok(())
     }
 
-    /// Rounds with the guest running, until the rest fits. Returns how many. A round is over the
+    /// Rounds with the guest running, until the rest fits or is to come later. Returns how many. A round is over the
     /// dirty blocks, then over the dirty pages: the blocks that were written in the bulk pass
     /// come before all of memory.
     pub(super) fn rounds(
         &mut self,
         session: &mut Session,
         guest: &mut Contents,
-    ) -> Result<u64, SourceError> {
+    ) -> Result<(u64, Next), SourceError> {
         let mut number = 0;
+        let control = self.job.postcopy.clone();
+        let is_started = || control.as_ref().is_some_and(Control::is_started);
         guest.disks.harvest();
         let mut harvested_at = self.clock.now();
         loop {
@@ -120,7 +133,7 @@ impl Source<'_> {
             let blocks_time = self.clock.now().saturating_sub(began);
             let sent = guest
                 .memory
-                .send(pass, number, self.vm, session, progress)
+                .send(pass, number, self.vm, session, progress, &is_started)
                 .map_err(pass_error)?;
             let mark = session.mark(number)?;
             guest.disks.flush(number, session, progress)?;
@@ -166,12 +179,51 @@ impl Source<'_> {
             };
             self.tell_blocks(session, &round, blocks, blocks_time);
             self.tell_round(session, &round, sent);
+            // Dirty pages can't be more than the guest writes to: if it writes to all of them in
+            // every round, however long that is, its rate tells nothing.
+            let shrinks = rest.pages * 10 < (sent.pages + sent.zero) * 9;
+            let converges = match decision {
+                Decision::SwitchOver => true,
+                Decision::AnotherRound => number == 1 || shrinks,
+                Decision::NeverFits => number == 1,
+            };
+            if self.wants_postcopy(number, converges) && self.disks_fit(session, rest) {
+                return Ok((number, Next::Postcopy));
+            }
             match decision {
-                Decision::SwitchOver => return Ok(number),
+                // A pass that was broken off has left more behind than the log knows.
+                Decision::SwitchOver => return Ok((number, Next::SwitchOver)),
                 Decision::AnotherRound => {}
                 Decision::NeverFits => session.idle(IDLE)?,
             }
         }
+    }
+
+    /// Whether the rest of memory is to come after the guest: it was asked for, or so many rounds,
+    /// so much time, or rounds that lead nowhere say so.
+    fn wants_postcopy(&self, round: u64, converges: bool) -> bool {
+        let Some(control) = &self.job.postcopy else {
+            return false;
+        };
+        let parameters = &self.job.parameters;
+        let rounds = parameters.postcopy_after_rounds();
+        let after = parameters.postcopy_after_time();
+        let wanted = control.is_started()
+            || rounds > 0 && round >= rounds
+            || after.is_some_and(|after| self.job.progress.snapshot().total_time >= after)
+            || parameters.postcopy_no_convergence() && !converges;
+        if wanted && !control.is_started() {
+            tracing::info!(id = ?self.id, round, "post-copy starts by itself");
+            // Whatever the next round finds, the decision stays.
+            control.start();
+        }
+        wanted
+    }
+
+    /// Disks have to be complete when the guest moves.
+    fn disks_fit(&self, session: &Session, rest: Rest) -> bool {
+        let rest = Rest { pages: 0, ..rest };
+        rest.block_bytes == 0 || self.decide(session, rest) == Decision::SwitchOver
     }
 
     /// Adds to what is pending what the guest wrote; returns all that is pending.

@@ -3,21 +3,22 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Contents, Owner, Source, SourceError, Step, blocks_error, pass_error, vm};
+use super::{Contents, Late, Owner, Source, SourceError, Step, blocks_error, pass_error, vm};
 use crate::frame::Kind;
 use crate::message::{End, Go, Ready, Running, encode_state};
 use crate::progress::{Downtime, Round, Status};
-use crate::rounds::Pass;
+use crate::rounds::{Pass, Sent};
 use crate::session::Session;
 use crate::vm::Pause;
 
 impl Source<'_> {
-    /// Stops the guest and hands it over.
+    /// Stops the guest and hands it over; with `late`, without the memory that is left.
     pub(super) fn switch_over(
         &mut self,
         session: &mut Session,
         guest: &mut Contents,
         round: u64,
+        mut late: Option<&mut Late>,
     ) -> Result<Downtime, SourceError> {
         // The guest is not stopped for a migration that is over.
         session.channel.check_cancel()?;
@@ -50,10 +51,16 @@ impl Source<'_> {
             .send_pending(round, session, progress)
             .map_err(blocks_error)?;
         self.enter(Step::LastPages);
-        let sent = guest
-            .memory
-            .send(Pass::Last, round, self.vm, session, progress)
-            .map_err(pass_error)?;
+        let sent = match late.as_deref_mut() {
+            Some(late) => {
+                self.tell_late(session, guest, late)?;
+                Sent::default()
+            }
+            None => guest
+                .memory
+                .send(Pass::Last, round, self.vm, session, progress, &|| false)
+                .map_err(pass_error)?,
+        };
         let pages_sent = self.clock.now();
 
         self.enter(Step::Save);
@@ -80,6 +87,9 @@ impl Source<'_> {
         let ready = session.channel.decode(Kind::Ready, Ready::decode)?;
 
         self.enter(Step::HandOver);
+        if let Some(late) = late {
+            late.check_connected()?;
+        }
         let (go_sent, running) = self.hand_over(session, pause, last_instruction)?;
         let arrived = session.channel.arrived_at();
 

@@ -54,7 +54,7 @@ fn migrate_damaged(lie: bool, mut change: impl FnMut(&mut Frame) -> bool + Send 
             assert!(vm.is_running() && !ran, "{error}");
             assert!(!error.to_string().is_empty());
         }
-        Outcome::Cancelled { .. } => panic!("{outcome:?}"),
+        Outcome::Cancelled { .. } | Outcome::Abandoned { .. } => panic!("{outcome:?}"),
     }
     matches!(outcome, Outcome::Completed(_))
 }

@@ -25,9 +25,9 @@ use crate::machine::{Destination, Source, Writes};
 use crate::proxy::{Fate, Frame, proxied};
 use crate::whole::{BUSY_SMALL, arrive, destination_job, short, source_job};
 
-const PAGES: u64 = 8;
+pub(crate) const PAGES: u64 = 8;
 
-fn hello(blobs: Vec<Blob>) -> Hello {
+pub(crate) fn hello(blobs: Vec<Blob>) -> Hello {
     Hello {
         id: Id([7; 16]),
         required: 0,
@@ -45,13 +45,13 @@ fn hello(blobs: Vec<Blob>) -> Hello {
     }
 }
 
-fn body(encode: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+pub(crate) fn body(encode: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     let mut body = vec![];
     encode(&mut body);
     body
 }
 
-fn state(name: &str) -> (Kind, Vec<u8>) {
+pub(crate) fn state(name: &str) -> (Kind, Vec<u8>) {
     let section = Section {
         name: name.to_owned(),
         version: 1,
@@ -63,12 +63,12 @@ fn state(name: &str) -> (Kind, Vec<u8>) {
     )
 }
 
-fn zero(address: u64, pages: u64) -> (Kind, Vec<u8>) {
+pub(crate) fn zero(address: u64, pages: u64) -> (Kind, Vec<u8>) {
     let run = AddressRun { address, pages };
     (Kind::Zero, body(|out| encode_zero(&[run], out)))
 }
 
-fn end(sections: u32) -> (Kind, Vec<u8>) {
+pub(crate) fn end(sections: u32) -> (Kind, Vec<u8>) {
     let end = End {
         sections,
         was_running: false,
@@ -297,7 +297,7 @@ fn play_to(mut vm: Destination, preamble: Preamble, frames: &[(Kind, Vec<u8>)]) 
     job.deadlines = short();
     let incoming = Incoming::from_stream(Stream::from(stream), &job.cancel, &job.deadlines);
     let receiving = std::thread::spawn(move || {
-        let error = destination::receive(&mut vm, incoming.unwrap(), &job).unwrap_err();
+        let error = destination::receive(&mut vm, incoming.unwrap(), None, &job).unwrap_err();
         assert!(!vm.ran.load(Ordering::SeqCst));
         error
     });

@@ -380,7 +380,13 @@ pub(crate) struct Destination {
     pub(crate) ran: Arc<AtomicBool>,
     /// Called at the start of each of the engine's calls, by its name.
     pub(crate) hook: Hook,
+    /// Called with the memory when the guest is let go.
+    pub(crate) on_start: Option<OnStart>,
+    /// Called with the memory while the state is loaded.
+    pub(crate) on_load: Option<OnStart>,
 }
+
+pub(crate) type OnStart = Box<dyn FnOnce(&GuestRam) + Send>;
 
 impl Default for Destination {
     fn default() -> Self {
@@ -394,6 +400,8 @@ impl Default for Destination {
             started: None,
             ran: Arc::default(),
             hook: Box::new(|_| Ok(())),
+            on_start: None,
+            on_load: None,
         }
     }
 }
@@ -455,6 +463,9 @@ impl DestinationVm for Destination {
 
     fn load(&mut self, sections: Vec<Section>) -> Result<(), VmError> {
         (self.hook)("load")?;
+        if let (Some(on_load), Some(ram)) = (self.on_load.take(), &self.ram) {
+            on_load(ram);
+        }
         for disk in &self.disks {
             assert!(*disk.flushed.lock().unwrap());
         }
@@ -469,6 +480,9 @@ impl DestinationVm for Destination {
         (self.hook)("start")?;
         self.started = Some(start);
         self.ran.store(true, Ordering::SeqCst);
+        if let (Some(on_start), Some(ram)) = (self.on_start.take(), &self.ram) {
+            on_start(ram);
+        }
         Ok(())
     }
 

@@ -17,6 +17,7 @@ mod handover;
 mod hints;
 mod hostile;
 mod machine;
+mod postcopy;
 mod proxy;
 mod snapshot;
 mod whole;

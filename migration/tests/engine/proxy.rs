@@ -1,16 +1,24 @@
 //! A connection with somebody in the middle, who sees every frame and decides what becomes of it.
 
 use std::io::{Read, Write};
-use std::net::Shutdown;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use migration::frame::{HEADER_LEN, Kind};
 use migration::link::Stream;
 use migration::message::PREAMBLE_LEN;
+use migration::uri::Uri;
+use rustix::net::{Shutdown, shutdown};
 
 /// A frame on its way. The preamble counts as one, of no kind.
 pub(crate) struct Frame {
+    /// Counts the connections from 0.
+    pub(crate) connection: usize,
+    /// Whether that is a fault channel: it began with JOIN.
+    pub(crate) fault_channel: bool,
     pub(crate) from_source: bool,
     /// Counts the frames of its direction from 0.
     pub(crate) index: usize,
@@ -33,11 +41,29 @@ pub(crate) enum Fate {
     Hold,
 }
 
-fn read_frame(stream: &mut UnixStream, from_source: bool, index: usize) -> Option<Frame> {
+trait Socket: Read + Write + AsFd + Send + Sized + 'static {
+    fn clone(&self) -> Self;
+}
+
+impl Socket for UnixStream {
+    fn clone(&self) -> Self {
+        self.try_clone().unwrap()
+    }
+}
+
+impl Socket for TcpStream {
+    fn clone(&self) -> Self {
+        self.try_clone().unwrap()
+    }
+}
+
+fn read_frame(stream: &mut impl Read, from_source: bool, index: usize) -> Option<Frame> {
     let preamble = from_source && index == 0;
     let mut bytes = vec![0; if preamble { PREAMBLE_LEN } else { HEADER_LEN }];
     stream.read_exact(&mut bytes).ok()?;
     let mut frame = Frame {
+        connection: 0,
+        fault_channel: false,
         from_source,
         index,
         kind: None,
@@ -56,26 +82,95 @@ fn read_frame(stream: &mut UnixStream, from_source: bool, index: usize) -> Optio
     Some(frame)
 }
 
+type Decide = Arc<Mutex<dyn FnMut(&mut Frame) -> Fate + Send>>;
+
 /// A connection; `decide` is called with each frame.
 pub(crate) fn proxied(decide: impl FnMut(&mut Frame) -> Fate + Send + 'static) -> (Stream, Stream) {
     let (source, near) = UnixStream::pair().unwrap();
     let (far, destination) = UnixStream::pair().unwrap();
-    let decide = Arc::new(Mutex::new(decide));
+    let decide: Decide = Arc::new(Mutex::new(decide));
+    connect(&near, &far, 0, &decide);
+    (source.into(), destination.into())
+}
+
+/// Takes connections for a listener, for as long as it lives.
+pub(crate) struct Proxy {
+    pub(crate) uri: Uri,
+    address: SocketAddr,
+    ended: Arc<AtomicBool>,
+}
+
+impl Proxy {
+    /// One in front of `target`; `decide` is called with each frame of each connection.
+    pub(crate) fn new(
+        target: Uri,
+        decide: impl FnMut(&mut Frame) -> Fate + Send + 'static,
+    ) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let uri = format!("tcp:{address}").parse().unwrap();
+        let ended = Arc::new(AtomicBool::new(false));
+        let decide: Decide = Arc::new(Mutex::new(decide));
+        std::thread::spawn({
+            let ended = Arc::clone(&ended);
+            move || {
+                for connection in 0.. {
+                    let (near, _) = listener.accept().unwrap();
+                    if ended.load(Ordering::SeqCst) {
+                        return;
+                    }
+                    // Nobody there: what was accepted is closed.
+                    if let Ok(far) = TcpStream::connect(socket_address(&target)) {
+                        connect(&near, &far, connection, &decide);
+                    }
+                }
+            }
+        });
+        Self {
+            uri,
+            address,
+            ended,
+        }
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::SeqCst);
+        let _ = TcpStream::connect(self.address);
+    }
+}
+
+pub(crate) fn socket_address(uri: &Uri) -> (String, u16) {
+    match uri {
+        Uri::Tcp { host, port } => (host.clone(), *port),
+        other => panic!("not TCP: {other}"),
+    }
+}
+
+/// Joins the two, with a thread for each direction.
+fn connect<S: Socket>(near: &S, far: &S, connection: usize, decide: &Decide) {
+    let fault_channel = Arc::new(AtomicBool::new(false));
     for from_source in [true, false] {
         let (mut from, mut to) = if from_source {
-            (&near, &far)
+            (near.clone(), far.clone())
         } else {
-            (&far, &near)
-        }
-        .map(|stream| stream.try_clone().unwrap());
-        let decide = Arc::clone(&decide);
+            (far.clone(), near.clone())
+        };
+        let decide = Arc::clone(decide);
+        let fault_channel = Arc::clone(&fault_channel);
         std::thread::spawn(move || {
             for index in 0.. {
                 let Some(mut frame) = read_frame(&mut from, from_source, index) else {
                     // What one side ends, ends for the other.
-                    let _ = to.shutdown(Shutdown::Write);
+                    let _ = shutdown(&to, Shutdown::Write);
                     return;
                 };
+                frame.connection = connection;
+                if frame.kind == Some(Kind::Join) {
+                    fault_channel.store(true, Ordering::SeqCst);
+                }
+                frame.fault_channel = fault_channel.load(Ordering::SeqCst);
                 let fate = decide.lock().unwrap()(&mut frame);
                 let (len, cut) = match fate {
                     Fate::Pass => (frame.bytes.len(), false),
@@ -84,33 +179,22 @@ pub(crate) fn proxied(decide: impl FnMut(&mut Frame) -> Fate + Send + 'static) -
                     Fate::Hold => {
                         // Reads no more, and notices the end of the connection only.
                         wait_for_end(&from);
-                        let _ = to.shutdown(Shutdown::Write);
+                        let _ = shutdown(&to, Shutdown::Write);
                         return;
                     }
                 };
                 if to.write_all(&frame.bytes[..len]).is_err() || cut {
-                    let _ = to.shutdown(Shutdown::Both);
-                    let _ = from.shutdown(Shutdown::Both);
+                    let _ = shutdown(&to, Shutdown::Both);
+                    let _ = shutdown(&from, Shutdown::Both);
                     return;
                 }
             }
         });
     }
-    (source.into(), destination.into())
 }
 
-fn wait_for_end(stream: &UnixStream) {
+fn wait_for_end(stream: &impl AsFd) {
     use rustix::event::{PollFd, PollFlags, poll};
     let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
     poll(&mut fds, None).unwrap();
-}
-
-trait Map<T> {
-    fn map<U>(self, f: impl Fn(T) -> U) -> (U, U);
-}
-
-impl<T> Map<T> for (T, T) {
-    fn map<U>(self, f: impl Fn(T) -> U) -> (U, U) {
-        (f(self.0), f(self.1))
-    }
 }

@@ -33,6 +33,7 @@ pub(crate) fn source_job() -> source::Job {
         progress: progress(),
         deadlines: Deadlines::default(),
         costs: Costs::default(),
+        postcopy: None,
     }
 }
 
@@ -41,6 +42,7 @@ pub(crate) fn destination_job() -> destination::Job {
         cancel: Cancel::new().unwrap(),
         progress: progress(),
         deadlines: Deadlines::default(),
+        postcopy: None,
     }
 }
 
@@ -64,7 +66,7 @@ pub(crate) type Arriving = JoinHandle<(Destination, Result<Arrival, DestinationE
 pub(crate) fn arrive(mut vm: Destination, stream: Stream, job: destination::Job) -> Arriving {
     std::thread::spawn(move || {
         let incoming = Incoming::from_stream(stream, &job.cancel, &job.deadlines).unwrap();
-        let result = destination::receive(&mut vm, incoming, &job);
+        let result = destination::receive(&mut vm, incoming, None, &job);
         (vm, result)
     })
 }
@@ -180,7 +182,7 @@ fn a_busy_guest_with_a_hole_in_its_memory() {
         vm.run(BUSY);
         let (outcome, destination, arrival) = migrate(&mut vm, pair);
         assert_moved(&vm, &outcome, &destination, &arrival);
-        let Outcome::Completed(downtime) = outcome else {
+        let Outcome::Completed(Some(downtime)) = outcome else {
             unreachable!()
         };
         let start = destination.started.unwrap();
@@ -283,7 +285,7 @@ fn from_a_to_b_by_address() {
             let job = destination_job();
             let incoming = listener.accept(&job.cancel, &job.deadlines).unwrap();
             let mut vm = Destination::default();
-            let result = destination::receive(&mut vm, incoming, &job);
+            let result = destination::receive(&mut vm, incoming, None, &job);
             (vm, result)
         });
         let mut vm = Source::new(500, 0);

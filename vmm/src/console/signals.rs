@@ -76,6 +76,13 @@ impl Terminations {
         terminal::restore();
         signal
     }
+
+    /// The process does not end after all: the terminal is as before.
+    pub fn refused(&self) {
+        if let Err(error) = terminal::enter_raw() {
+            tracing::warn!(%error, "cannot make the terminal raw again");
+        }
+    }
 }
 
 /// Makes the terminal raw again whenever the process goes on after it was stopped (Ctrl-Z).

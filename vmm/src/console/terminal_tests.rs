@@ -64,7 +64,7 @@ fn child() {
             let quit = machine.clone();
             console.connect_monitor(
                 foreground,
-                Box::new(move || quit.quit(ShutdownCause::HostUi)),
+                Box::new(move || quit.quit(ShutdownCause::HostUi, false).unwrap()),
             );
         }
         console.output().send(b"ready\n");

@@ -9,13 +9,16 @@ pub use migration::uri::Uri;
 pub use super::address::SocketAddress;
 pub use super::balloon::{BalloonInfo, FerryBalloonInfo};
 pub use super::block::BlockInfo;
+pub use super::capability::{Capabilities, MigrationCapability, MigrationCapabilityStatus};
 pub use super::event::{Event, EventKind, ShutdownCause};
+pub use super::migrate_request::{MigrateRequest, StorageCopy};
 pub use super::migration::{
-    BytesByKind, DowntimeParts, FerryMigrationInfo, MigrateRequest, MigrationCapabilityStatus,
-    MigrationInfo, MigrationParameters, MigrationRound, MigrationStats, MigrationStatus,
-    ParameterChange, StorageCopy,
+    BytesByKind, DowntimeParts, FerryMigrationInfo, MigrationInfo, MigrationRound, MigrationStats,
+    MigrationStatus,
 };
 pub use super::network::{AnnounceChange, AnnounceParameters, AnnounceRequest, NetworkInfo};
+pub use super::parameters::{MigrationParameters, ParameterChange};
+pub use super::postcopy::PostcopyInfo;
 pub use super::run_state::{CpuInfo, RunState, StatusInfo};
 pub use super::snapshot::{SavedInfo, SnapshotInfo, Work};
 
@@ -74,18 +77,32 @@ pub trait Control: Send + Sync {
     /// Tells the network where the guest is, in the background.
     fn announce_self(&self, request: AnnounceRequest) -> CommandResult<()>;
 
-    /// Ends the process, soon: the answer to this command is still delivered.
-    fn quit(&self, cause: ShutdownCause);
+    /// Ends the process, soon: the answer to this command is still delivered. Fails while a guest
+    /// has moved ahead of its memory, which would be lost, unless `force` is given.
+    fn quit(&self, cause: ShutdownCause, force: bool) -> CommandResult<()>;
 
-    /// Starts to migrate the guest, in the background. Fails at once if it cannot begin: one is
-    /// under way already, the guest is not here, something blocks it. What fails later, such as
-    /// connecting, is told by [`migration_info`](Self::migration_info).
-    /// When this returns, `migration_info` is about this migration.
+    /// Starts to migrate the guest, in the background, or goes on with a migration that is paused
+    /// in post-copy. Fails at once if it cannot begin: one is under way already, the guest is not
+    /// here, something blocks it. What fails later, such as connecting, is told by
+    /// [`migration_info`](Self::migration_info). When this returns, `migration_info` is about this
+    /// migration.
     fn migrate(&self, request: MigrateRequest) -> CommandResult<()>;
 
     /// Cancels the outgoing migration if there is one that can still be cancelled; otherwise does
-    /// nothing. Returns at once; the status becomes [`MigrationStatus::Cancelled`] later.
+    /// nothing. Returns at once; the status becomes [`MigrationStatus::Cancelled`] later. Fails if
+    /// the guest has moved, or is about to.
     fn migrate_cancel(&self) -> CommandResult<()>;
+
+    /// Has the migration under way go over into post-copy: the guest moves as soon as possible,
+    /// and its memory follows. Fails without the capability, or if there has been no migration.
+    fn migrate_start_postcopy(&self) -> CommandResult<()>;
+
+    /// Breaks the connection of a migration in post-copy, at either side, so that it can be
+    /// recovered over another one.
+    fn migrate_pause(&self) -> CommandResult<()>;
+
+    /// At the destination of a migration that is paused in post-copy: listens for its source.
+    fn migrate_recover(&self, address: Uri) -> CommandResult<()>;
 
     /// Starts to listen for a guest. Fails unless the process was started with `--incoming defer`
     /// and has not got an address yet, or if it cannot listen there. `exit_on_error`: whether the
@@ -116,11 +133,11 @@ pub trait Control: Send + Sync {
     /// values have been [checked](ParameterChange::check).
     fn set_parameters(&self, change: ParameterChange) -> CommandResult<()>;
 
-    /// Every capability that this machine knows, on or off.
-    fn capabilities(&self) -> Vec<MigrationCapabilityStatus>;
+    /// The capabilities.
+    fn capabilities(&self) -> Capabilities;
 
-    /// Switches capabilities, all or none; each is one of those in
-    /// [`capabilities`](Self::capabilities).
+    /// Switches capabilities, all or none. Fails while a migration is under way, and if this host
+    /// lacks what one needs.
     fn set_capabilities(&self, changes: &[MigrationCapabilityStatus]) -> CommandResult<()>;
 
     /// From here on, every event. A receiver that lags may lose the oldest ones; a capacity of
@@ -133,21 +150,6 @@ impl dyn Control {
     pub fn change_parameters(&self, change: ParameterChange) -> CommandResult<()> {
         change.check()?;
         self.set_parameters(change)
-    }
-
-    /// Switches capabilities after a check that the machine knows each.
-    pub fn change_capabilities(&self, changes: &[MigrationCapabilityStatus]) -> CommandResult<()> {
-        let known = self.capabilities();
-        match changes
-            .iter()
-            .find(|change| known.iter().all(|k| k.capability != change.capability))
-        {
-            None => self.set_capabilities(changes),
-            Some(unknown) => Err(CommandError::generic(format!(
-                "Parameter 'capability' does not accept value '{}'",
-                unknown.capability
-            ))),
-        }
     }
 }
 

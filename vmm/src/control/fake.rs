@@ -17,7 +17,7 @@ pub(crate) struct State {
     pub(crate) disks: Vec<BlockInfo>,
     pub(crate) info: MigrationInfo,
     pub(crate) parameters: MigrationParameters,
-    pub(crate) events_capability: bool,
+    pub(crate) capabilities: Capabilities,
     pub(crate) balloon: BalloonInfo,
     pub(crate) snapshots: Vec<SnapshotInfo>,
     /// The commands that arrived, in words.
@@ -34,7 +34,7 @@ impl FakeMachine {
             disks: Vec::new(),
             info: MigrationInfo::default(),
             parameters: MigrationParameters::default(),
-            events_capability: true,
+            capabilities: Capabilities::default(),
             balloon: BalloonInfo {
                 actual: 512 << 20,
                 ferry: None,
@@ -162,13 +162,16 @@ impl Control for FakeMachine {
         ))
     }
 
-    fn quit(&self, cause: ShutdownCause) {
-        let _ = self.call(format!("quit {cause:?}"));
+    fn quit(&self, cause: ShutdownCause, force: bool) -> CommandResult<()> {
+        let force = if force { " by force" } else { "" };
+        self.call(format!("quit {cause:?}{force}"))?;
         self.send(EventKind::shutdown(cause));
+        Ok(())
     }
 
     fn migrate(&self, request: MigrateRequest) -> CommandResult<()> {
-        self.call(format!("migrate {}", request.address))?;
+        let resume = if request.resume { "-r " } else { "" };
+        self.call(format!("migrate {resume}{}", request.address))?;
         self.migration(MigrationInfo {
             status: MigrationStatus::Setup,
             ..Default::default()
@@ -186,6 +189,18 @@ impl Control for FakeMachine {
             });
         }
         Ok(())
+    }
+
+    fn migrate_start_postcopy(&self) -> CommandResult<()> {
+        self.call("migrate_start_postcopy")
+    }
+
+    fn migrate_pause(&self) -> CommandResult<()> {
+        self.call("migrate_pause")
+    }
+
+    fn migrate_recover(&self, address: Uri) -> CommandResult<()> {
+        self.call(format!("migrate_recover {address}"))
     }
 
     fn migrate_incoming(&self, address: Uri, exit_on_error: bool) -> CommandResult<()> {
@@ -221,18 +236,13 @@ impl Control for FakeMachine {
         Ok(())
     }
 
-    fn capabilities(&self) -> Vec<MigrationCapabilityStatus> {
-        let state = self.state().events_capability;
-        vec![MigrationCapabilityStatus {
-            capability: "events".into(),
-            state,
-        }]
+    fn capabilities(&self) -> Capabilities {
+        self.state().capabilities
     }
 
     fn set_capabilities(&self, changes: &[MigrationCapabilityStatus]) -> CommandResult<()> {
-        for change in changes {
-            self.state().events_capability = change.state;
-        }
+        let mut state = self.state();
+        state.capabilities = state.capabilities.after(changes);
         Ok(())
     }
 

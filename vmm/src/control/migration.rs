@@ -7,10 +7,8 @@ use std::fmt;
 
 use serde::Serialize;
 
-use migration::uri::Uri;
-
 use super::address::SocketAddress;
-use super::command::{AnnounceChange, AnnounceParameters, CommandError, CommandResult};
+use super::postcopy::PostcopyInfo;
 
 /// QAPI's `MigrationStatus`, as far as Ferry has the states.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
@@ -29,6 +27,12 @@ pub enum MigrationStatus {
     Cancelling,
     /// Cancelled: the guest is here as before.
     Cancelled,
+    /// The guest runs at the destination, and not all of its memory is there yet.
+    PostcopyActive,
+    /// The same, and the connection is broken: it waits to be recovered.
+    PostcopyPaused,
+    /// The same, over another connection: both sides agree on what is left.
+    PostcopyRecover,
     /// The guest has moved.
     Completed,
     /// It failed: see [`MigrationInfo::error_desc`].
@@ -45,16 +49,33 @@ impl MigrationStatus {
             Self::Device => "device",
             Self::Cancelling => "cancelling",
             Self::Cancelled => "cancelled",
+            Self::PostcopyActive => "postcopy-active",
+            Self::PostcopyPaused => "postcopy-paused",
+            Self::PostcopyRecover => "postcopy-recover",
             Self::Completed => "completed",
             Self::Failed => "failed",
         }
+    }
+
+    /// Whether the guest is at one side and some of its memory at the other.
+    pub fn is_postcopy(self) -> bool {
+        matches!(
+            self,
+            Self::PostcopyActive | Self::PostcopyPaused | Self::PostcopyRecover
+        )
     }
 
     /// Whether a migration is under way.
     pub fn is_running(self) -> bool {
         matches!(
             self,
-            Self::Setup | Self::Active | Self::Device | Self::Cancelling
+            Self::Setup
+                | Self::Active
+                | Self::Device
+                | Self::PostcopyActive
+                | Self::PostcopyPaused
+                | Self::PostcopyRecover
+                | Self::Cancelling
         )
     }
 }
@@ -91,7 +112,20 @@ pub struct MigrationInfo {
     /// Milliseconds from the start to the first page.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub setup_time: Option<u64>,
-    /// Why it failed.
+    /// Milliseconds that all vCPUs waited for pages at the same time, after the guest had moved;
+    /// only at the destination, as are the next three. None of it is downtime.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub postcopy_blocktime: Option<u64>,
+    /// Milliseconds that each vCPU waited.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub postcopy_vcpu_blocktime: Vec<u64>,
+    /// Nanoseconds from a fault to its page, on average.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub postcopy_latency: Option<u64>,
+    /// How many faults took from 2^N to 2^(N+1) microseconds, by N.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub postcopy_latency_dist: Vec<u64>,
+    /// Why it failed, or why it is paused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_desc: Option<String>,
     /// Why the guest cannot migrate now, each reason a sentence.
@@ -131,7 +165,7 @@ pub struct MigrationStats {
     pub mbps: f64,
     /// How many times dirty pages were collected: the rounds.
     pub dirty_sync_count: u64,
-    /// Always 0: pages that a destination asked for.
+    /// How often the destination asked for pages.
     pub postcopy_requests: u64,
     /// Bytes of a page.
     pub page_size: u64,
@@ -143,7 +177,7 @@ pub struct MigrationStats {
     pub precopy_bytes: u64,
     /// Bytes sent while the guest was stopped.
     pub downtime_bytes: u64,
-    /// Always 0: bytes sent after the guest had moved.
+    /// Bytes sent after the guest had moved.
     pub postcopy_bytes: u64,
 }
 
@@ -167,6 +201,9 @@ pub struct FerryMigrationInfo {
     /// The link's shortest round trip as measured, in microseconds; only at the source.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub round_trip: Option<u64>,
+    /// What happened after the guest had moved ahead of its memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub postcopy: Option<PostcopyInfo>,
 }
 
 impl FerryMigrationInfo {
@@ -231,124 +268,6 @@ pub struct DowntimeParts {
     pub start: u64,
 }
 
-/// What a migration is asked for with.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MigrateRequest {
-    /// Where to.
-    pub address: Uri,
-    /// What of the disks is copied.
-    pub copy: StorageCopy,
-}
-
-/// Whether the contents of disks travel with the guest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum StorageCopy {
-    /// No: both hosts see the same storage.
-    #[default]
-    None,
-    /// All that is on them (`migrate -b`).
-    Full,
-    /// What is above their backing files, which the destination has, too (`migrate -i`).
-    Incremental,
-}
-
-impl StorageCopy {
-    /// From the two switches of QEMU's `migrate`, of which the second narrows the first.
-    pub fn of(full: bool, incremental: bool) -> Self {
-        match (full, incremental) {
-            (_, true) => Self::Incremental,
-            (true, false) => Self::Full,
-            (false, false) => Self::None,
-        }
-    }
-}
-
-/// QAPI's `MigrationParameters`, as far as Ferry has them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct MigrationParameters {
-    /// Bytes a second that a migration may send; 0 is no limit.
-    pub max_bandwidth: u64,
-    /// Bytes a second that the decision to switch over counts on; 0 is to measure.
-    pub avail_switchover_bandwidth: u64,
-    /// Milliseconds that the guest may be stopped.
-    pub downtime_limit: u64,
-    /// How a guest that has arrived is announced to the network.
-    #[serde(flatten)]
-    pub announce: AnnounceParameters,
-}
-
-impl Default for MigrationParameters {
-    fn default() -> Self {
-        Self {
-            max_bandwidth: 0,
-            avail_switchover_bandwidth: 0,
-            downtime_limit: 30,
-            announce: AnnounceParameters::default(),
-        }
-    }
-}
-
-/// Parameters to change: those that are given.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ParameterChange {
-    /// See [`MigrationParameters::max_bandwidth`].
-    pub max_bandwidth: Option<u64>,
-    /// See [`MigrationParameters::avail_switchover_bandwidth`].
-    pub avail_switchover_bandwidth: Option<u64>,
-    /// See [`MigrationParameters::downtime_limit`].
-    pub downtime_limit: Option<u64>,
-    /// See [`MigrationParameters::announce`].
-    pub announce: AnnounceChange,
-}
-
-impl ParameterChange {
-    /// The longest downtime limit in milliseconds, as in QEMU.
-    pub const MAX_DOWNTIME_LIMIT: u64 = 2_000_000;
-
-    /// Refuses values out of range, in QEMU's words.
-    pub fn check(&self) -> CommandResult<()> {
-        self.announce.check()?;
-        match self.downtime_limit {
-            Some(limit) if limit > Self::MAX_DOWNTIME_LIMIT => Err(CommandError::generic(format!(
-                "Parameter 'downtime-limit' expects an integer in the range of 0 to {} ms, \
-                 got {limit}",
-                Self::MAX_DOWNTIME_LIMIT
-            ))),
-            _ => Ok(()),
-        }
-    }
-
-    /// Makes the changes.
-    pub fn apply(&self, parameters: &mut MigrationParameters) {
-        let Self {
-            max_bandwidth,
-            avail_switchover_bandwidth,
-            downtime_limit,
-            announce,
-        } = *self;
-        announce.apply(&mut parameters.announce);
-        if let Some(value) = max_bandwidth {
-            parameters.max_bandwidth = value;
-        }
-        if let Some(value) = avail_switchover_bandwidth {
-            parameters.avail_switchover_bandwidth = value;
-        }
-        if let Some(value) = downtime_limit {
-            parameters.downtime_limit = value;
-        }
-    }
-}
-
-/// QAPI's `MigrationCapabilityStatus`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct MigrationCapabilityStatus {
-    /// The capability's name, such as `events`.
-    pub capability: String,
-    /// Whether it is on.
-    pub state: bool,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -387,38 +306,5 @@ mod tests {
         assert_eq!(json["ram"]["dirty-sync-count"], 0);
         assert_eq!(json["x-ferry"]["downtime"]["last-pages"], 7);
         assert!(json.get("setup-time").is_none());
-    }
-
-    #[test]
-    fn a_change_leaves_what_is_not_given() {
-        let mut parameters = MigrationParameters::default();
-        ParameterChange {
-            downtime_limit: Some(0),
-            ..Default::default()
-        }
-        .apply(&mut parameters);
-        assert_eq!(
-            parameters,
-            MigrationParameters {
-                downtime_limit: 0,
-                ..Default::default()
-            }
-        );
-    }
-
-    #[test]
-    fn the_downtime_limit_has_a_bound() {
-        let change = |limit| ParameterChange {
-            downtime_limit: Some(limit),
-            ..Default::default()
-        };
-        assert!(change(2_000_000).check().is_ok());
-        assert!(
-            change(2_000_001)
-                .check()
-                .unwrap_err()
-                .desc
-                .contains("2000001")
-        );
     }
 }

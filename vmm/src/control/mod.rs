@@ -8,11 +8,15 @@
 pub mod address;
 pub mod balloon;
 pub mod block;
+pub mod capability;
 pub mod command;
 pub mod event;
+pub mod migrate_request;
 pub mod migration;
 pub mod monitor;
 pub mod network;
+pub mod parameters;
+pub mod postcopy;
 pub mod qmp;
 pub mod run_state;
 pub mod size;

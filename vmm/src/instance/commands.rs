@@ -6,19 +6,14 @@ use devices::virtio::balloon::Balloon;
 use tokio::sync::broadcast;
 use tracing::{info as log, warn};
 
-use super::incoming::Incoming;
-use super::outgoing::Outgoing;
 use super::{Exit, Instance, State, info};
 use crate::control::command::{
-    AnnounceRequest, BalloonInfo, BlockInfo, CommandError, CommandResult, Control, CpuInfo,
-    ErrorClass, Event, EventKind, FerryBalloonInfo, MigrateRequest, MigrationCapabilityStatus,
-    MigrationInfo, MigrationParameters, MigrationStatus, NetworkInfo, ParameterChange, RunState,
-    ShutdownCause, SnapshotInfo, StatusInfo, StorageCopy, Uri, Work,
+    AnnounceRequest, BalloonInfo, BlockInfo, Capabilities, CommandError, CommandResult, Control,
+    CpuInfo, ErrorClass, Event, EventKind, FerryBalloonInfo, MigrateRequest,
+    MigrationCapabilityStatus, MigrationInfo, MigrationParameters, NetworkInfo, ParameterChange,
+    RunState, ShutdownCause, SnapshotInfo, StatusInfo, Uri, Work,
 };
 use crate::machine::{Machine, backends};
-
-/// The one capability of migrations.
-const EVENTS: &str = "events";
 
 impl State {
     pub(super) fn guest(&self) -> CommandResult<&Arc<Machine>> {
@@ -58,12 +53,16 @@ impl Control for Instance {
     fn registers(&self, cpu: u32) -> CommandResult<String> {
         let mut state = self.0.state();
         let guest = Arc::clone(state.guest()?);
+        state.refuse_while_paused("info registers")?;
         let runs = state.run == RunState::Running;
-        if runs {
-            guest.pause();
+        if runs || state.memory_missing().is_some() {
+            state.pause_guest()?;
         }
         let registers = guest.registers(cpu);
-        if runs && let Err(err) = guest.run() {
+        if runs
+            && state.awaited_reset.is_none()
+            && let Err(err) = guest.run()
+        {
             state.run = RunState::InternalError;
             return Err(CommandError::generic(err.to_string()));
         }
@@ -73,7 +72,11 @@ impl Control for Instance {
     fn stop(&self) -> CommandResult<()> {
         let mut state = self.0.state();
         match state.run {
-            RunState::Running => state.stop_guest(&self.0, RunState::Paused),
+            RunState::Running => {
+                state.refuse_while_paused("stop")?;
+                state.pause_guest()?;
+                state.stop_guest(&self.0, RunState::Paused);
+            }
             RunState::Inmigrate | RunState::RestoreVm => state.autostart = false,
             RunState::FinishMigrate => return Err(handing_over("stop")),
             RunState::SaveVm => return Err(saving("stop")),
@@ -113,6 +116,9 @@ impl Control for Instance {
                     ),
                 }
                 self.run(&mut state)?;
+                if let Some(outgoing) = &state.outgoing {
+                    outgoing.take_back();
+                }
                 // The network may have heard of it from the destination.
                 state.announce();
                 Ok(())
@@ -134,6 +140,7 @@ impl Control for Instance {
                 state.run
             ))),
             _ => {
+                state.refuse_while_paused("system_reset")?;
                 self.0.reset(&mut state, ShutdownCause::HostQmpSystemReset);
                 Ok(())
             }
@@ -199,50 +206,20 @@ impl Control for Instance {
         self.announce(request)
     }
 
-    fn quit(&self, cause: ShutdownCause) {
+    fn quit(&self, cause: ShutdownCause, force: bool) -> CommandResult<()> {
+        if !force {
+            self.0.state().refuse_to_end()?;
+        }
         self.0.exit(cause, Exit::Success);
+        Ok(())
     }
 
     fn migrate(&self, request: MigrateRequest) -> CommandResult<()> {
-        let mut state = self.0.state();
-        let guest = Arc::clone(state.guest()?);
-        state.check_no_snapshot_work()?;
-        if state.outgoing.as_ref().is_some_and(Outgoing::is_running) {
-            return Err(CommandError::generic(
-                "There's a migration process in progress",
-            ));
+        if request.resume {
+            self.resume_migration(&request.address)
+        } else {
+            self.start_migration(request)
         }
-        match state.run {
-            RunState::Running
-            | RunState::Paused
-            | RunState::Prelaunch
-            | RunState::IoError
-            | RunState::Debug => {}
-            RunState::Inmigrate => {
-                return Err(CommandError::generic(
-                    "Guest is waiting for an incoming migration",
-                ));
-            }
-            run => {
-                return Err(CommandError::generic(format!(
-                    "a guest in the state '{run}' can't be migrated"
-                )));
-            }
-        }
-        let blockers = guest.devices().migration_blockers();
-        if !blockers.is_empty() {
-            return Err(CommandError::generic(blockers.join("\n")));
-        }
-        if matches!(request.address, Uri::File(_)) && request.copy != StorageCopy::None {
-            return Err(CommandError::generic(
-                "the contents of disks can't travel in a file: migrate without -b and -i, and keep \
-                 the images unchanged until the guest is loaded",
-            ));
-        }
-        let outgoing = Outgoing::start(Arc::clone(&self.0), guest, request)
-            .map_err(|err| CommandError::generic(format!("can't start a migration: {err}")))?;
-        state.outgoing = Some(outgoing);
-        Ok(())
     }
 
     fn migrate_cancel(&self) -> CommandResult<()> {
@@ -252,22 +229,20 @@ impl Control for Instance {
         }
     }
 
+    fn migrate_start_postcopy(&self) -> CommandResult<()> {
+        self.start_postcopy()
+    }
+
+    fn migrate_pause(&self) -> CommandResult<()> {
+        self.pause_migration()
+    }
+
+    fn migrate_recover(&self, address: Uri) -> CommandResult<()> {
+        self.recover_migration(&address)
+    }
+
     fn migrate_incoming(&self, address: Uri, exit_on_error: bool) -> CommandResult<()> {
-        let mut state = self.0.state();
-        if state.run != RunState::Inmigrate {
-            return Err(CommandError::generic(
-                "'-incoming' was not specified on the command line",
-            ));
-        }
-        if state.incoming.as_ref().is_some_and(Incoming::is_listening) {
-            return Err(CommandError::generic(
-                "The incoming migration has already been started",
-            ));
-        }
-        let incoming = Incoming::listen(Arc::clone(&self.0), &address, exit_on_error)
-            .map_err(|err| CommandError::generic(err.to_string()))?;
-        state.incoming = Some(incoming);
-        Ok(())
+        self.start_incoming(&address, exit_on_error)
     }
 
     fn save_snapshot(&self, tag: Option<String>) -> CommandResult<Work> {
@@ -287,21 +262,7 @@ impl Control for Instance {
     }
 
     fn migration_info(&self) -> MigrationInfo {
-        let state = self.0.state();
-        let info = match (&state.outgoing, &state.incoming) {
-            (Some(outgoing), _) => outgoing.info(),
-            (None, Some(incoming)) => incoming.info(),
-            (None, None) => MigrationInfo {
-                status: MigrationStatus::None,
-                ..MigrationInfo::default()
-            },
-        };
-        let guest = state.guest.as_ref();
-        MigrationInfo {
-            blocked_reasons: guest
-                .map_or_else(Vec::new, |guest| guest.devices().migration_blockers()),
-            ..info
-        }
+        self.show_migration()
     }
 
     fn parameters(&self) -> MigrationParameters {
@@ -314,24 +275,12 @@ impl Control for Instance {
         info::change(&self.0.parameters, change)
     }
 
-    fn capabilities(&self) -> Vec<MigrationCapabilityStatus> {
-        vec![MigrationCapabilityStatus {
-            capability: EVENTS.to_owned(),
-            state: self.0.state().migration_events,
-        }]
+    fn capabilities(&self) -> Capabilities {
+        self.0.state().capabilities
     }
 
     fn set_capabilities(&self, changes: &[MigrationCapabilityStatus]) -> CommandResult<()> {
-        if let Some(unknown) = changes.iter().find(|change| change.capability != EVENTS) {
-            return Err(CommandError::generic(format!(
-                "the migration capability '{}' is not supported",
-                unknown.capability
-            )));
-        }
-        if let Some(last) = changes.last() {
-            self.0.state().migration_events = last.state;
-        }
-        Ok(())
+        self.switch_capabilities(changes)
     }
 
     fn subscribe(&self) -> broadcast::Receiver<Event> {
@@ -342,8 +291,11 @@ impl Control for Instance {
 impl Instance {
     fn run(&self, state: &mut State) -> CommandResult<()> {
         let guest = state.guest()?;
-        // They may have been given away to a migration.
-        backends::lock(guest.disks()).map_err(|err| CommandError::generic(err.to_string()))?;
+        // They may have been given away to a migration. Not while memory is missing: they are
+        // locked since the guest is here, and a request may be using them that waits for memory.
+        if state.memory_missing().is_none() {
+            backends::lock(guest.disks()).map_err(|err| CommandError::generic(err.to_string()))?;
+        }
         state
             .run_guest(&self.0)
             .map_err(|err| CommandError::generic(format!("the guest can't run: {err}")))

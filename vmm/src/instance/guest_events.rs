@@ -15,6 +15,8 @@ use crate::vcpu::{EventSink, VcpuEvent};
 enum GuestEvent {
     Vcpu(u32, VcpuEvent),
     Disk(IoError),
+    /// A migration to here is over: nothing of the guest's memory is still to come.
+    MemoryCame,
 }
 
 /// Events of the vCPUs and devices, from their threads to whoever handles them.
@@ -31,6 +33,11 @@ impl GuestEvents {
     /// Resolves when something has come since the last time.
     pub(super) async fn arrived(&self) {
         self.arrived.notified().await;
+    }
+
+    /// A migration to here is over: what waited for the guest's memory can be done.
+    pub(super) fn memory_came(&self) {
+        self.put(GuestEvent::MemoryCame);
     }
 
     fn put(&self, event: GuestEvent) {
@@ -75,6 +82,11 @@ impl Shared {
             match event {
                 GuestEvent::Vcpu(vcpu, event) => self.vcpu_event(state, vcpu, event),
                 GuestEvent::Disk(error) => self.disk_error(state, &error),
+                GuestEvent::MemoryCame => {
+                    if let Some(cause) = state.awaited_reset {
+                        self.reset(state, cause);
+                    }
+                }
             }
         }
         any
@@ -126,17 +138,35 @@ impl Shared {
     fn power_off(&self, state: &mut State, cause: ShutdownCause) {
         state.stop_guest(self, RunState::Shutdown);
         if self.settings.no_shutdown {
+            // It may be reset and run again, for which all of its memory is needed.
             self.emit(EventKind::shutdown(cause));
-        } else {
-            self.exit(cause, Exit::Success);
+            return;
         }
+        if let Some(incoming) = &state.incoming {
+            incoming.end_postcopy("the guest has shut down");
+        }
+        self.exit(cause, Exit::Success);
     }
 
-    /// Resets the machine; it runs afterwards if it ran before.
+    /// Resets the machine; it runs afterwards if it ran before. While memory of its is missing, it
+    /// only stands still: the reset follows when all has come.
     pub(super) fn reset(&self, state: &mut State, cause: ShutdownCause) {
+        if state.memory_missing().is_some() {
+            info!(
+                ?cause,
+                "the machine resets as soon as all of its memory has come"
+            );
+            state.awaited_reset.get_or_insert(cause);
+            state.still_guest();
+            return;
+        }
+        state.awaited_reset = None;
         let Some(guest) = &state.guest else { return };
         let ran = state.run == RunState::Running;
-        guest.pause();
+        if !state.still_guest() {
+            error!("the machine can't be reset: memory that it waits for never comes");
+            return;
+        }
         // What the vCPUs asked for until here is moot.
         self.guest_events.forget();
         info!(?cause, "the machine resets");

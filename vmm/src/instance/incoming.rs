@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use migration::cancel::Cancel;
@@ -14,6 +14,7 @@ use migration::disk::{DestinationDisk, Disk};
 use migration::layout::GuestRam;
 use migration::link::Deadlines;
 use migration::listener::{ListenError, Listener};
+use migration::postcopy::{Control, NotPaused};
 use migration::progress::{Observer, Progress, Status};
 use migration::section::Section;
 use migration::snapshot::{self, Snapshot, SnapshotError};
@@ -45,6 +46,20 @@ pub enum WaitError {
     Start(#[from] io::Error),
 }
 
+/// Why a migration that is paused in post-copy can't go on.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum RecoverError {
+    /// It isn't paused.
+    #[error(transparent)]
+    NotPaused(#[from] NotPaused),
+    /// Its source can't come.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+}
+
+/// Why a migration ends with its process.
+const ENDS: &str = "the destination's process ends";
+
 /// Where a guest comes from.
 enum Origin {
     Listener(Listener),
@@ -56,6 +71,8 @@ pub(super) struct Incoming {
     uri: Uri,
     cancel: Cancel,
     progress: Arc<Mutex<Arc<Progress>>>,
+    /// Set when a source has come, if the migration may go over into post-copy.
+    postcopy: Arc<OnceLock<Control<Listener>>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -82,10 +99,12 @@ impl Incoming {
         };
         let cancel = Cancel::new()?;
         let progress = Arc::new(Mutex::new(new_progress(&shared)));
+        let postcopy = Arc::new(OnceLock::new());
         let receiver = Receiver {
             shared,
             cancel: cancel.clone(),
             progress: Arc::clone(&progress),
+            postcopy: Arc::clone(&postcopy),
             exit_on_error,
         };
         let thread = thread::Builder::new()
@@ -95,6 +114,7 @@ impl Incoming {
             uri,
             cancel,
             progress,
+            postcopy,
             thread: Some(thread),
         })
     }
@@ -109,7 +129,8 @@ impl Incoming {
                 .is_some_and(|thread| !thread.is_finished())
     }
 
-    fn progress(&self) -> Arc<Progress> {
+    /// How it goes.
+    pub(super) fn progress(&self) -> Arc<Progress> {
         Arc::clone(&self.progress.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -117,8 +138,32 @@ impl Incoming {
     /// waited for.
     pub(super) fn begin_shutdown(&mut self) -> Option<JoinHandle<()>> {
         // Too late means that it is nearly over.
-        let _ = self.cancel.cancel("the destination's process ends");
+        let _ = self.cancel.cancel(ENDS);
+        self.end_postcopy(ENDS);
         self.thread.take()
+    }
+
+    /// Steers post-copy, once a source has come with which it is possible.
+    pub(super) fn postcopy(&self) -> Option<&Control<Listener>> {
+        self.postcopy.get()
+    }
+
+    /// The guest or this process ends: nobody waits for its memory any more.
+    pub(super) fn end_postcopy(&self, reason: &str) {
+        if let Some(postcopy) = self.postcopy() {
+            postcopy.end(reason);
+        }
+    }
+
+    /// Waits at another address for the source of a migration that is paused in post-copy.
+    pub(super) fn recover(&mut self, uri: &Uri) -> Result<(), RecoverError> {
+        let postcopy = self.postcopy().ok_or(NotPaused)?;
+        let listener = Listener::bind(uri)?;
+        let uri = listener.uri().clone();
+        postcopy.recover(listener)?;
+        info!(%uri, "waiting for the source");
+        self.uri = uri;
+        Ok(())
     }
 
     /// What `query-migrate` shows.
@@ -143,6 +188,9 @@ impl Observer for StatusObserver {
         self.0.emit_of_migration(EventKind::Migration {
             status: show::status(status),
         });
+        if status.is_over() {
+            self.0.guest_events.memory_came();
+        }
     }
 }
 
@@ -151,16 +199,18 @@ struct Receiver {
     shared: Arc<Shared>,
     cancel: Cancel,
     progress: Arc<Mutex<Arc<Progress>>>,
+    postcopy: Arc<OnceLock<Control<Listener>>>,
     exit_on_error: bool,
 }
 
 impl Receiver {
     fn run(self, origin: Origin) {
         let progress = Arc::clone(&self.progress.lock().unwrap_or_else(PoisonError::into_inner));
-        let job = Job {
+        let mut job = Job {
             cancel: self.cancel.clone(),
             progress,
             deadlines: Deadlines::default(),
+            postcopy: None,
         };
         let mut destination = Destination::new(Arc::clone(&self.shared));
         let arrived = match origin {
@@ -170,10 +220,12 @@ impl Receiver {
                     Err(ListenError::Cancelled(_)) => return,
                     Err(err) => return self.fail(&format!("cannot wait for a guest: {err}")),
                 };
-                // One guest arrives; the address is free for whoever comes after it.
-                drop(listener);
                 info!(peer = incoming.peer(), "a guest arrives");
-                destination::receive(&mut destination, incoming, &job)
+                // Only now: until a source comes it can be switched on and off.
+                if self.shared.state().capabilities.postcopy_ram {
+                    job.postcopy = Some(self.postcopy.get_or_init(Control::new).clone());
+                }
+                destination::receive(&mut destination, incoming, Some(listener), &job)
                     .map_err(|err| format!("the migration failed: {err}"))
             }
             Origin::File(snapshot) => snapshot::load(&mut destination, snapshot, &job)
@@ -193,6 +245,7 @@ impl Receiver {
     }
 
     fn fail(&self, reason: &str) {
+        self.shared.state().lose_guest(&self.shared);
         if self.exit_on_error {
             self.shared
                 .exit(ShutdownCause::HostError, Exit::Failure(reason.to_owned()));
@@ -356,6 +409,16 @@ impl DestinationVm for Destination {
         let disk = machine.disks().iter().find(|here| here.id() == disk.id);
         let disk = Arc::clone(disk.ok_or("the disk is not here")?);
         Ok(Box::new(ArrivingDisk { disk, fresh }))
+    }
+
+    fn vcpu_threads(&self) -> Vec<u32> {
+        let arriving = self.arriving.as_ref();
+        arriving.map_or_else(Vec::new, |arriving| {
+            let cpus = arriving.machine.cpus();
+            cpus.iter()
+                .map(|cpu| cpu.thread_id.unsigned_abs())
+                .collect()
+        })
     }
 
     fn load(&mut self, sections: Vec<Section>) -> Result<(), VmError> {

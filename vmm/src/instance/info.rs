@@ -1,13 +1,13 @@
 //! The engine's figures in the form of the commands.
 
 use migration::parameters::Parameters;
-use migration::progress::{Bytes, Disk, Downtime, Ram, Round, Snapshot, Status};
+use migration::progress::{Bytes, Disk, Downtime, Postcopy, Ram, Round, Snapshot, Status};
 use migration::uri::Uri;
 
 use crate::control::command::{
     AnnounceParameters, BytesByKind, CommandError, CommandResult, DowntimeParts,
     FerryMigrationInfo, MigrationInfo, MigrationParameters, MigrationRound, MigrationStats,
-    MigrationStatus, ParameterChange, SocketAddress,
+    MigrationStatus, ParameterChange, PostcopyInfo, SocketAddress,
 };
 
 /// QAPI's status. Clients of QEMU know no hand-over without an answer: to them it is a failure,
@@ -18,6 +18,9 @@ pub(super) fn status(status: Status) -> MigrationStatus {
         Status::Setup => MigrationStatus::Setup,
         Status::Active => MigrationStatus::Active,
         Status::Device => MigrationStatus::Device,
+        Status::PostcopyActive => MigrationStatus::PostcopyActive,
+        Status::PostcopyPaused => MigrationStatus::PostcopyPaused,
+        Status::PostcopyRecover => MigrationStatus::PostcopyRecover,
         Status::Completed => MigrationStatus::Completed,
         Status::Cancelling => MigrationStatus::Cancelling,
         Status::Cancelled => MigrationStatus::Cancelled,
@@ -34,6 +37,8 @@ pub(super) fn outgoing(snapshot: &Snapshot) -> MigrationInfo {
         Status::None => MigrationStatus::Setup,
         begun => self::status(begun),
     };
+    let postcopy = snapshot.postcopy.as_ref();
+    let unconfirmed = postcopy.is_some_and(|postcopy| !postcopy.confirmed);
     let error = match (snapshot.status, &snapshot.error) {
         (Status::HandoverUnknown, error) => Some(format!(
             "the guest was handed over, but the destination has not confirmed that it runs there \
@@ -41,12 +46,24 @@ pub(super) fn outgoing(snapshot: &Snapshot) -> MigrationInfo {
              'cont' runs it here",
             error.as_deref().unwrap_or("no answer")
         )),
-        (Status::Failed, error) => error.clone(),
+        (Status::PostcopyPaused, Some(error)) if unconfirmed => Some(format!(
+            "{error}. The destination has not confirmed that the guest runs there: if you know \
+             that it does not, 'cont' runs it here"
+        )),
+        // In post-copy the guest may have ended there.
+        (Status::Failed | Status::PostcopyPaused | Status::Completed, error) => error.clone(),
         _ => None,
     };
+    let none = Postcopy::default();
+    let postcopy = postcopy.unwrap_or(&none);
+    let ns = |time: std::time::Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
     MigrationInfo {
         status,
-        ram: begun.then(|| stats(&snapshot.ram)),
+        ram: begun.then(|| MigrationStats {
+            postcopy_requests: postcopy.requests,
+            postcopy_bytes: postcopy.bytes,
+            ..stats(&snapshot.ram)
+        }),
         disk: snapshot
             .disk
             .filter(|_| begun)
@@ -55,6 +72,10 @@ pub(super) fn outgoing(snapshot: &Snapshot) -> MigrationInfo {
         downtime: snapshot.downtime.map(|downtime| ms(downtime.total)),
         expected_downtime: snapshot.expected_downtime.map(ms),
         setup_time: begun.then(|| ms(snapshot.setup_time)),
+        postcopy_blocktime: postcopy.blocktime.map(ms),
+        postcopy_vcpu_blocktime: postcopy.vcpu_blocktime.iter().copied().map(ms).collect(),
+        postcopy_latency: postcopy.latency_average.map(ns),
+        postcopy_latency_dist: postcopy.latency_distribution.clone(),
         error_desc: error,
         ferry: begun.then(|| ferry(snapshot)),
         ..MigrationInfo::default()
@@ -98,8 +119,9 @@ fn stats(ram: &Ram) -> MigrationStats {
         pages_per_second,
         precopy_bytes,
         downtime_bytes,
-        postcopy_requests: 0,
         multifd_bytes: 0,
+        // Told beside it.
+        postcopy_requests: 0,
         postcopy_bytes: 0,
     }
 }
@@ -148,6 +170,35 @@ fn ferry(snapshot: &Snapshot) -> FerryMigrationInfo {
         downtime: snapshot.downtime.map(parts),
         bandwidth: snapshot.bandwidth.map(|rate| rate as u64),
         round_trip: snapshot.round_trip.map(us),
+        postcopy: snapshot.postcopy.as_ref().map(postcopy),
+    }
+}
+
+fn postcopy(figures: &Postcopy) -> PostcopyInfo {
+    let Postcopy {
+        phase_time,
+        bytes,
+        requests,
+        requested_pages,
+        missing_pages,
+        confirmed: _,
+        blocktime,
+        vcpu_blocktime,
+        latency_average,
+        latency_max,
+        // QEMU has a member for it.
+        latency_distribution: _,
+    } = figures;
+    PostcopyInfo {
+        time: us(*phase_time),
+        bytes: *bytes,
+        requests: *requests,
+        requested_pages: *requested_pages,
+        missing_pages: *missing_pages,
+        blocktime: blocktime.map(us),
+        vcpu_blocktime: vcpu_blocktime.iter().copied().map(us).collect(),
+        latency_average: latency_average.map(us),
+        latency_max: latency_max.map(us),
     }
 }
 
@@ -214,6 +265,12 @@ pub(super) fn parameters(
         max_bandwidth: parameters.max_bandwidth(),
         avail_switchover_bandwidth: parameters.avail_switchover_bandwidth(),
         downtime_limit: u64::try_from(parameters.downtime_limit().as_millis()).unwrap_or(u64::MAX),
+        max_postcopy_bandwidth: parameters.max_postcopy_bandwidth(),
+        postcopy_after_rounds: parameters.postcopy_after_rounds(),
+        postcopy_after_time: parameters.postcopy_after_time().map_or(0, |time| {
+            u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+        }),
+        postcopy_no_convergence: parameters.postcopy_no_convergence(),
         announce,
     }
 }
@@ -224,6 +281,10 @@ pub(super) fn change(parameters: &Parameters, change: ParameterChange) -> Comman
         max_bandwidth,
         avail_switchover_bandwidth,
         downtime_limit,
+        max_postcopy_bandwidth,
+        postcopy_after_rounds,
+        postcopy_after_time,
+        postcopy_no_convergence,
         announce: _,
     } = change;
     if let Some(limit) = downtime_limit {
@@ -236,6 +297,18 @@ pub(super) fn change(parameters: &Parameters, change: ParameterChange) -> Comman
     }
     if let Some(bandwidth) = avail_switchover_bandwidth {
         parameters.set_avail_switchover_bandwidth(bandwidth);
+    }
+    if let Some(bandwidth) = max_postcopy_bandwidth {
+        parameters.set_max_postcopy_bandwidth(bandwidth);
+    }
+    if let Some(rounds) = postcopy_after_rounds {
+        parameters.set_postcopy_after_rounds(rounds);
+    }
+    if let Some(ms) = postcopy_after_time {
+        parameters.set_postcopy_after_ms(ms);
+    }
+    if let Some(on) = postcopy_no_convergence {
+        parameters.set_postcopy_no_convergence(on);
     }
     Ok(())
 }

@@ -14,9 +14,11 @@ mod guest_events;
 mod incoming;
 mod info;
 mod leaving_disk;
+mod migrations;
 mod network;
 mod offer;
 mod outgoing;
+mod postcopy;
 mod snapshots;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -37,7 +39,9 @@ use self::incoming::Incoming;
 use self::outgoing::Outgoing;
 use self::snapshots::SnapshotJob;
 use crate::console::{Console, SerialInput};
-use crate::control::command::{AnnounceParameters, Event, EventKind, RunState, ShutdownCause};
+use crate::control::command::{
+    AnnounceParameters, Capabilities, Event, EventKind, RunState, ShutdownCause,
+};
 use crate::cpuid::GuestCpu;
 use crate::kvm::Kvm;
 use crate::machine::backends::{self, BackendError, Backends};
@@ -112,8 +116,10 @@ struct State {
     announcement: Option<Announcement>,
     /// Whether an arriving guest is to run.
     autostart: bool,
-    /// QEMU's capability of that name: whether MIGRATION and MIGRATION_PASS are sent.
-    migration_events: bool,
+    /// What migrations may do.
+    capabilities: Capabilities,
+    /// A reset that waits until all of the guest's memory has come.
+    awaited_reset: Option<ShutdownCause>,
 }
 
 impl Shared {
@@ -173,7 +179,7 @@ impl Shared {
 
     /// Tells of a migration, if the capability `events` is on.
     fn emit_of_migration(&self, kind: EventKind) {
-        if self.state().migration_events {
+        if self.state().capabilities.events {
             self.emit(kind);
         }
     }
@@ -195,7 +201,10 @@ impl State {
     /// Lets the guest run.
     fn run_guest(&mut self, shared: &Shared) -> Result<(), MachineError> {
         if let Some(guest) = &self.guest {
-            guest.run()?;
+            // Until then there is nothing to run.
+            if self.awaited_reset.is_none() {
+                guest.run()?;
+            }
             self.set_running(shared);
         }
         Ok(())
@@ -209,9 +218,7 @@ impl State {
     /// Stops the guest if it runs; the run state becomes `run`.
     fn stop_guest(&mut self, shared: &Shared, run: RunState) {
         if self.run == RunState::Running {
-            if let Some(guest) = &self.guest {
-                guest.pause();
-            }
+            self.still_guest();
             shared.emit(EventKind::Stop);
         }
         self.run = run;
@@ -239,7 +246,8 @@ impl Instance {
             announce: AnnounceParameters::default(),
             announcement: None,
             autostart: !settings.paused,
-            migration_events: true,
+            capabilities: Capabilities::default(),
+            awaited_reset: None,
         };
         Self(Arc::new(Shared {
             settings,
@@ -316,6 +324,10 @@ impl Instance {
         let shared = &*self.0;
         let threads = {
             let mut state = shared.state();
+            // Before the memory that it waits for is given up, and reads as zero.
+            if state.memory_missing().is_some() {
+                state.still_guest();
+            }
             let outgoing = state.outgoing.as_mut().and_then(Outgoing::begin_shutdown);
             let incoming = state.incoming.as_mut().and_then(Incoming::begin_shutdown);
             let snapshot = state.snapshot.as_mut();
@@ -330,8 +342,9 @@ impl Instance {
         }
         let mut state = shared.state();
         state.announcement = None;
-        if let Some(guest) = &state.guest {
-            guest.pause();
+        if let Some(guest) = &state.guest
+            && state.still_guest_to_end()
+        {
             // What the guest has not flushed is not lost with the process.
             if let Err(error) = backends::unlock(guest.disks()) {
                 error!("{error}");
@@ -356,3 +369,6 @@ impl Instance {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,7 +16,8 @@ use migration::convergence::Costs;
 use migration::disk::SourceDisk;
 use migration::layout::{GuestRam, Layout, PAGE_SIZE};
 use migration::link::Deadlines;
-use migration::progress::{Observer, Progress, Status};
+use migration::postcopy::Control;
+use migration::progress::{Observer, Progress, Snapshot, Status};
 use migration::section::Section;
 use migration::snapshot;
 use migration::source::{self, Guest, Job, Outcome, Peer};
@@ -35,6 +36,9 @@ use crate::kvm::DirtyLog;
 use crate::machine::Machine;
 use crate::machine::backends;
 
+/// Why a migration ends with its process.
+const ENDS: &str = "the source's process ends";
+
 /// About as many bytes of state do the devices have, and each vCPU (with AVX-512).
 const STATE_BYTES: u64 = 4 << 10;
 /// See [`STATE_BYTES`].
@@ -45,17 +49,22 @@ pub(super) struct Outgoing {
     cancel: Cancel,
     progress: Arc<Progress>,
     into_file: bool,
+    /// `None` if it must not go over into post-copy.
+    postcopy: Option<Control<Uri>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Outgoing {
-    /// Starts to migrate `guest` on a thread of its own.
+    /// Starts to migrate `guest` on a thread of its own; `postcopy`: it may go over into
+    /// post-copy.
     pub(super) fn start(
         shared: Arc<Shared>,
         guest: Arc<Machine>,
         request: MigrateRequest,
+        postcopy: bool,
     ) -> io::Result<Self> {
-        let MigrateRequest { address, copy } = request;
+        let MigrateRequest { address, copy, .. } = request;
+        let postcopy = postcopy.then(Control::new);
         let cancel = Cancel::new()?;
         let observer = StatusObserver(Arc::clone(&shared));
         let progress = Arc::new(Progress::new(
@@ -68,6 +77,7 @@ impl Outgoing {
             progress: Arc::clone(&progress),
             deadlines: Deadlines::default(),
             costs: costs(&guest),
+            postcopy: postcopy.clone(),
         };
         let into_file = matches!(address, Uri::File(_));
         let thread = thread::Builder::new()
@@ -99,6 +109,7 @@ impl Outgoing {
             cancel,
             progress,
             into_file,
+            postcopy,
             thread: Some(thread),
         })
     }
@@ -109,9 +120,41 @@ impl Outgoing {
         !self.progress.status().is_over()
     }
 
-    /// Whether the guest is known to be at the destination.
+    /// Whether the guest, which was handed over, is not for this side to run: it is at the
+    /// destination, has ended there, or may be about to begin there.
+    ///
+    /// Recovery needs the instance's lock, so nothing that this says is over when it has said so.
     pub(super) fn guest_is_elsewhere(&self) -> bool {
-        self.progress.status() == Status::Completed && !self.into_file
+        let paused = self.postcopy.as_ref().is_some_and(Control::is_paused);
+        let Snapshot {
+            status, postcopy, ..
+        } = self.progress.snapshot();
+        let confirmed = postcopy.is_some_and(|postcopy| postcopy.confirmed);
+        match status {
+            Status::Completed => !self.into_file,
+            // If it has run there, what is here is old.
+            Status::Failed => confirmed,
+            status if status.is_over() => false,
+            _ => confirmed || !paused,
+        }
+    }
+
+    /// The guest runs on here: it was handed over, but never confirmed to have begun there. The
+    /// destination does not get the rest of its memory any more.
+    pub(super) fn take_back(&self) {
+        if let Some(postcopy) = &self.postcopy {
+            postcopy.end("the guest was taken back at the source with 'cont'");
+        }
+    }
+
+    /// How it goes.
+    pub(super) fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// Steers post-copy, if it may go over into that.
+    pub(super) fn postcopy(&self) -> Option<&Control<Uri>> {
+        self.postcopy.as_ref()
     }
 
     /// Whether the guest is in a file, from which anybody may load it.
@@ -121,8 +164,15 @@ impl Outgoing {
 
     /// Cancels it, if it is not over.
     pub(super) fn cancel(&self) -> CommandResult<()> {
-        if self.progress.status().is_over() {
+        let status = self.progress.status();
+        if status.is_over() {
             return Ok(());
+        }
+        if status.is_postcopy() {
+            return Err(CommandError::generic(
+                "Postcopy migration in progress, cannot cancel: the guest runs at the destination, \
+                 and this process has only old memory of it",
+            ));
         }
         self.cancel
             .cancel("cancelled by the user of the source")
@@ -132,7 +182,10 @@ impl Outgoing {
     /// Cancels it because the process ends; returns its thread, to be waited for.
     pub(super) fn begin_shutdown(&mut self) -> Option<JoinHandle<()>> {
         // Too late means that it is nearly over.
-        let _ = self.cancel.cancel("the source's process ends");
+        let _ = self.cancel.cancel(ENDS);
+        if let Some(postcopy) = &self.postcopy {
+            postcopy.end(ENDS);
+        }
         self.thread.take()
     }
 

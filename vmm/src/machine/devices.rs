@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use devices::bus::{MachineRequest, PortBus, PortConflict};
 use devices::cmos::Cmos;
@@ -161,6 +162,12 @@ impl Devices {
     /// Stops them; when it returns, none has anything in flight.
     pub fn pause(&self) {
         self.virtio.pause();
+    }
+
+    /// The same, but not longer than until `deadline`; whether none has. If not, follow with
+    /// [`run`](Self::run).
+    pub fn pause_until(&self, deadline: Instant) -> bool {
+        self.virtio.pause_until(deadline)
     }
 
     /// Why the guest can't be migrated because of its devices: a sentence each.

@@ -6,6 +6,7 @@
 pub mod backends;
 pub mod config;
 mod devices;
+mod pause;
 mod virtio;
 
 use std::fs::File;
@@ -17,11 +18,11 @@ use ::devices::virtio::net::tap::Tap;
 use migration::clock::{Clock, MonotonicClock};
 use migration::layout::GuestRam;
 use migration::section::{Section, SectionError, Sections};
-use tracing::warn;
 
 use self::backends::{BackendError, Backends};
 use self::config::MachineConfig;
 pub use self::devices::{DeviceError, DeviceStateError, Devices};
+pub use self::pause::StillRunning;
 use crate::boot::{self, BootError, BootSource};
 use crate::clock::{self, ClockError, ClockState};
 use crate::console::{Console, Interrupt};
@@ -326,55 +327,14 @@ impl Machine {
     }
 
     fn enter(&self, vcpus: &mut Vcpus) -> Result<(), MachineError> {
-        clock::tell_stopped(&self.vm, &vcpus.clocks());
+        // One that has not stopped yet is in KVM, where this would wait for it.
+        if !vcpus.any_running() {
+            clock::tell_stopped(&self.vm, &vcpus.clocks());
+        }
         self.interrupt.clear();
         self.devices.run();
         let fresh = std::mem::take(&mut vcpus.fresh);
-        for vcpu in &mut vcpus.threads {
-            let by_itself = matches!(vcpu.status(), VcpuStatus::Paused { event: Some(_) });
-            if fresh || !by_itself {
-                vcpu.run()?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Stops the guest, and returns since when it stands still, on the clock of the migration
-    /// engine. Nothing if it is stopped already.
-    ///
-    /// That is when the vCPUs were asked, and not when they left KVM: one that waits for a host
-    /// CPU just then leaves late, without having executed anything meanwhile. One that runs is out
-    /// some 100 µs later.
-    pub fn pause(&self) -> Duration {
-        let mut vcpus = self.vcpus();
-        let asked = MonotonicClock.now();
-        for vcpu in &vcpus.threads {
-            vcpu.request_pause();
-        }
-        // After the requests: a vCPU that waits for room in the console looks for one.
-        self.interrupt.raise();
-        let mut last = None;
-        let mut ran = false;
-        for vcpu in &vcpus.threads {
-            ran |= vcpu.status() == VcpuStatus::Running;
-            vcpu.wait_paused();
-            last = last.max(vcpu.last_left());
-        }
-        // After the vCPUs, which may be waiting for a device that finishes its work.
-        self.devices.pause();
-        let last = match last {
-            Some(left) if !ran => left,
-            _ => asked,
-        };
-        if ran || vcpus.stopped.is_none() {
-            match ClockState::take(&self.vm, &vcpus.clocks(), last) {
-                Ok(clocks) => vcpus.stopped = Some(clocks),
-                Err(err) => {
-                    warn!(%err, "the guest's clocks can't be read: they go on while it is stopped")
-                }
-            }
-        }
-        last
+        Ok(vcpus.run_unless_stopped(fresh)?)
     }
 
     /// Resets a stopped machine: it is as after power-on, with the kernel loaded again.
@@ -467,6 +427,22 @@ impl Machine {
 impl Vcpus {
     fn clocks(&self) -> Vec<&VcpuClockFd> {
         self.threads.iter().map(VcpuThread::clock).collect()
+    }
+
+    fn any_running(&self) -> bool {
+        let running = |vcpu: &VcpuThread| vcpu.status() == VcpuStatus::Running;
+        self.threads.iter().any(running)
+    }
+
+    /// Lets the vCPUs run but those that have stopped by themselves, unless they are `fresh`.
+    fn run_unless_stopped(&mut self, fresh: bool) -> Result<(), VcpuEnded> {
+        for vcpu in &mut self.threads {
+            let by_itself = matches!(vcpu.status(), VcpuStatus::Paused { event: Some(_) });
+            if fresh || !by_itself {
+                vcpu.run()?;
+            }
+        }
+        Ok(())
     }
 
     /// Does something with every vCPU, all at the same time.

@@ -4,6 +4,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use devices::state::{SaveRestore, StateError};
 use devices::virtio::VirtioDevice;
@@ -141,6 +142,17 @@ impl VirtioDevices {
         for slot in &self.slots {
             slot.device().wait_paused();
         }
+    }
+
+    /// The same, but not longer than until `deadline`; whether they stand still. If not, follow
+    /// with [`run`](Self::run).
+    pub(super) fn pause_until(&self, deadline: Instant) -> bool {
+        for slot in &self.slots {
+            slot.device().request_pause();
+        }
+        self.slots
+            .iter()
+            .all(|slot| slot.device().wait_paused_until(deadline))
     }
 
     /// Back to the state after power-on.

@@ -179,6 +179,30 @@ fn a_pause_that_comes_before_the_run_begins_is_not_lost() {
 }
 
 #[test]
+fn a_pause_can_be_taken_back_at_any_moment() {
+    let Some(kvm) = kvm_or_skip() else { return };
+    let mut machine = Machine::new(&kvm, 1);
+    machine.boot(&[0xe6, 0x80, 0xeb, 0xfc]); // again: out 0x80, al; jmp again
+    machine.run();
+    for _ in 0..200 {
+        machine.threads[0].request_pause();
+        // Before it is out, or after.
+        let _ = machine.threads[0].wait_paused_until(Instant::now());
+        machine.run();
+        // It goes on, beyond what was under way.
+        while machine.writes.try_recv().is_ok() {}
+        for _ in 0..3 {
+            next_write(&machine);
+        }
+    }
+    machine.pause();
+    assert_eq!(
+        machine.threads[0].status(),
+        VcpuStatus::Paused { event: None }
+    );
+}
+
+#[test]
 fn a_triple_fault_and_an_instruction_that_cannot_be_executed_are_told() {
     let Some(kvm) = kvm_or_skip() else { return };
     let mut machine = Machine::new(&kvm, 1);

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use migration::clock::{Clock, MonotonicClock};
 use rustix::thread::gettid;
@@ -68,6 +68,18 @@ impl Shared {
     fn status(&self) -> MutexGuard<'_, VcpuStatus> {
         // Only assignments happen under the lock.
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Pauses if that is still asked for, and says whether it is: [`VcpuThread::run`] may have
+    /// taken it back.
+    fn pauses(&self) -> bool {
+        let mut status = self.status();
+        let pauses = self.pause.load(Ordering::SeqCst);
+        if pauses {
+            *status = VcpuStatus::Paused { event: None };
+            self.changed.notify_all();
+        }
+        pauses
     }
 
     fn set_status(&self, status: VcpuStatus) {
@@ -159,18 +171,16 @@ impl VcpuThread {
         self.shared.status().clone()
     }
 
-    /// Lets the guest run; nothing if it does already. Returns before the guest is entered: see
-    /// [`Self::wait_entered`].
+    /// Lets the guest run; nothing if it does already. Takes back a pause that was asked for and
+    /// is not done yet. Returns before the guest is entered: see [`Self::wait_entered`].
     pub fn run(&mut self) -> Result<(), VcpuEnded> {
         {
             let mut status = self.shared.status();
             match *status {
-                VcpuStatus::Running if !self.shared.pause.load(Ordering::SeqCst) => return Ok(()),
-                // Being paused: the request may be seen any moment.
+                // The thread looks at the request once more before it changes the status.
                 VcpuStatus::Running => {
-                    drop(status);
-                    self.wait_paused();
-                    status = self.shared.status();
+                    self.shared.pause.store(false, Ordering::SeqCst);
+                    return Ok(());
                 }
                 VcpuStatus::Paused { .. } => {}
                 VcpuStatus::Ended => return Err(VcpuEnded(self.index)),
@@ -203,6 +213,21 @@ impl VcpuThread {
                 .unwrap_or_else(PoisonError::into_inner);
         }
         status.clone()
+    }
+
+    /// The same, but not longer than until `deadline`; whether the vCPU is out. It may have to
+    /// wait for guest memory that is not there yet. [`Self::run`] takes the request back.
+    pub fn wait_paused_until(&self, deadline: Instant) -> bool {
+        let mut status = self.shared.status();
+        while *status == VcpuStatus::Running {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let waited = self.shared.changed.wait_timeout(status, left);
+            (status, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+        true
     }
 
     /// Waits until the vCPU is about to enter the guest after [`Self::run`], or has already left
@@ -323,7 +348,7 @@ impl Body {
 
     fn run_guest(&mut self, kickable: &Kickable) {
         let shared = &self.shared;
-        if !shared.pause.load(Ordering::SeqCst) {
+        while !shared.pauses() {
             store(&shared.entered_at, MonotonicClock.now());
             // The lock, so that a waiter is either not yet waiting or is woken.
             drop(shared.status());
@@ -333,12 +358,11 @@ impl Body {
             // Before the status: whoever has waited for the pause must find the event, or a
             // migration could take the guest away and forget the reset that it asked for. Whoever
             // is told of it may have to wait a moment for the pause.
-            if let Some(event) = &event {
+            if let Some(event) = event {
                 self.events.vcpu_stopped(self.vcpu.index, event.clone());
+                shared.set_status(VcpuStatus::Paused { event: Some(event) });
+                return;
             }
-            shared.set_status(VcpuStatus::Paused { event });
-        } else {
-            shared.set_status(VcpuStatus::Paused { event: None });
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Disks, with the guest that verifies all it writes, and two processes on one image.
 
-mod copying;
+pub mod copying;
 mod errors;
 mod failure;
 mod killed;
@@ -22,22 +22,22 @@ use serde_json::{Value, json};
 use crate::harness::{Ferry, Guest, PATIENCE, ferry};
 
 /// Bytes of the disks here.
-const CAPACITY: u64 = 32 << 20;
+pub const CAPACITY: u64 = 32 << 20;
 
 /// A new image.
-fn new_image(dir: &Path, name: &str, format: Format) -> PathBuf {
+pub fn new_image(dir: &Path, name: &str, format: Format) -> PathBuf {
     let path = dir.join(name);
     Image::create(&path, format, CAPACITY, None, Cache::Writeback).unwrap();
     path
 }
 
 /// The option for it.
-fn drive(path: &Path, more: &str) -> String {
+pub fn drive(path: &Path, more: &str) -> String {
     format!("file={}{more}", path.display())
 }
 
 /// Everything at once, on all of a disk, as fast as it goes.
-fn busy() -> Options {
+pub fn busy() -> Options {
     Options {
         area: Size(CAPACITY),
         max: Size(64 << 10),
@@ -66,7 +66,7 @@ fn guest(options: Options) -> Guest<'static> {
 }
 
 /// Starts the guest on these disks, and waits until it works.
-fn run(dir: &Path, name: &str, options: Options, drives: &[String]) -> Ferry {
+pub fn run(dir: &Path, name: &str, options: Options, drives: &[String]) -> Ferry {
     let mut ferry = Ferry::run(dir, name, &guest(options), &arguments(drives));
     allow_slow_flush(&mut ferry);
     wait_report(&ferry, |report| {
@@ -82,7 +82,7 @@ fn allow_slow_flush(source: &mut Ferry) {
 }
 
 /// Starts a destination with these disks; returns its address too.
-fn incoming(dir: &Path, name: &str, drives: &[String]) -> (Ferry, String) {
+pub fn incoming(dir: &Path, name: &str, drives: &[String]) -> (Ferry, String) {
     Ferry::incoming_with(dir, name, &arguments(drives))
 }
 
@@ -116,13 +116,13 @@ fn done(report: &Report) -> Option<u64> {
 }
 
 /// Waits until the guest's first disk has done that many requests more than it says now.
-fn wait_progress(ferry: &Ferry, more: u64) {
+pub fn wait_progress(ferry: &Ferry, more: u64) {
     let now = wait_report(ferry, done);
     wait_report(ferry, |report| done(report).filter(|n| *n >= now + more));
 }
 
 /// Has the guest verify its disks and power off; then each image must hold what it says.
-fn finish(mut ferry: Ferry, paths: &[&Path]) {
+pub fn finish(mut ferry: Ferry, paths: &[&Path]) {
     ferry.serial.send(&[command::FINISH]).unwrap();
     // In the order in which they are done.
     let mut reports = Vec::new();

@@ -23,11 +23,19 @@ pub mod kind {
     pub const GO: u8 = 0x08;
     pub const BLOCKS: u8 = 0x0a;
     pub const FLUSH: u8 = 0x0b;
+    pub const MISSING: u8 = 0x0c;
+    pub const LATE: u8 = 0x0d;
+    pub const JOIN: u8 = 0x0f;
+    pub const RESUME: u8 = 0x10;
+    pub const CONTINUE: u8 = 0x11;
     pub const ACCEPT: u8 = 0x81;
     pub const SYNC_ACK: u8 = 0x83;
     pub const READY: u8 = 0x84;
     pub const RUNNING: u8 = 0x85;
     pub const FLUSHED: u8 = 0x87;
+    pub const COMPLETE: u8 = 0x89;
+    pub const ARRIVED: u8 = 0x8b;
+    pub const LEFT: u8 = 0x8c;
 }
 
 /// A frame as it is on the wire.

@@ -11,7 +11,7 @@ use crate::harness::{Ferry, Guest, require_kvm, scratch};
 /// a line of the guest's here. It is no limit on the migration.
 const SLACK: Duration = Duration::from_secs(5);
 
-fn state_guest() -> Guest<'static> {
+pub fn state_guest() -> Guest<'static> {
     let options = state::Options {
         interval: 250,
         ..state::Options::default()
@@ -26,7 +26,7 @@ fn state_guest() -> Guest<'static> {
 
 /// What one vCPU has done so far.
 #[derive(Clone, Copy, Debug, Default)]
-struct Done {
+pub struct Done {
     rounds: u64,
     checks: u64,
     lapic_ticks: u64,
@@ -34,7 +34,7 @@ struct Done {
 }
 
 /// Waits until each vCPU has gone far enough beyond `since`; a changed value fails the test.
-fn wait_state(ferry: &Ferry, since: [Done; 2]) -> [Done; 2] {
+pub fn wait_state(ferry: &Ferry, since: [Done; 2]) -> [Done; 2] {
     // The guest judges its ticks over 200 of them.
     const TICKS: u64 = 210;
     let mut now = since;

@@ -89,7 +89,13 @@ pub struct Ferry {
 impl Ferry {
     /// Starts a process with these arguments besides those of its sockets.
     pub fn start(dir: &Path, name: &str, arguments: &[&str]) -> Self {
-        let (process, qmp, serial) = Self::spawn(dir, name, arguments);
+        Self::start_by(&[], dir, name, arguments)
+    }
+
+    /// The same by a launcher, a command that gets the program and its arguments as its last ones,
+    /// and becomes it.
+    pub fn start_by(launcher: &[&str], dir: &Path, name: &str, arguments: &[&str]) -> Self {
+        let (process, qmp, serial) = Self::spawn(launcher, dir, name, arguments);
         let serial = Watcher::connect(&serial, PATIENCE)
             .unwrap_or_else(|err| panic!("{name}: serial port: {err}\n{}", process.output()));
         let qmp = Client::connect(&qmp, PATIENCE)
@@ -102,12 +108,19 @@ impl Ferry {
         }
     }
 
-    fn spawn(dir: &Path, name: &str, arguments: &[&str]) -> (Process, PathBuf, PathBuf) {
+    fn spawn(
+        launcher: &[&str],
+        dir: &Path,
+        name: &str,
+        arguments: &[&str],
+    ) -> (Process, PathBuf, PathBuf) {
         let qmp = dir.join(format!("{name}.qmp"));
         let serial = dir.join(format!("{name}.serial"));
         let qmp_option = format!("unix:{}", qmp.display());
         let serial_option = format!("unix:{}", serial.display());
-        let mut all = vec![
+        let mut all = launcher.to_vec();
+        all.extend([
+            ferry().to_str().unwrap(),
             "run",
             "--name",
             name,
@@ -117,10 +130,10 @@ impl Ferry {
             &qmp_option,
             "--serial",
             &serial_option,
-        ];
+        ]);
         all.extend_from_slice(arguments);
         let log = dir.join(format!("{name}.log"));
-        let process = Process::spawn(ferry(), &all, &log).unwrap();
+        let process = Process::spawn(Path::new(all[0]), &all[1..], &log).unwrap();
         (process, qmp, serial)
     }
 

@@ -28,6 +28,7 @@ mod migrate;
 mod mutation;
 mod net;
 mod ping;
+mod postcopy;
 mod proxy;
 mod shuttle;
 mod snapshot;

@@ -19,7 +19,7 @@ use crate::net::{in_a_network, net_guest, with_tap};
 
 const HOPS: usize = 20;
 
-const MEMORY: u64 = 64 << 20;
+pub const MEMORY: u64 = 64 << 20;
 
 /// The name of the process after so many hops.
 fn host(hop: usize) -> String {
@@ -46,7 +46,7 @@ fn move_to(mut source: Ferry, uri: &str, more: &Value) {
 }
 
 /// rng, console and balloon.
-fn virtio_guest(tick: u64) -> Guest<'static> {
+pub fn virtio_guest(tick: u64) -> Guest<'static> {
     let options = virtio::Options {
         interval: 20,
         tick,
@@ -63,17 +63,17 @@ fn virtio_guest(tick: u64) -> Guest<'static> {
 
 /// What a status says that a test looks at.
 #[derive(Clone, Copy, Debug)]
-struct Seen {
-    rng_requests: u64,
-    console_received: u64,
-    console_sent: u64,
-    ticks: u64,
-    balloon_target: u64,
-    balloon_actual: u64,
+pub struct Seen {
+    pub rng_requests: u64,
+    pub console_received: u64,
+    pub console_sent: u64,
+    pub ticks: u64,
+    pub balloon_target: u64,
+    pub balloon_actual: u64,
 }
 
 /// Waits for a status that `reached` takes. Nothing was wrong until then, and no interrupt was lost.
-fn until(ferry: &Ferry, reached: impl Fn(&Seen) -> bool) -> Seen {
+pub fn until(ferry: &Ferry, reached: impl Fn(&Seen) -> bool) -> Seen {
     ferry.wait_line(|line| match virtio::Report::parse(line)? {
         virtio::Report::Error { .. } => panic!("{line}"),
         virtio::Report::Status {
@@ -103,13 +103,13 @@ fn until(ferry: &Ferry, reached: impl Fn(&Seen) -> bool) -> Seen {
 }
 
 /// One end of the virtio console: what it hears until the process ends.
-struct ConsoleEnd {
-    stream: UnixStream,
-    hears: JoinHandle<String>,
+pub struct ConsoleEnd {
+    pub stream: UnixStream,
+    pub hears: JoinHandle<String>,
 }
 
 impl ConsoleEnd {
-    fn connect(path: &Path) -> Self {
+    pub fn connect(path: &Path) -> Self {
         let stream = UnixStream::connect(path).unwrap();
         let mut from = stream.try_clone().unwrap();
         let hears = std::thread::spawn(move || {

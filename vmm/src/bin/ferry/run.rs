@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -148,19 +149,7 @@ async fn serve(options: &RunOptions) -> Result<(), RunError> {
         (None, None) => return Err(RunError::Ended("there is nothing to run".to_owned())),
     }
 
-    let exit = tokio::select! {
-        exit = instance.ended() => exit,
-        () = instance.serve_guest_events() => Exit::Success,
-        () = ctrl_a_x.notified() => {
-            instance.quit(ShutdownCause::HostUi);
-            Exit::Success
-        }
-        signal = terminations.next() => {
-            tracing::info!(%signal, "ending");
-            instance.quit(ShutdownCause::HostSignal);
-            Exit::Success
-        }
-    };
+    let exit = until_end(&instance, &ctrl_a_x, &mut terminations).await;
     // Off the runtime's thread: ends what a migration thread is waiting for, and waits for it.
     let ending = instance.clone();
     let _ = tokio::task::spawn_blocking(move || ending.shut_down()).await;
@@ -180,6 +169,36 @@ async fn serve(options: &RunOptions) -> Result<(), RunError> {
     match exit {
         Exit::Success => Ok(()),
         Exit::Failure(reason) => Err(RunError::Ended(reason)),
+    }
+}
+
+/// Waits until the guest, its user or an error ends the process. The first request to end it is
+/// refused while a guest would be lost that has moved ahead of its memory.
+async fn until_end(
+    instance: &Instance,
+    ctrl_a_x: &Notify,
+    terminations: &mut Terminations,
+) -> Exit {
+    let mut serving = pin!(instance.serve_guest_events());
+    let mut refused = false;
+    loop {
+        let cause = tokio::select! {
+            exit = instance.ended() => return exit,
+            () = &mut serving => return Exit::Success,
+            () = ctrl_a_x.notified() => ShutdownCause::HostUi,
+            signal = terminations.next() => {
+                tracing::info!(%signal, "ending");
+                ShutdownCause::HostSignal
+            }
+        };
+        match instance.quit(cause, refused) {
+            Ok(()) => return Exit::Success,
+            Err(error) => {
+                refused = true;
+                terminations.refused();
+                tracing::error!("not ended: {error}; asked once more, the process ends");
+            }
+        }
     }
 }
 

@@ -2,11 +2,9 @@
 
 use super::info;
 use super::line::Words;
+use super::migrate;
 use super::session::Session;
-use crate::control::command::{
-    AnnounceRequest, CommandError, MigrateRequest, MigrationCapabilityStatus, ParameterChange,
-    ShutdownCause, StorageCopy, Uri, Work,
-};
+use crate::control::command::{AnnounceRequest, CommandError, ShutdownCause, Work};
 use crate::control::size::parse_size;
 
 /// A command.
@@ -177,26 +175,13 @@ pub const COMMANDS: &[Command] = &[
     },
     Command {
         names: &["migrate"],
-        parameters: "[-d] [-b] [-i] uri",
+        parameters: "[-d] [-r] [-b] [-i] uri",
         help: "migrate the guest to tcp:HOST:PORT or unix:PATH, or save it to file:PATH (-d: do not \
-               wait for the end; -b: copy the disks; -i: copy what they hold above their backing \
-               files); Ctrl-C while waiting cancels",
+               wait for the end; -r: go on with a migration that is paused in post-copy; -b: copy \
+               the disks; -i: copy what they hold above their backing files); Ctrl-C while \
+               waiting cancels",
         completion: Completion::Address,
-        run: |session, mut words| {
-            let options = words.options("dbi")?;
-            let detach = options.contains('d');
-            let uri = words.required()?;
-            words.finish()?;
-            session.machine().migrate(MigrateRequest {
-                address: uri.parse::<Uri>().map_err(CommandError::from)?,
-                copy: StorageCopy::of(options.contains('b'), options.contains('i')),
-            })?;
-            Ok(if detach {
-                Reply::nothing()
-            } else {
-                Reply::Migrating
-            })
-        },
+        run: migrate::start,
     },
     Command {
         names: &["migrate_cancel"],
@@ -215,29 +200,33 @@ pub const COMMANDS: &[Command] = &[
         help: "wait for a guest on tcp:HOST:PORT or unix:PATH, or load it from file:PATH, after \
                --incoming defer",
         completion: Completion::Address,
-        run: |session, mut words| {
-            let uri = words.required()?;
+        run: migrate::incoming,
+    },
+    Command {
+        names: &["migrate_pause"],
+        parameters: "",
+        help: "break the connection of a migration in post-copy, at either side",
+        completion: Completion::None,
+        run: |session, words| {
             words.finish()?;
-            session
-                .machine()
-                .migrate_incoming(uri.parse::<Uri>().map_err(CommandError::from)?, true)?;
+            session.machine().migrate_pause()?;
             Ok(Reply::nothing())
         },
+    },
+    Command {
+        names: &["migrate_recover"],
+        parameters: "uri",
+        help: "at the destination of a migration that is paused in post-copy: wait for its \
+               source, which follows with migrate -r",
+        completion: Completion::Address,
+        run: migrate::recover,
     },
     Command {
         names: &["migrate_set_capability"],
         parameters: "capability on|off",
         help: "switch a migration capability on or off",
         completion: Completion::Capabilities,
-        run: |session, mut words| {
-            let capability = words.required()?;
-            let state = on_or_off(&words.required()?)?;
-            words.finish()?;
-            session
-                .machine()
-                .change_capabilities(&[MigrationCapabilityStatus { capability, state }])?;
-            Ok(Reply::nothing())
-        },
+        run: migrate::set_capability,
     },
     Command {
         names: &["migrate_set_downtime"],
@@ -245,74 +234,47 @@ pub const COMMANDS: &[Command] = &[
         help: "set how long a migration may stop the guest, in seconds (0.03) or with a unit \
                (30ms)",
         completion: Completion::None,
-        run: |session, mut words| {
-            let word = words.required()?;
-            words.finish()?;
-            let downtime_limit = Some(parse_seconds(&word)?);
-            change(
-                session,
-                ParameterChange {
-                    downtime_limit,
-                    ..Default::default()
-                },
-            )
-        },
+        run: migrate::set_downtime,
     },
     Command {
         names: &["migrate_set_parameter"],
         parameters: "parameter value",
-        help: "set a migration parameter: max-bandwidth and avail-switchover-bandwidth in MiB/s \
-               or with a unit (10G), downtime-limit in milliseconds, announce-rounds, and \
-               announce-initial, -max and -step in milliseconds",
+        help: "set a migration parameter: max-bandwidth, max-postcopy-bandwidth and \
+               avail-switchover-bandwidth in MiB/s or with a unit (10G), downtime-limit, \
+               x-postcopy-after-time and announce-initial, -max and -step in milliseconds, \
+               announce-rounds, x-postcopy-after-rounds, and x-postcopy-no-convergence on or off",
         completion: Completion::Parameters,
-        run: |session, mut words| {
-            let name = words.required()?;
-            let value = words.required()?;
-            words.finish()?;
-            let mut set = ParameterChange::default();
-            match name.as_str() {
-                "max-bandwidth" => set.max_bandwidth = Some(bandwidth(&value)?),
-                "avail-switchover-bandwidth" => {
-                    set.avail_switchover_bandwidth = Some(bandwidth(&value)?);
-                }
-                "downtime-limit" => set.downtime_limit = Some(milliseconds(&value)?),
-                _ => match set.announce.value_mut(&name) {
-                    Some(to) => *to = Some(whole(&value)?),
-                    None => {
-                        let desc = format!("invalid parameter value: {name}");
-                        return Err(CommandError::generic(desc).into());
-                    }
-                },
-            }
-            change(session, set)
-        },
+        run: migrate::set_parameter,
     },
     Command {
         names: &["migrate_set_speed"],
         parameters: "value",
         help: "limit what a migration may send, in MiB/s or with a unit (10G); 0 is no limit",
         completion: Completion::None,
-        run: |session, mut words| {
-            let value = words.required()?;
+        run: migrate::set_speed,
+    },
+    Command {
+        names: &["migrate_start_postcopy"],
+        parameters: "",
+        help: "hand the guest over as soon as possible; its memory follows (see the \
+               capability postcopy-ram)",
+        completion: Completion::None,
+        run: |session, words| {
             words.finish()?;
-            let max_bandwidth = Some(bandwidth(&value)?);
-            change(
-                session,
-                ParameterChange {
-                    max_bandwidth,
-                    ..Default::default()
-                },
-            )
+            session.machine().migrate_start_postcopy()?;
+            Ok(Reply::nothing())
         },
     },
     Command {
         names: &["quit", "q"],
-        parameters: "",
-        help: "end ferry, and the guest with it",
+        parameters: "[-f]",
+        help: "end ferry, and the guest with it (-f: even a guest that has moved ahead of its \
+               memory)",
         completion: Completion::None,
-        run: |session, words| {
+        run: |session, mut words| {
+            let force = words.options("f")?.contains('f');
             words.finish()?;
-            session.machine().quit(ShutdownCause::HostQmpQuit);
+            session.machine().quit(ShutdownCause::HostQmpQuit, force)?;
             Ok(Reply::nothing())
         },
     },
@@ -376,17 +338,6 @@ pub const COMMANDS: &[Command] = &[
     },
 ];
 
-/// The migration parameters that `migrate_set_parameter` knows.
-pub const PARAMETERS: [&str; 7] = [
-    "announce-initial",
-    "announce-max",
-    "announce-rounds",
-    "announce-step",
-    "avail-switchover-bandwidth",
-    "downtime-limit",
-    "max-bandwidth",
-];
-
 /// The command of that name.
 pub fn find(name: &str) -> Option<&'static Command> {
     COMMANDS
@@ -415,47 +366,10 @@ fn help(_: &mut Session, mut words: Words) -> Result<Reply, Failure> {
     }
 }
 
-fn change(session: &Session, change: ParameterChange) -> Result<Reply, Failure> {
-    session.machine().change_parameters(change)?;
-    Ok(Reply::nothing())
-}
-
-/// Bytes a second; a bare number is MiB a second.
-fn bandwidth(text: &str) -> Result<u64, Failure> {
-    parse_size(text, 1 << 20).map_err(|error| CommandError::generic(error.to_string()).into())
-}
-
-fn on_or_off(text: &str) -> Result<bool, Failure> {
+pub(super) fn on_or_off(text: &str) -> Result<bool, Failure> {
     match text {
         "on" => Ok(true),
         "off" => Ok(false),
         _ => Err(Failure::usage("expected 'on' or 'off'")),
-    }
-}
-
-fn whole(text: &str) -> Result<u64, Failure> {
-    text.parse().map_err(|_| {
-        let desc = format!("'{text}' is not a whole number");
-        CommandError::generic(desc).into()
-    })
-}
-
-fn milliseconds(text: &str) -> Result<u64, Failure> {
-    text.parse().map_err(|_| {
-        let desc = format!("'{text}' is not a whole number of milliseconds");
-        CommandError::generic(desc).into()
-    })
-}
-
-/// Reads seconds, or a time with its unit, as milliseconds.
-fn parse_seconds(text: &str) -> Result<u64, Failure> {
-    let (number, factor) = [("ms", 1.0), ("us", 1e-3), ("ns", 1e-6), ("s", 1e3)]
-        .into_iter()
-        .find_map(|(unit, factor)| Some((text.strip_suffix(unit)?, factor)))
-        .unwrap_or((text, 1e3));
-    match number.parse::<f64>() {
-        // The limit itself is checked where all parameters are; this is what the type holds.
-        Ok(value) if value >= 0.0 && value * factor < 1e15 => Ok((value * factor).round() as u64),
-        _ => Err(CommandError::generic(format!("'{text}' is not a time in seconds")).into()),
     }
 }

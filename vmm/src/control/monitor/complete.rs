@@ -1,7 +1,9 @@
 //! What the word that is being typed could become.
 
-use super::commands::{self, COMMANDS, Completion, PARAMETERS};
+use super::commands::{self, COMMANDS, Completion};
 use super::info::TOPICS;
+use super::migrate::PARAMETERS;
+use crate::control::command::MigrationCapability;
 
 /// Completes the last word of `line` (what stands before the cursor): where in it that word
 /// begins, in bytes, and what it could be.
@@ -33,7 +35,9 @@ pub fn complete(line: &str) -> (usize, Vec<String>) {
                 (Some(Completion::Topics), 0) => TOPICS.iter().map(|topic| topic.name).collect(),
                 (Some(Completion::Address), 0) => vec!["file:", "tcp:", "unix:"],
                 (Some(Completion::Parameters), 0) => PARAMETERS.to_vec(),
-                (Some(Completion::Capabilities), 0) => vec!["events"],
+                (Some(Completion::Capabilities), 0) => {
+                    MigrationCapability::ALL.map(|c| c.as_str()).to_vec()
+                }
                 (Some(Completion::Capabilities), 1) => vec!["on", "off"],
                 _ => Vec::new(),
             }
@@ -62,6 +66,12 @@ mod tests {
             ("migrate -d t", 11, vec!["tcp:"]),
             ("migrate_set_parameter d", 22, vec!["downtime-limit"]),
             ("migrate_set_capability events o", 30, vec!["on", "off"]),
+            ("migrate_set_capability p", 23, vec!["postcopy-ram"]),
+            (
+                "migrate_set_parameter x-postcopy-after",
+                22,
+                vec!["x-postcopy-after-rounds", "x-postcopy-after-time"],
+            ),
             ("stop ", 5, vec![]),
             ("nonsense x", 9, vec![]),
             ("\u{3000}qui", 3, vec!["quit"]),

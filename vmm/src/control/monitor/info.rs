@@ -3,12 +3,11 @@
 use std::fmt::Write;
 
 use super::commands::{Failure, Reply};
+use super::info_migrate::migration;
 use super::line::Words;
 use super::session::Session;
 use crate::control::block::{BlockInfo, IoStatus};
-use crate::control::command::{
-    CommandError, ErrorClass, MigrationInfo, MigrationStats, MigrationStatus, RunState,
-};
+use crate::control::command::{CommandError, ErrorClass, RunState};
 use crate::control::size::format_size;
 
 /// Something that `info` shows.
@@ -261,12 +260,15 @@ fn snapshots(session: &Session, _: &mut Words) -> Result<String, Failure> {
 }
 
 fn capabilities(session: &Session, _: &mut Words) -> Result<String, Failure> {
-    let on = |state| if state { "on" } else { "off" };
-    let capabilities = session.machine().capabilities();
+    let capabilities = session.machine().capabilities().list();
     Ok(capabilities
         .iter()
-        .map(|c| format!("{}: {}\n", c.capability, on(c.state)))
+        .map(|c| format!("{}: {}\n", c.capability, on_off(c.state)))
         .collect())
+}
+
+fn on_off(state: bool) -> &'static str {
+    if state { "on" } else { "off" }
 }
 
 fn parameters(session: &Session, _: &mut Words) -> Result<String, Failure> {
@@ -275,6 +277,10 @@ fn parameters(session: &Session, _: &mut Words) -> Result<String, Failure> {
         "max-bandwidth: {} bytes/second\n\
          avail-switchover-bandwidth: {} bytes/second\n\
          downtime-limit: {} ms\n\
+         max-postcopy-bandwidth: {} bytes/second\n\
+         x-postcopy-after-rounds: {}\n\
+         x-postcopy-after-time: {} ms\n\
+         x-postcopy-no-convergence: {}\n\
          announce-initial: {} ms\n\
          announce-max: {} ms\n\
          announce-rounds: {}\n\
@@ -282,93 +288,13 @@ fn parameters(session: &Session, _: &mut Words) -> Result<String, Failure> {
         parameters.max_bandwidth,
         parameters.avail_switchover_bandwidth,
         parameters.downtime_limit,
+        parameters.max_postcopy_bandwidth,
+        parameters.postcopy_after_rounds,
+        parameters.postcopy_after_time,
+        on_off(parameters.postcopy_no_convergence),
         parameters.announce.initial,
         parameters.announce.max,
         parameters.announce.rounds,
         parameters.announce.step,
     ))
-}
-
-/// A migration, as `info migrate` shows it.
-pub fn migration(info: &MigrationInfo) -> String {
-    let mut text = String::new();
-    let _ = write_migration(&mut text, info);
-    text
-}
-
-fn write_migration(text: &mut String, info: &MigrationInfo) -> std::fmt::Result {
-    for reason in &info.blocked_reasons {
-        writeln!(text, "Outgoing migration blocked: {reason}")?;
-    }
-    if info.status != MigrationStatus::None {
-        write!(text, "Migration status: {}", info.status)?;
-        match &info.error_desc {
-            Some(error) => writeln!(text, " ({error})")?,
-            None => writeln!(text)?,
-        }
-    }
-    for address in &info.socket_address {
-        writeln!(text, "socket address: {address}")?;
-    }
-    for (what, time) in [
-        ("total time", info.total_time),
-        ("expected downtime", info.expected_downtime),
-        ("downtime", info.downtime),
-        ("setup", info.setup_time),
-    ] {
-        if let Some(time) = time {
-            writeln!(text, "{what}: {time} ms")?;
-        }
-    }
-    if let Some(ram) = &info.ram {
-        write_ram(text, ram)?;
-    }
-    if let Some(disk) = &info.disk {
-        write_disk(text, disk)?;
-    }
-    let Some(ferry) = &info.ferry else {
-        return Ok(());
-    };
-    if let Some(parts) = &ferry.downtime {
-        writeln!(
-            text,
-            "downtime parts: stop {} us, last pages {} us, save {} us, send {} us, load {} us, \
-             start {} us",
-            parts.stop, parts.last_pages, parts.save, parts.send, parts.load, parts.start
-        )?;
-    }
-    if let Some(bandwidth) = ferry.bandwidth {
-        writeln!(text, "measured bandwidth: {}/s", format_size(bandwidth))?;
-    }
-    if let Some(round_trip) = ferry.round_trip {
-        writeln!(text, "measured round trip: {round_trip} us")?;
-    }
-    Ok(())
-}
-
-fn write_disk(text: &mut String, disk: &MigrationStats) -> std::fmt::Result {
-    let percent = match disk.total {
-        0 => 100,
-        total => 100 * total.saturating_sub(disk.remaining) / total,
-    };
-    writeln!(text, "disks: {percent} %")?;
-    writeln!(text, "transferred disk: {} kbytes", disk.transferred >> 10)?;
-    writeln!(text, "remaining disk: {} kbytes", disk.remaining >> 10)?;
-    writeln!(text, "total disk: {} kbytes", disk.total >> 10)
-}
-
-fn write_ram(text: &mut String, ram: &MigrationStats) -> std::fmt::Result {
-    writeln!(text, "transferred ram: {} kbytes", ram.transferred >> 10)?;
-    writeln!(text, "throughput: {:.2} mbps", ram.mbps)?;
-    writeln!(text, "remaining ram: {} kbytes", ram.remaining >> 10)?;
-    writeln!(text, "total ram: {} kbytes", ram.total >> 10)?;
-    writeln!(text, "duplicate: {} pages", ram.duplicate)?;
-    writeln!(text, "normal: {} pages", ram.normal)?;
-    writeln!(text, "normal bytes: {} kbytes", ram.normal_bytes >> 10)?;
-    writeln!(text, "dirty sync count: {}", ram.dirty_sync_count)?;
-    writeln!(text, "page size: {} kbytes", ram.page_size >> 10)?;
-    writeln!(text, "pages-per-second: {}", ram.pages_per_second)?;
-    writeln!(text, "precopy ram: {} kbytes", ram.precopy_bytes >> 10)?;
-    writeln!(text, "downtime ram: {} kbytes", ram.downtime_bytes >> 10)?;
-    writeln!(text, "dirty pages rate: {} pages", ram.dirty_pages_rate)
 }

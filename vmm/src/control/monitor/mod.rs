@@ -7,7 +7,9 @@
 pub mod commands;
 pub mod complete;
 pub mod info;
+pub mod info_migrate;
 pub mod line;
+pub mod migrate;
 pub mod progress;
 pub mod server;
 mod session;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
-use crate::control::command::{Control, Event, MigrationInfo, MigrationStatus};
+use crate::control::command::{CommandError, Control, Event, MigrationInfo, MigrationStatus};
 use crate::control::size::format_size;
 
 /// What a follower tells.
@@ -23,6 +23,8 @@ pub struct Follower {
     machine: Arc<dyn Control>,
     events: Option<broadcast::Receiver<Event>>,
     ticks: Interval,
+    /// Why a cancel was refused.
+    refusal: Option<CommandError>,
 }
 
 impl Follower {
@@ -34,6 +36,7 @@ impl Follower {
             events: Some(machine.subscribe()),
             machine,
             ticks,
+            refusal: None,
         }
     }
 
@@ -41,8 +44,14 @@ impl Follower {
     pub async fn next(&mut self) -> Progress {
         loop {
             let info = self.machine.migration_info();
-            if !info.status.is_running() {
+            // One that is paused goes on only by commands, for which the prompt must come back.
+            if !info.status.is_running() || info.status == MigrationStatus::PostcopyPaused {
                 return Progress::End(end(&info));
+            }
+            if let Some(error) = self.refusal.take() {
+                return Progress::End(format!(
+                    "Error: {error}; the migration goes on (see info migrate)\n"
+                ));
             }
             tokio::select! {
                 _ = self.ticks.tick() => return Progress::Line(line(&info)),
@@ -51,10 +60,13 @@ impl Follower {
         }
     }
 
-    /// Cancels the migration; how it ends is told as ever.
-    pub fn cancel(&self) {
+    /// Cancels the migration; how it ends is told as ever. In post-copy it can't be cancelled: that
+    /// is told, and it is not followed any further.
+    pub fn cancel(&mut self) {
         if let Err(error) = self.machine.migrate_cancel() {
             tracing::warn!(%error, "cannot cancel the migration");
+            let status = self.machine.migration_info().status;
+            self.refusal = status.is_postcopy().then_some(error);
         }
     }
 }
@@ -82,6 +94,14 @@ pub fn line(info: &MigrationInfo) -> String {
     match info.status {
         MigrationStatus::Cancelling => return "cancelling".to_owned(),
         MigrationStatus::Device => return "guest stopped, handing it over".to_owned(),
+        MigrationStatus::PostcopyActive | MigrationStatus::PostcopyRecover => {
+            return format!(
+                "the guest runs at the destination, {} of {} to follow, {} pages asked for",
+                format_size(ram.remaining),
+                format_size(ram.total),
+                ram.postcopy_requests
+            );
+        }
         _ => {}
     }
     let done = ram.total.saturating_sub(ram.remaining);
@@ -120,8 +140,19 @@ fn end(info: &MigrationInfo) -> String {
             if let Some(ram) = &info.ram {
                 let sent = format_size(ram.transferred);
                 text += &format!(", {} rounds, {sent} sent", ram.dirty_sync_count);
+                if ram.postcopy_requests > 0 {
+                    let requests = ram.postcopy_requests;
+                    text += &format!(", {requests} requests for pages after the downtime");
+                }
             }
             text + "\n"
+        }
+        MigrationStatus::PostcopyPaused => {
+            let why = info.error_desc.as_deref().unwrap_or("no reason was given");
+            format!(
+                "Error: the migration is paused, the connection is broken: {why}; recover it with \
+                 migrate_recover at the destination, then migrate -r here\n"
+            )
         }
         MigrationStatus::Cancelled => "Error: migration cancelled\n".to_owned(),
         _ => {

@@ -7,9 +7,10 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::arguments::Arguments;
+use super::migrate;
 use crate::control::command::{
     AnnounceChange, AnnounceRequest, CommandError, CommandResult, Control, ErrorClass,
-    MigrateRequest, MigrationCapabilityStatus, ParameterChange, ShutdownCause, StorageCopy, Uri,
+    ShutdownCause,
 };
 use crate::control::monitor::{self, Detached};
 
@@ -35,13 +36,20 @@ const COMMANDS: &[(&str, Handler)] = &[
     ("cont", |machine, arguments| {
         nothing(arguments, || machine.cont())
     }),
-    ("migrate", migrate),
+    ("migrate", migrate::migrate),
     ("migrate_cancel", |machine, arguments| {
         nothing(arguments, || machine.migrate_cancel())
     }),
-    ("migrate-incoming", migrate_incoming),
-    ("migrate-set-capabilities", migrate_set_capabilities),
-    ("migrate-set-parameters", migrate_set_parameters),
+    ("migrate-incoming", migrate::incoming),
+    ("migrate-pause", |machine, arguments| {
+        nothing(arguments, || machine.migrate_pause())
+    }),
+    ("migrate-recover", migrate::recover),
+    ("migrate-set-capabilities", migrate::set_capabilities),
+    ("migrate-set-parameters", migrate::set_parameters),
+    ("migrate-start-postcopy", |machine, arguments| {
+        nothing(arguments, || machine.migrate_start_postcopy())
+    }),
     ("query-balloon", |machine, arguments| {
         arguments.finish()?;
         let info = machine.balloon()?;
@@ -56,7 +64,7 @@ const COMMANDS: &[(&str, Handler)] = &[
         query(arguments, || machine.migration_info())
     }),
     ("query-migrate-capabilities", |machine, arguments| {
-        query(arguments, || machine.capabilities())
+        query(arguments, || machine.capabilities().list())
     }),
     ("query-migrate-parameters", |machine, arguments| {
         query(arguments, || machine.parameters())
@@ -68,12 +76,7 @@ const COMMANDS: &[(&str, Handler)] = &[
     ("query-version", |_, arguments| {
         query(arguments, super::version)
     }),
-    ("quit", |machine, arguments| {
-        nothing(arguments, || {
-            machine.quit(ShutdownCause::HostQmpQuit);
-            Ok(())
-        })
-    }),
+    ("quit", quit),
     ("set_link", set_link),
     ("stop", |machine, arguments| {
         nothing(arguments, || machine.stop())
@@ -101,8 +104,8 @@ pub fn execute(machine: &Arc<dyn Control>, name: &str, arguments: Arguments) -> 
     })
 }
 
-/// A command that takes nothing and returns nothing.
-fn nothing(
+/// A command that takes nothing more and returns nothing.
+pub(super) fn nothing(
     arguments: Arguments,
     action: impl FnOnce() -> CommandResult<()>,
 ) -> CommandResult<Value> {
@@ -121,6 +124,14 @@ fn balloon(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResul
     let value = arguments.unsigned("value")?;
     let value = arguments.required("value", value)?;
     nothing(arguments, || machine.set_balloon(value))
+}
+
+/// `force` is ours: it ends ferry though a guest that has moved ahead of its memory is lost.
+fn quit(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResult<Value> {
+    let force = arguments.boolean("force")?.unwrap_or(false);
+    nothing(arguments, || {
+        machine.quit(ShutdownCause::HostQmpQuit, force)
+    })
 }
 
 fn query_commands(_: &Arc<dyn Control>, arguments: Arguments) -> CommandResult<Value> {
@@ -180,125 +191,6 @@ fn human_monitor_command(
     })
 }
 
-fn migrate(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResult<Value> {
-    let uri = arguments.string("uri")?;
-    let channels = arguments.objects("channels")?;
-    // How QEMU's older clients ask for disks to be copied as well.
-    let full = arguments.boolean("blk")? == Some(true);
-    let incremental = arguments.boolean("inc")? == Some(true);
-    let copy = StorageCopy::of(full, incremental);
-    // Ignored, as in QEMU: over QMP a migration always goes on in the background.
-    arguments.boolean("detach")?;
-    if arguments.boolean("resume")? == Some(true) {
-        return Err(CommandError::generic(
-            "Cannot resume if there is no paused migration",
-        ));
-    }
-    let address = address(&arguments, uri, channels)?;
-    nothing(arguments, || {
-        machine.migrate(MigrateRequest { address, copy })
-    })
-}
-
-fn migrate_incoming(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResult<Value> {
-    let uri = arguments.string("uri")?;
-    let channels = arguments.objects("channels")?;
-    let exit_on_error = arguments.boolean("exit-on-error")?.unwrap_or(true);
-    let address = address(&arguments, uri, channels)?;
-    nothing(arguments, || {
-        machine.migrate_incoming(address, exit_on_error)
-    })
-}
-
-/// The address of a migration, from one of the two ways to give it.
-fn address(
-    arguments: &Arguments,
-    uri: Option<String>,
-    channels: Option<Vec<Arguments>>,
-) -> CommandResult<Uri> {
-    match (uri, channels) {
-        (Some(_), Some(_)) => Err(CommandError::generic(
-            "'uri' and 'channels' are mutually exclusive: exactly one of the two must be present",
-        )),
-        (uri, None) => Ok(arguments.required("uri", uri)?.parse::<Uri>()?),
-        (None, Some(channels)) => match <[Arguments; 1]>::try_from(channels) {
-            Ok([channel]) => main_channel(channel),
-            Err(channels) => Err(CommandError::generic(format!(
-                "Parameter 'channels' expects one channel, of type main, got {}",
-                channels.len()
-            ))),
-        },
-    }
-}
-
-/// QAPI's `MigrationChannel` (since QEMU 8.2), brought into the form of a URI.
-fn main_channel(mut channel: Arguments) -> CommandResult<Uri> {
-    let kind = channel.string("channel-type")?;
-    let kind = channel.required("channel-type", kind)?;
-    if kind != "main" {
-        return Err(channel.not_accepted("channel-type", &kind));
-    }
-    let addr = channel.object("addr")?;
-    let mut addr = channel.required("addr", addr)?;
-    channel.finish()?;
-
-    let transport = addr.string("transport")?;
-    let transport = addr.required("transport", transport)?;
-    if transport == "file" {
-        let filename = addr.string("filename")?;
-        let filename = addr.required("filename", filename)?;
-        let offset = addr.unsigned("offset")?;
-        if offset.is_some_and(|offset| offset != 0) {
-            return Err(CommandError::generic(
-                "an 'offset' other than 0 is not supported: a snapshot is a file of its own",
-            ));
-        }
-        addr.finish()?;
-        return Ok(format!("file:{filename}").parse::<Uri>()?);
-    }
-    if transport != "socket" {
-        return Err(addr.not_accepted("transport", &transport));
-    }
-    let kind = addr.string("type")?;
-    let kind = addr.required("type", kind)?;
-    let mut string = |name| {
-        let value = addr.string(name)?;
-        addr.required(name, value)
-    };
-    let uri = match kind.as_str() {
-        "inet" => {
-            let (host, port) = (string("host")?, string("port")?);
-            if host.contains(':') {
-                format!("tcp:[{host}]:{port}")
-            } else {
-                format!("tcp:{host}:{port}")
-            }
-        }
-        "unix" => format!("unix:{}", string("path")?),
-        _ => return Err(addr.not_accepted("type", &kind)),
-    };
-    addr.finish()?;
-    Ok(uri.parse::<Uri>()?)
-}
-
-fn migrate_set_parameters(
-    machine: &Arc<dyn Control>,
-    mut arguments: Arguments,
-) -> CommandResult<Value> {
-    let change = ParameterChange {
-        max_bandwidth: arguments.unsigned("max-bandwidth")?,
-        avail_switchover_bandwidth: arguments.unsigned("avail-switchover-bandwidth")?,
-        downtime_limit: arguments.unsigned("downtime-limit")?,
-        announce: AnnounceChange {
-            initial: arguments.unsigned("announce-initial")?,
-            max: arguments.unsigned("announce-max")?,
-            rounds: arguments.unsigned("announce-rounds")?,
-            step: arguments.unsigned("announce-step")?,
-        },
-    };
-    nothing(arguments, || machine.change_parameters(change))
-}
-
 fn set_link(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResult<Value> {
     let name = arguments.string("name")?;
     let name = arguments.required("name", name)?;
@@ -319,22 +211,4 @@ fn announce_self(machine: &Arc<dyn Control>, mut arguments: Arguments) -> Comman
         interfaces: arguments.strings("interfaces")?,
     };
     nothing(arguments, || machine.announce_self(request))
-}
-
-fn migrate_set_capabilities(
-    machine: &Arc<dyn Control>,
-    mut arguments: Arguments,
-) -> CommandResult<Value> {
-    let entries = arguments.objects("capabilities")?;
-    let entries = arguments.required("capabilities", entries)?;
-    let mut changes = Vec::with_capacity(entries.len());
-    for mut entry in entries {
-        let capability = entry.string("capability")?;
-        let capability = entry.required("capability", capability)?;
-        let state = entry.boolean("state")?;
-        let state = entry.required("state", state)?;
-        entry.finish()?;
-        changes.push(MigrationCapabilityStatus { capability, state });
-    }
-    nothing(arguments, || machine.change_capabilities(&changes))
 }

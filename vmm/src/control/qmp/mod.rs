@@ -9,6 +9,7 @@
 pub mod arguments;
 pub mod commands;
 pub mod framing;
+pub mod migrate;
 pub mod request;
 pub mod server;
 

@@ -78,6 +78,7 @@ pub(super) fn load(
         cancel: stop.cancel.clone(),
         progress: Arc::new(Progress::new(Arc::new(MonotonicClock), None)),
         deadlines: Deadlines::default(),
+        postcopy: None,
     };
     snapshot::load(&mut loading, state, &job).map_err(Failed::new)?;
     drop(claimed);

@@ -106,6 +106,7 @@ impl State {
                 "There's a migration process in progress",
             ));
         }
+        self.refuse_while_missing()?;
         match self.run {
             RunState::Inmigrate => Err(CommandError::generic(
                 "Guest is waiting for an incoming migration",

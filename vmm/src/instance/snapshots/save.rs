@@ -61,6 +61,7 @@ pub(super) fn save(
         progress: Arc::new(Progress::new(Arc::new(MonotonicClock), None)),
         deadlines: Deadlines::default(),
         costs: costs(guest),
+        postcopy: None,
     };
     match snapshot::save(&mut saving, &state_path, &job) {
         Outcome::Completed(_) => {}
@@ -71,6 +72,8 @@ pub(super) fn save(
             return Err(Failed::new(error));
         }
         Outcome::Cancelled { reason, .. } => return Err(Failed::new(reason)),
+        // Not without post-copy.
+        Outcome::Abandoned { reason } => return Err(Failed::new(reason)),
         Outcome::HandoverUnknown { error } => {
             // Unlike a destination, a file can't run it.
             saving.go_on().map_err(Failed::new)?;

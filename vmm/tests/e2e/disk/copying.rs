@@ -45,7 +45,7 @@ fn assert_equal(here: &Path, there: &Path) {
 }
 
 /// A backing file with something in its second half, and an overlay on it.
-fn overlay(dir: &Path, base: &str, name: &str, capacity: u64, seed: u8) -> PathBuf {
+pub fn overlay(dir: &Path, base: &str, name: &str, capacity: u64, seed: u8) -> PathBuf {
     let backing = dir.join(base);
     if !backing.exists() {
         let image = Image::create(&backing, Format::Raw, capacity, None, Cache::Writeback).unwrap();

@@ -101,11 +101,15 @@ fn actions_reach_the_machine_under_both_names() {
         "balloon 256",
         "balloon 1G",
         "migrate_cancel",
+        "migrate_start_postcopy",
+        "migrate_pause",
+        "migrate_recover tcp:h:1",
+        "migrate -r tcp:h:1",
         "set_link net0 off",
         "announce_self",
         "announce_self net0,net1",
         "quit",
-        "q",
+        "q -f",
         "",
         "  ",
     ] {
@@ -123,11 +127,15 @@ fn actions_reach_the_machine_under_both_names() {
             "balloon 268435456",
             "balloon 1073741824",
             "migrate_cancel",
+            "migrate_start_postcopy",
+            "migrate_pause",
+            "migrate_recover tcp:h:1",
+            "migrate -r tcp:h:1",
             "set_link net0 false",
             "announce_self None rounds None",
             "announce_self Some([\"net0\", \"net1\"]) rounds None",
             "quit HostQmpQuit",
-            "quit HostQmpQuit"
+            "quit HostQmpQuit by force"
         ]
     );
 }
@@ -252,7 +260,7 @@ fn info_shows_the_machine() {
     );
     assert_eq!(
         done(&mut session, "info migrate_capabilities"),
-        "events: on\n"
+        "events: on\npostcopy-ram: off\n"
     );
 }
 
@@ -326,7 +334,9 @@ fn migration_parameters_have_qemus_units() {
     assert_eq!(
         done(&mut session, "info migrate_parameters"),
         "max-bandwidth: 0 bytes/second\navail-switchover-bandwidth: 2097152 bytes/second\n\
-         downtime-limit: 7 ms\nannounce-initial: 50 ms\nannounce-max: 550 ms\n\
+         downtime-limit: 7 ms\nmax-postcopy-bandwidth: 0 bytes/second\n\
+         x-postcopy-after-rounds: 0\nx-postcopy-after-time: 0 ms\n\
+         x-postcopy-no-convergence: off\nannounce-initial: 50 ms\nannounce-max: 550 ms\n\
          announce-rounds: 5\nannounce-step: 100 ms\n"
     );
     done(&mut session, "migrate_set_parameter announce-rounds 3");
@@ -419,4 +429,70 @@ async fn a_migration_is_followed_to_its_end() {
         follower.next().await,
         Progress::End("Error: migration failed: x\n".into())
     );
+}
+
+#[test]
+fn info_migrate_tells_the_waits_after_the_downtime_apart_from_it() {
+    let (machine, mut session) = session();
+    machine.state().info = MigrationInfo {
+        status: MigrationStatus::Completed,
+        ram: Some(MigrationStats {
+            postcopy_requests: 12,
+            postcopy_bytes: 81_920,
+            ..ram()
+        }),
+        downtime: Some(4),
+        postcopy_blocktime: Some(7),
+        postcopy_vcpu_blocktime: (0..12).collect(),
+        postcopy_latency: Some(150_000),
+        postcopy_latency_dist: vec![0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 2],
+        ..Default::default()
+    };
+    let text = done(&mut session, "info migrate");
+    for part in [
+        "\ndowntime: 4 ms\n",
+        "postcopy ram: 80 kbytes\npostcopy request count: 12\n",
+        "Postcopy Blocktime (ms): 7\n\
+         Postcopy vCPU Blocktime (ms):\n [0, 1, 2, 3, 4, 5, 6, 7, 8, 9,\n  10, 11]\n\
+         Postcopy Latency (ns): 150000\n\
+         Postcopy Latency Distribution:\n  [     1 us -     2 us ]:          0\n",
+        "\n  [     2 us -     4 us ]:          5\n",
+        "\n  [     1 ms -     2 ms ]:          2\n",
+    ] {
+        assert!(text.contains(part), "{part} is not in {text}");
+    }
+}
+
+#[tokio::test]
+async fn a_migration_in_postcopy_is_followed_but_not_cancelled_and_a_pause_gives_the_prompt_back() {
+    let machine = FakeMachine::new();
+    let in_status = |status| MigrationInfo {
+        status,
+        ram: Some(MigrationStats {
+            postcopy_requests: 12,
+            ..ram()
+        }),
+        ..Default::default()
+    };
+    machine.migration(in_status(MigrationStatus::PostcopyActive));
+    let mut follower = Follower::new(machine.clone(), Duration::from_millis(1));
+    assert_eq!(
+        follower.next().await,
+        Progress::Line(
+            "the guest runs at the destination, 256.0 MiB of 1.0 GiB to follow, 12 pages asked for"
+                .into()
+        )
+    );
+    machine.state().failure = Some(CommandError::generic("the guest has moved"));
+    follower.cancel();
+    let Progress::End(end) = follower.next().await else {
+        panic!("still followed");
+    };
+    assert!(end.starts_with("Error: the guest has moved; the migration goes on"));
+
+    machine.migration(in_status(MigrationStatus::PostcopyPaused));
+    let Progress::End(end) = follower.next().await else {
+        panic!("still followed");
+    };
+    assert!(is_failure(&end) && end.contains("migrate -r"), "{end}");
 }

@@ -23,12 +23,16 @@ async fn queries_answer_in_the_shape_of_the_schema() {
             json!({
                 "max-bandwidth": 0, "avail-switchover-bandwidth": 0, "downtime-limit": 30,
                 "announce-initial": 50, "announce-max": 550, "announce-rounds": 5,
-                "announce-step": 100,
+                "announce-step": 100, "max-postcopy-bandwidth": 0, "x-postcopy-after-rounds": 0,
+                "x-postcopy-after-time": 0, "x-postcopy-no-convergence": false,
             }),
         ),
         (
             "query-migrate-capabilities",
-            json!([{"capability": "events", "state": true}]),
+            json!([
+                {"capability": "events", "state": true},
+                {"capability": "postcopy-ram", "state": false},
+            ]),
         ),
     ] {
         assert_eq!(
@@ -79,7 +83,7 @@ async fn every_listed_command_exists_and_refuses_unknown_arguments() {
         // What a command needs, so that the unknown argument is all that is wrong.
         let mut arguments = match name {
             "balloon" => json!({"value": 1}),
-            "migrate" | "migrate-incoming" => json!({"uri": "tcp:h:1"}),
+            "migrate" | "migrate-incoming" | "migrate-recover" => json!({"uri": "tcp:h:1"}),
             "migrate-set-capabilities" => json!({"capabilities": []}),
             "human-monitor-command" => json!({"command-line": "stop"}),
             "set_link" => json!({"name": "net0", "up": true}),
@@ -146,6 +150,10 @@ async fn migrate_takes_a_uri_or_a_channel() {
         ),
         (json!({"uri": "file:/c"}), "migrate file:/c"),
         (
+            json!({"uri": "tcp:h:1", "resume": true}),
+            "migrate -r tcp:h:1",
+        ),
+        (
             channel(json!({"transport": "file", "filename": "/d", "offset": 0})),
             "migrate file:/d",
         ),
@@ -165,10 +173,6 @@ async fn migrate_takes_a_uri_or_a_channel() {
         (
             json!({"uri": "tcp:h:1", "detach": 3}),
             "Invalid parameter type for 'detach', expected: boolean",
-        ),
-        (
-            json!({"uri": "tcp:h:1", "resume": true}),
-            "Cannot resume if there is no paused migration",
         ),
         (
             json!({"uri": "tcp:h:1", "blk": 1}),
@@ -270,7 +274,9 @@ async fn commands_about_the_network_reach_the_machine() {
 async fn parameters_and_capabilities_are_checked_and_set() {
     let setup = Setup::new();
     let mut client = setup.client().await;
-    let set = json!({"downtime-limit": 50, "max-bandwidth": u64::MAX, "announce-rounds": 2});
+    let set = json!({"downtime-limit": 50, "max-bandwidth": u64::MAX, "announce-rounds": 2,
+        "max-postcopy-bandwidth": 5, "x-postcopy-after-rounds": 3, "x-postcopy-after-time": 1500,
+        "x-postcopy-no-convergence": true});
     client.execute("migrate-set-parameters", set).await.unwrap();
     assert_eq!(
         client
@@ -280,7 +286,8 @@ async fn parameters_and_capabilities_are_checked_and_set() {
         json!({
             "max-bandwidth": u64::MAX, "avail-switchover-bandwidth": 0, "downtime-limit": 50,
             "announce-initial": 50, "announce-max": 550, "announce-rounds": 2,
-            "announce-step": 100,
+            "announce-step": 100, "max-postcopy-bandwidth": 5, "x-postcopy-after-rounds": 3,
+            "x-postcopy-after-time": 1500, "x-postcopy-no-convergence": true,
         })
     );
     for (arguments, desc) in [
@@ -324,7 +331,16 @@ async fn parameters_and_capabilities_are_checked_and_set() {
         .execute("migrate-set-capabilities", set)
         .await
         .unwrap();
-    assert!(!setup.machine.capabilities()[0].state);
+    let set = capability("postcopy-ram", json!(true));
+    client
+        .execute("migrate-set-capabilities", set)
+        .await
+        .unwrap();
+    let Capabilities {
+        events,
+        postcopy_ram,
+    } = setup.machine.capabilities();
+    assert!(!events && postcopy_ram);
     for (arguments, desc) in [
         (json!({}), "Parameter 'capabilities' is missing"),
         (
@@ -386,4 +402,79 @@ async fn the_monitor_answers_in_a_string() {
         client.refused("human-monitor-command", none).await,
         "Parameter 'cpu-index' expects a CPU number"
     );
+}
+
+#[tokio::test]
+async fn postcopy_is_started_paused_and_recovered() {
+    let setup = Setup::new();
+    let mut client = setup.client().await;
+    for (command, arguments, call) in [
+        (
+            "migrate-start-postcopy",
+            json!({}),
+            "migrate_start_postcopy",
+        ),
+        ("migrate-pause", json!({}), "migrate_pause"),
+        (
+            "migrate-recover",
+            json!({"uri": "tcp:[::1]:0"}),
+            "migrate_recover tcp:[::1]:0",
+        ),
+        ("quit", json!({"force": true}), "quit HostQmpQuit by force"),
+    ] {
+        client.execute(command, arguments).await.unwrap();
+        assert_eq!(setup.machine.calls(), [call]);
+    }
+}
+
+#[tokio::test]
+async fn a_quit_that_is_refused_says_why() {
+    let setup = Setup::new();
+    let mut client = setup.client().await;
+    setup.machine.state().failure = Some(CommandError::generic("3 pages are missing here"));
+    assert_eq!(
+        client.refused("quit", json!({})).await,
+        "3 pages are missing here"
+    );
+}
+
+#[tokio::test]
+async fn the_waits_of_postcopy_are_told_under_qemus_names_and_are_no_downtime() {
+    let setup = Setup::new();
+    let mut client = setup.client().await;
+    setup.machine.state().info = MigrationInfo {
+        status: MigrationStatus::PostcopyActive,
+        ram: Some(MigrationStats {
+            postcopy_requests: 12,
+            postcopy_bytes: 81_920,
+            ..Default::default()
+        }),
+        downtime: Some(4),
+        postcopy_blocktime: Some(7),
+        postcopy_vcpu_blocktime: vec![9, 8],
+        postcopy_latency: Some(150_000),
+        postcopy_latency_dist: vec![0, 5],
+        ferry: Some(FerryMigrationInfo {
+            postcopy: Some(PostcopyInfo {
+                missing_pages: 3,
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let info = client.execute("query-migrate", json!({})).await.unwrap();
+    for (member, value) in [
+        ("/status", json!("postcopy-active")),
+        ("/ram/postcopy-requests", json!(12)),
+        ("/ram/postcopy-bytes", json!(81_920)),
+        ("/downtime", json!(4)),
+        ("/postcopy-blocktime", json!(7)),
+        ("/postcopy-vcpu-blocktime", json!([9, 8])),
+        ("/postcopy-latency", json!(150_000)),
+        ("/postcopy-latency-dist", json!([0, 5])),
+        ("/x-ferry/postcopy/missing-pages", json!(3)),
+    ] {
+        assert_eq!(info.pointer(member), Some(&value), "{member}");
+    }
 }

@@ -1,0 +1,60 @@
+//! Migrations in which nothing goes wrong but that the connection breaks.
+
+use std::sync::Arc;
+
+use migration::progress::Status;
+
+use super::{Moving, at_once, busy, require_userfault};
+
+#[test]
+fn a_guest_moves_before_any_of_its_memory() {
+    require_userfault!();
+    let moving = Moving::begin(busy(16_384), |job, _| {
+        at_once(job);
+    });
+    let came = Arc::clone(&moving.came);
+    moving.finish();
+    let postcopy = came.snapshot().postcopy.unwrap();
+    assert!(
+        postcopy.requests > 0 && postcopy.missing_pages == 0,
+        "{postcopy:?}"
+    );
+}
+
+#[test]
+fn a_guest_moves_in_the_middle_of_its_rounds() {
+    require_userfault!();
+    let moving = Moving::begin(busy(16_384), |job, _| {
+        // Never converges.
+        job.parameters.set_downtime_limit_ms(0).unwrap();
+    });
+    while moving.left.snapshot().round < 3 {
+        std::thread::yield_now();
+    }
+    moving.leaving.start();
+    let left = Arc::clone(&moving.left);
+    moving.finish();
+    assert!(left.snapshot().downtime.is_some());
+}
+
+#[test]
+fn a_connection_that_breaks_again_and_again_is_replaced() {
+    require_userfault!();
+    for seed in 0..10 {
+        let mut moving = Moving::begin(busy(16_384), |job, _| {
+            at_once(job);
+        });
+        let mut breaks = 0;
+        while moving.wait_for_both(Status::PostcopyActive) && breaks < 5 {
+            let broken = match (seed + breaks) % 2 {
+                0 => moving.leaving.pause().is_ok(),
+                _ => moving.coming.pause().is_ok(),
+            };
+            breaks += 1;
+            if broken && !moving.recover() {
+                break;
+            }
+        }
+        moving.finish();
+    }
+}

@@ -1,0 +1,134 @@
+//! What migrations are allowed to do beyond the ordinary: QAPI's capabilities.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::Serialize;
+
+use super::command::{CommandError, CommandResult};
+
+/// QAPI's `MigrationCapability`, as far as Ferry has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MigrationCapability {
+    /// MIGRATION and MIGRATION_PASS are sent.
+    Events,
+    /// The guest may move ahead of its memory.
+    PostcopyRam,
+}
+
+impl MigrationCapability {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Events, Self::PostcopyRam];
+
+    /// The name in QMP and in the monitor.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Events => "events",
+            Self::PostcopyRam => "postcopy-ram",
+        }
+    }
+}
+
+impl fmt::Display for MigrationCapability {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for MigrationCapability {
+    type Err = CommandError;
+
+    fn from_str(name: &str) -> CommandResult<Self> {
+        let known = Self::ALL.into_iter().find(|known| known.as_str() == name);
+        known.ok_or_else(|| {
+            CommandError::generic(format!(
+                "Parameter 'capability' does not accept value '{name}'"
+            ))
+        })
+    }
+}
+
+/// QAPI's `MigrationCapabilityStatus`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct MigrationCapabilityStatus {
+    /// Which one.
+    pub capability: MigrationCapability,
+    /// Whether it is on.
+    pub state: bool,
+}
+
+/// Every capability, on or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// [`MigrationCapability::Events`].
+    pub events: bool,
+    /// [`MigrationCapability::PostcopyRam`].
+    pub postcopy_ram: bool,
+}
+
+impl Default for Capabilities {
+    fn default() -> Self {
+        Self {
+            events: true,
+            postcopy_ram: false,
+        }
+    }
+}
+
+impl Capabilities {
+    /// Each with its state.
+    pub fn list(self) -> Vec<MigrationCapabilityStatus> {
+        let Self {
+            events,
+            postcopy_ram,
+        } = self;
+        let status = |capability| MigrationCapabilityStatus {
+            capability,
+            state: match capability {
+                MigrationCapability::Events => events,
+                MigrationCapability::PostcopyRam => postcopy_ram,
+            },
+        };
+        MigrationCapability::ALL.map(status).to_vec()
+    }
+
+    /// What they are after these changes; the last one of a capability counts.
+    pub fn after(mut self, changes: &[MigrationCapabilityStatus]) -> Self {
+        for change in changes {
+            match change.capability {
+                MigrationCapability::Events => self.events = change.state,
+                MigrationCapability::PostcopyRam => self.postcopy_ram = change.state,
+            }
+        }
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_capability_has_one_name_everywhere() {
+        for capability in MigrationCapability::ALL {
+            let name = capability.as_str();
+            assert_eq!(serde_json::to_value(capability).unwrap(), name);
+            assert_eq!(name.parse(), Ok(capability));
+        }
+        let error = "warp-drive".parse::<MigrationCapability>().unwrap_err();
+        assert!(error.desc.contains("warp-drive"), "{error}");
+    }
+
+    #[test]
+    fn changes_leave_what_they_do_not_name() {
+        let on = MigrationCapabilityStatus {
+            capability: MigrationCapability::PostcopyRam,
+            state: true,
+        };
+        let after = Capabilities::default().after(&[on]);
+        assert!(after.events && after.postcopy_ram);
+        assert_eq!(after.list().len(), MigrationCapability::ALL.len());
+        assert!(after.list().contains(&on));
+    }
+}

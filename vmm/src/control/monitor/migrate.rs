@@ -1,0 +1,166 @@
+//! The monitor's commands on migrations that take parameters.
+
+use super::commands::{Failure, Reply, on_or_off};
+use super::line::Words;
+use super::session::Session;
+use crate::control::command::{
+    CommandError, MigrateRequest, MigrationCapabilityStatus, ParameterChange, StorageCopy, Uri,
+};
+use crate::control::size::parse_size;
+
+/// The migration parameters that `migrate_set_parameter` knows.
+pub const PARAMETERS: [&str; 11] = [
+    "announce-initial",
+    "announce-max",
+    "announce-rounds",
+    "announce-step",
+    "avail-switchover-bandwidth",
+    "downtime-limit",
+    "max-bandwidth",
+    "max-postcopy-bandwidth",
+    "x-postcopy-after-rounds",
+    "x-postcopy-after-time",
+    "x-postcopy-no-convergence",
+];
+
+/// Starts a migration, or goes on with one that is paused in post-copy.
+pub fn start(session: &mut Session, mut words: Words) -> Result<Reply, Failure> {
+    let options = words.options("drbi")?;
+    let resume = options.contains('r');
+    // One that is resumed was begun by somebody else, perhaps.
+    let detach = resume || options.contains('d');
+    let uri = words.required()?;
+    words.finish()?;
+    session.machine().migrate(MigrateRequest {
+        address: uri.parse::<Uri>().map_err(CommandError::from)?,
+        resume,
+        copy: StorageCopy::of(options.contains('b'), options.contains('i')),
+    })?;
+    Ok(if detach {
+        Reply::nothing()
+    } else {
+        Reply::Migrating
+    })
+}
+
+/// Waits for a guest.
+pub fn incoming(session: &mut Session, mut words: Words) -> Result<Reply, Failure> {
+    let uri = words.required()?;
+    words.finish()?;
+    session
+        .machine()
+        .migrate_incoming(uri.parse::<Uri>().map_err(CommandError::from)?, true)?;
+    Ok(Reply::nothing())
+}
+
+/// Waits for the source of a migration that is paused in post-copy.
+pub fn recover(session: &mut Session, mut words: Words) -> Result<Reply, Failure> {
+    let uri = words.required()?;
+    words.finish()?;
+    let address = uri.parse::<Uri>().map_err(CommandError::from)?;
+    session.machine().migrate_recover(address)?;
+    Ok(Reply::nothing())
+}
+
+/// Switches a capability.
+pub fn set_capability(session: &mut Session, mut words: Words) -> Result<Reply, Failure> {
+    let capability = words.required()?.parse()?;
+    let state = on_or_off(&words.required()?)?;
+    words.finish()?;
+    session
+        .machine()
+        .set_capabilities(&[MigrationCapabilityStatus { capability, state }])?;
+    Ok(Reply::nothing())
+}
+
+/// Sets a parameter.
+pub fn set_parameter(session: &mut Session, mut words: Words) -> Result<Reply, Failure> {
+    let name = words.required()?;
+    let value = words.required()?;
+    words.finish()?;
+    let mut set = ParameterChange::default();
+    match name.as_str() {
+        "max-bandwidth" => set.max_bandwidth = Some(bandwidth(&value)?),
+        "avail-switchover-bandwidth" => {
+            set.avail_switchover_bandwidth = Some(bandwidth(&value)?);
+        }
+        "downtime-limit" => set.downtime_limit = Some(milliseconds(&value)?),
+        "max-postcopy-bandwidth" => set.max_postcopy_bandwidth = Some(bandwidth(&value)?),
+        "x-postcopy-after-rounds" => set.postcopy_after_rounds = Some(whole(&value)?),
+        "x-postcopy-after-time" => set.postcopy_after_time = Some(milliseconds(&value)?),
+        "x-postcopy-no-convergence" => set.postcopy_no_convergence = Some(on_or_off(&value)?),
+        _ => match set.announce.value_mut(&name) {
+            Some(to) => *to = Some(whole(&value)?),
+            None => {
+                let desc = format!("invalid parameter value: {name}");
+                return Err(CommandError::generic(desc).into());
+            }
+        },
+    }
+    change(session, set)
+}
+
+/// Sets the most that a migration may send.
+pub fn set_speed(session: &mut Session, mut words: Words) -> Result<Reply, Failure> {
+    let value = words.required()?;
+    words.finish()?;
+    let max_bandwidth = Some(bandwidth(&value)?);
+    change(
+        session,
+        ParameterChange {
+            max_bandwidth,
+            ..Default::default()
+        },
+    )
+}
+
+/// Sets the downtime limit.
+pub fn set_downtime(session: &mut Session, mut words: Words) -> Result<Reply, Failure> {
+    let word = words.required()?;
+    words.finish()?;
+    let downtime_limit = Some(parse_seconds(&word)?);
+    change(
+        session,
+        ParameterChange {
+            downtime_limit,
+            ..Default::default()
+        },
+    )
+}
+
+fn change(session: &Session, change: ParameterChange) -> Result<Reply, Failure> {
+    session.machine().change_parameters(change)?;
+    Ok(Reply::nothing())
+}
+
+/// Bytes a second; a bare number is MiB a second.
+fn bandwidth(text: &str) -> Result<u64, Failure> {
+    parse_size(text, 1 << 20).map_err(|error| CommandError::generic(error.to_string()).into())
+}
+
+fn whole(text: &str) -> Result<u64, Failure> {
+    text.parse().map_err(|_| {
+        let desc = format!("'{text}' is not a whole number");
+        CommandError::generic(desc).into()
+    })
+}
+
+fn milliseconds(text: &str) -> Result<u64, Failure> {
+    text.parse().map_err(|_| {
+        let desc = format!("'{text}' is not a whole number of milliseconds");
+        CommandError::generic(desc).into()
+    })
+}
+
+/// Reads seconds, or a time with its unit, as milliseconds.
+fn parse_seconds(text: &str) -> Result<u64, Failure> {
+    let (number, factor) = [("ms", 1.0), ("us", 1e-3), ("ns", 1e-6), ("s", 1e3)]
+        .into_iter()
+        .find_map(|(unit, factor)| Some((text.strip_suffix(unit)?, factor)))
+        .unwrap_or((text, 1e3));
+    match number.parse::<f64>() {
+        // The limit itself is checked where all parameters are; this is what the type holds.
+        Ok(value) if value >= 0.0 && value * factor < 1e15 => Ok((value * factor).round() as u64),
+        _ => Err(CommandError::generic(format!("'{text}' is not a time in seconds")).into()),
+    }
+}
