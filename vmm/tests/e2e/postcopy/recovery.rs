@@ -142,15 +142,8 @@ fn cut_at_each_frame_of_a_recovery() {
 /// goes on waiting at its address, until it is told to pause.
 fn pause_both(source: &mut Ferry, destination: &mut Ferry) {
     wait_state(source, "postcopy-paused");
-    let settled = |info: &Value| {
-        matches!(
-            info["status"].as_str(),
-            Some("postcopy-paused" | "postcopy-recover")
-        )
-    };
-    let info = destination.wait_migration("pause", settled);
-    if info["status"] == "postcopy-recover" {
-        // Refused if it has paused by itself meanwhile.
+    // Refused while it begins to wait, and once it has paused.
+    while destination.execute("query-migrate", Value::Null)["status"] != "postcopy-paused" {
         let _ = destination.qmp.execute("migrate-pause", Value::Null);
     }
     wait_paused(source, destination);
