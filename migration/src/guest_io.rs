@@ -148,6 +148,11 @@ impl GuestPages {
         }
     }
 
+    /// Whether the page is the first of a region.
+    pub(crate) fn begins_region(&self, page: u64) -> bool {
+        self.region(page).first == page
+    }
+
     /// The host address of a page if it is private anonymous memory, of which the page map tells
     /// the truth.
     pub fn private_host_address(&self, page: u64) -> Option<u64> {

@@ -31,6 +31,7 @@ pub mod guest_io;
 pub mod layout;
 pub mod link;
 pub mod listener;
+mod memory_frames;
 pub mod message;
 pub mod pacing;
 pub mod pagemap;

@@ -2,9 +2,10 @@
 
 use crate::bitmap::{PageBitmap, PageRun};
 use crate::channel::ChannelError;
-use crate::frame::{Kind, MAX_ZERO_RUNS};
+use crate::frame::Kind;
 use crate::guest_io::GuestPages;
-use crate::message::{AddressRun, encode_pages, encode_zero};
+use crate::layout::PAGE_SIZE;
+use crate::memory_frames::{PagesFrame, ZeroFrame};
 use crate::pagemap::Pagemap;
 use crate::progress::Progress;
 use crate::session::Session;
@@ -55,21 +56,13 @@ pub(crate) struct Memory {
     pub(crate) pages: GuestPages,
     pub(crate) pending: PageBitmap,
     pagemap: Pagemap,
-    frame: Frame,
-    zero: Vec<AddressRun>,
+    data: PagesFrame,
+    /// How many pages to put in it.
+    limit: u64,
+    zero: ZeroFrame,
     touched: Vec<PageRun>,
-    body: Vec<u8>,
     sent: Sent,
     told: Sent,
-}
-
-/// The PAGES frame that is being filled.
-#[derive(Default)]
-struct Frame {
-    runs: Vec<PageRun>,
-    wire: Vec<AddressRun>,
-    crcs: Vec<u32>,
-    limit: usize,
 }
 
 impl Memory {
@@ -79,10 +72,10 @@ impl Memory {
             pending: PageBitmap::full(pages.layout().pages()),
             pages,
             pagemap: Pagemap::open(),
-            frame: Frame::default(),
-            zero: Vec::new(),
+            data: PagesFrame::default(),
+            limit: 0,
+            zero: ZeroFrame::default(),
             touched: Vec::new(),
-            body: Vec::new(),
             sent: Sent::default(),
             told: Sent::default(),
         }
@@ -101,7 +94,7 @@ impl Memory {
     ) -> Result<Sent, PassError> {
         self.sent = Sent::default();
         self.told = Sent::default();
-        self.frame.limit = session.frame_pages() as usize;
+        self.limit = session.frame_pages();
         let mut next = 0;
         while !stop() {
             if pass == Pass::First {
@@ -247,41 +240,12 @@ impl Memory {
                 )?;
                 continue;
             }
-            self.add_page(page);
-            if self.frame.crcs.len() >= self.frame.limit {
+            self.data.add(&self.pages, page);
+            if self.data.pages() >= self.limit {
                 self.flush_pages(round, session, progress)?;
             }
         }
         Ok(())
-    }
-
-    fn add_page(&mut self, page: u64) {
-        let frame = &mut self.frame;
-        frame.crcs.push(self.pages.crc(page));
-        let address = self.pages.addresses(PageRun {
-            first: page,
-            count: 1,
-        });
-        if let (Some(run), Some(wire)) = (frame.runs.last_mut(), frame.wire.last_mut()) {
-            let end = wire.address + wire.pages * crate::layout::PAGE_SIZE;
-            if run.end() == page && end == address.address {
-                let longer = PageRun {
-                    first: run.first,
-                    count: run.count + 1,
-                };
-                // Regions that touch in the guest need not touch in this process.
-                if self.pages.within_region(longer) == longer {
-                    *run = longer;
-                    wire.pages += 1;
-                    return;
-                }
-            }
-        }
-        frame.runs.push(PageRun {
-            first: page,
-            count: 1,
-        });
-        frame.wire.push(address);
     }
 
     fn flush_pages(
@@ -290,17 +254,14 @@ impl Memory {
         session: &mut Session,
         progress: &Progress,
     ) -> Result<(), ChannelError> {
-        let frame = &mut self.frame;
-        if frame.runs.is_empty() {
+        if self.data.pages() == 0 {
             return Ok(());
         }
-        encode_pages(&frame.wire, &frame.crcs, &mut self.body);
-        session.send_pages(&self.body, &self.pages, &frame.runs, round)?;
-        self.sent.pages += frame.crcs.len() as u64;
-        frame.runs.clear();
-        frame.wire.clear();
-        frame.crcs.clear();
-        frame.limit = session.frame_pages() as usize;
+        let (body, runs) = self.data.encode(&self.pages);
+        session.send_pages(body, &self.pages, runs, round)?;
+        self.sent.pages += self.data.pages();
+        self.data.clear();
+        self.limit = session.frame_pages();
         self.tell(session, progress);
         Ok(())
     }
@@ -312,23 +273,8 @@ impl Memory {
         session: &mut Session,
     ) -> Result<(), ChannelError> {
         self.sent.zero += run.count;
-        let run = self.pages.addresses(run);
-        match self.zero.last_mut() {
-            Some(last)
-                if last.address + last.pages * crate::layout::PAGE_SIZE == run.address
-                    && self
-                        .pages
-                        .resolve(AddressRun {
-                            address: last.address,
-                            pages: last.pages + run.pages,
-                        })
-                        .is_ok() =>
-            {
-                last.pages += run.pages;
-            }
-            _ => self.zero.push(run),
-        }
-        if self.zero.len() >= MAX_ZERO_RUNS {
+        self.zero.add(&self.pages, run);
+        if self.zero.is_full() {
             self.flush_zero(round, session)?;
         }
         Ok(())
@@ -336,12 +282,10 @@ impl Memory {
 
     /// Within a pass each page comes once, so that zeroes may be told later than data.
     fn flush_zero(&mut self, round: u64, session: &mut Session) -> Result<(), ChannelError> {
-        if self.zero.is_empty() {
-            return Ok(());
+        match self.zero.take(&self.pages) {
+            Some(body) => session.send(Kind::Zero, body, round),
+            None => Ok(()),
         }
-        encode_zero(&self.zero, &mut self.body);
-        self.zero.clear();
-        session.send(Kind::Zero, &self.body, round)
     }
 
     fn tell(&mut self, session: &Session, progress: &Progress) {
@@ -353,12 +297,10 @@ impl Memory {
             session.tell(snapshot);
             let ram = &mut snapshot.ram;
             ram.normal += data;
-            ram.normal_bytes = ram.normal * crate::layout::PAGE_SIZE;
+            ram.normal_bytes = ram.normal * PAGE_SIZE;
             ram.duplicate += zero;
             snapshot.skipped += sent.skipped - told.skipped;
-            ram.remaining = ram
-                .remaining
-                .saturating_sub((data + zero) * crate::layout::PAGE_SIZE);
+            ram.remaining = ram.remaining.saturating_sub((data + zero) * PAGE_SIZE);
         });
     }
 }
