@@ -38,6 +38,7 @@ pub mod pagemap;
 pub mod parameters;
 mod placement;
 pub mod postcopy;
+mod priority;
 pub mod progress;
 pub mod protocol;
 pub mod read_ahead;

@@ -21,8 +21,8 @@ use crate::message::{
 };
 use crate::placement::Placement;
 use crate::postcopy::Control;
-use crate::progress;
-use crate::progress::Status;
+use crate::priority::Background;
+use crate::progress::{self, Status};
 use crate::protocol::OutOfOrder;
 use crate::userfault::Userfault;
 
@@ -325,7 +325,9 @@ impl Destination<'_> {
     ) -> Result<(), DestinationError> {
         let (mut runs, mut crcs, mut data) = (Vec::new(), Vec::new(), Vec::new());
         let mut told_at = Instant::now();
+        let mut background = Background::new();
         loop {
+            background.give_way();
             let arrived = channel.receive()?;
             match arrived.kind {
                 Kind::Pages | Kind::Zero => {
