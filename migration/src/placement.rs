@@ -3,7 +3,7 @@
 use crate::bitmap::{PageBitmap, PageRun};
 use crate::channel::Channel;
 use crate::destination::DestinationError;
-use crate::guest_io::{GuestPages, MemoryError};
+use crate::guest_io::{DiscardError, GuestPages, MemoryError};
 use crate::layout::{GuestRam, Layout, PAGE_SIZE};
 use crate::message::AddressRun;
 
@@ -127,6 +127,18 @@ impl Placement {
             self.suspect.clear_range(run.first, run.count);
             self.missing.clear_range(run.first, run.count);
             self.counts.zero += run.count;
+        }
+        Ok(())
+    }
+
+    /// Gives all of the memory back to the kernel, before anything is in it: fails if that can't be
+    /// done, as with locked memory.
+    pub(crate) fn drop_all(&self) -> Result<(), DiscardError> {
+        let mut first = 0;
+        for region in self.memory.layout().regions() {
+            let count = region.pages();
+            self.memory.discard(PageRun { first, count })?;
+            first += count;
         }
         Ok(())
     }
