@@ -134,13 +134,7 @@ impl Placement {
     /// Gives all of the memory back to the kernel, before anything is in it: fails if that can't be
     /// done, as with locked memory.
     pub(crate) fn drop_all(&self) -> Result<(), DiscardError> {
-        let mut first = 0;
-        for region in self.memory.layout().regions() {
-            let count = region.pages();
-            self.memory.discard(PageRun { first, count })?;
-            first += count;
-        }
-        Ok(())
+        self.memory.discard_all()
     }
 
     /// The memory, the pages that never came, and those whose last copy was not right.
