@@ -74,6 +74,17 @@ impl Late {
         Ok(Some(control))
     }
 
+    /// Checks that guest memory can be dropped here, as it will be at the switch, while nothing is
+    /// in it yet.
+    pub(super) fn check_memory(placement: &Placement) -> Result<(), String> {
+        placement.drop_all().map_err(|error| {
+            format!(
+                "post-copy is not possible here: {error}; unlock it, or switch the capability \
+                 postcopy-ram off at both sides"
+            )
+        })
+    }
+
     /// Waits for the fault channel, which the source connects once it is accepted.
     pub(super) fn join(
         control: Control<Listener>,

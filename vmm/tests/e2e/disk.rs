@@ -8,7 +8,7 @@ mod locks;
 mod moving;
 mod options;
 mod snapshots;
-mod space;
+pub mod space;
 
 use std::io::{self, IoSliceMut, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};

@@ -184,7 +184,7 @@ fn a_guest_is_announced_on_demand() {
 }
 
 /// Sends a numbered datagram to the guest every 10 ms and collects what comes back.
-fn echo(until: &AtomicBool, answers: &dyn Fn(u64)) -> u64 {
+pub fn echo(until: &AtomicBool, answers: &dyn Fn(u64)) -> u64 {
     let socket = UdpSocket::bind((HOST, 0)).unwrap();
     socket.connect((GUEST, 7)).unwrap();
     socket.set_nonblocking(true).unwrap();
