@@ -33,6 +33,9 @@ pub enum DecodeError {
     /// A truth value other than 0 and 1.
     #[error("a flag is {0}, not 0 or 1")]
     Bool(u8),
+    /// A guest that is gone for a reason that is none.
+    #[error("{0} says nothing about what became of the guest")]
+    GoneCause(u8),
     /// Text that is not UTF-8.
     #[error("a text is not UTF-8")]
     NotText,

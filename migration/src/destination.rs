@@ -7,11 +7,14 @@ mod faults;
 pub mod late;
 mod postcopy;
 mod recovery;
+mod rest;
+mod unconfirmed;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use self::disks::DiskError;
+pub use self::unconfirmed::Unconfirmed;
 
 use self::blobs::Blobs;
 use self::disks::Disks;
@@ -174,12 +177,14 @@ impl DestinationError {
 }
 
 /// A guest that has arrived.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Arrival {
     /// The migration.
     pub id: Id,
     /// How it was started.
     pub start: Start,
+    /// After post-copy, if the source may not know how it ended: to be served.
+    pub unconfirmed: Option<Unconfirmed>,
 }
 
 /// A guest that runs without all of its memory, and why its connection is broken already, if so.
@@ -236,10 +241,12 @@ pub fn receive(
         }),
     };
     match result {
-        Ok((arrival, late)) => {
+        Ok((mut arrival, late)) => {
             tracing::info!(id = ?arrival.id, start = ?arrival.start, "the guest has arrived");
             match late {
-                Some((late, broken)) => destination.run_late(channel, late, broken),
+                Some((late, broken)) => {
+                    arrival.unconfirmed = destination.take_in_rest(channel, late, broken);
+                }
                 None => {
                     job.progress.set_status(Status::Completed);
                     channel.linger(Instant::now() + job.deadlines.linger);
@@ -511,7 +518,12 @@ impl Destination<'_> {
             // The guest is here, whatever the source thinks.
             tracing::warn!(?id, "cannot tell the source that the guest runs: {error}");
         }
-        Ok((Arrival { id, start }, told.err()))
+        let arrival = Arrival {
+            id,
+            start,
+            unconfirmed: None,
+        };
+        Ok((arrival, told.err()))
     }
 
     fn tell(&self, channel: &Channel, disks: &Disks, placement: &Placement, round: u64) {

@@ -29,7 +29,7 @@ pub const MAX_SECTION: usize = 16 << 20;
 /// The most bytes in the body of a SYNC, whose padding shows how fast the link is.
 pub const MAX_SYNC: usize = 512 << 10;
 
-/// The most bytes of UTF-8 in the reason of a REFUSE, FAILED or CANCEL.
+/// The most bytes of UTF-8 in the reason of a REFUSE, FAILED, CANCEL or GONE.
 pub const MAX_REASON: usize = 16 << 10;
 
 /// The most bytes of a bitmap of pages in one frame: 128 MiB of RAM.
@@ -74,6 +74,8 @@ pub enum Kind {
     Resume = 0x10,
     /// Source: agrees on what has arrived.
     Continue = 0x11,
+    /// Source: knows that all has arrived, and forgets the guest.
+    Done = 0x12,
     /// Destination: the offer is accepted.
     Accept = 0x81,
     /// Destination: the offer is not accepted.
@@ -92,7 +94,7 @@ pub enum Kind {
     Request = 0x88,
     /// Destination: all of the guest's memory has arrived.
     Complete = 0x89,
-    /// Destination: the guest has ended there, and needs no more memory.
+    /// Destination: the guest has ended there or is lost, and needs no more memory.
     Gone = 0x8a,
     /// Destination: what has arrived.
     Arrived = 0x8b,
@@ -102,7 +104,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 30] = [
         Self::Hello,
         Self::Blob,
         Self::Pages,
@@ -120,6 +122,7 @@ impl Kind {
         Self::Join,
         Self::Resume,
         Self::Continue,
+        Self::Done,
         Self::Accept,
         Self::Refuse,
         Self::SyncAck,
@@ -165,6 +168,7 @@ impl Kind {
             Self::Join => "JOIN",
             Self::Resume => "RESUME",
             Self::Continue => "CONTINUE",
+            Self::Done => "DONE",
             Self::Request => "REQUEST",
             Self::Complete => "COMPLETE",
             Self::Gone => "GONE",
@@ -182,7 +186,8 @@ impl Kind {
             Self::Zero => 4 + 16 * MAX_ZERO_RUNS,
             Self::Blocks => 6 + 21 * MAX_BLOCK_RUNS,
             Self::State => 128 + MAX_SECTION,
-            Self::Refuse | Self::Failed | Self::Cancel | Self::Gone => MAX_REASON,
+            Self::Refuse | Self::Failed | Self::Cancel => MAX_REASON,
+            Self::Gone => 1 + MAX_REASON,
             Self::Missing | Self::Arrived => 8 + MAX_BITS,
             Self::Sync => MAX_SYNC,
             Self::End
@@ -198,6 +203,7 @@ impl Kind {
             | Self::Join
             | Self::Resume
             | Self::Continue
+            | Self::Done
             | Self::Request
             | Self::Complete
             | Self::Left => 64,

@@ -5,6 +5,7 @@ mod bits;
 mod blob;
 mod disks;
 mod fixed;
+mod gone;
 mod hello;
 mod pages;
 mod preamble;
@@ -18,6 +19,7 @@ pub use self::disks::{BlockRun, MAX_DISK, MAX_DISKS, RunKind, decode_blocks, enc
 pub use self::fixed::{
     Accept, End, Flush, Flushed, Go, Missing, Ready, Request, Return, Running, Sync, SyncAck,
 };
+pub use self::gone::{Gone, GoneCause};
 pub use self::hello::{
     BLOCK_MIGRATION, CAPABILITIES, Hello, MAX_BLOB, MAX_BLOBS, MAX_CONFIGURATION, POSTCOPY,
     REQUIRABLE,

@@ -4,7 +4,10 @@ use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::cancel::Cancel;
+use crate::listener::Listener;
+use crate::message::{Gone, GoneCause};
 use crate::progress::{Progress, Status};
+use crate::uri::Uri;
 
 /// Steers a migration that may go over into post-copy; clones act on the same one. `T` is what
 /// replaces a broken connection: an address at the source, a listener at the destination.
@@ -30,6 +33,9 @@ struct Inner<T> {
 struct State<T> {
     /// The switch was asked for.
     started: bool,
+    /// At the destination: all has arrived. From here on the connection only serves to tell the
+    /// source so, and what becomes of it changes no status.
+    complete: bool,
     connection: Connection<T>,
 }
 
@@ -43,8 +49,10 @@ enum Connection<T> {
     Paused,
     /// Another is there, which the engine has not taken yet.
     Replaced(T, Cancel),
+    /// At the destination: the source has not come to the listener; cancelling closes that.
+    Listening(Cancel),
     /// Nobody waits any more, for that reason.
-    Ended(String),
+    Ended(Gone),
 }
 
 /// The migration is not in post-copy with a connection.
@@ -69,6 +77,7 @@ impl<T> Control<T> {
         Self(Arc::new(Inner {
             state: Mutex::new(State {
                 started: false,
+                complete: false,
                 connection: Connection::None,
             }),
             changed: Condvar::new(),
@@ -89,8 +98,16 @@ impl<T> Control<T> {
 
     /// Breaks the connection; both sides are paused then, and can be recovered.
     pub fn pause(&self) -> Result<(), NotActive> {
-        match &self.state().connection {
-            Connection::Active(breaker) | Connection::Replaced(_, breaker) => {
+        let state = self.state();
+        match &state.connection {
+            Connection::Active(breaker) if !state.complete => {
+                let _ = breaker.cancel("paused by the user");
+                Ok(())
+            }
+            // At the source it is in recovery as soon as it has an address.
+            Connection::Replaced(_, breaker)
+                if self.0.progress.status() == Status::PostcopyRecover =>
+            {
                 let _ = breaker.cancel("paused by the user");
                 Ok(())
             }
@@ -98,42 +115,40 @@ impl<T> Control<T> {
         }
     }
 
-    /// Goes on over another connection.
-    pub fn recover(&self, with: T) -> Result<(), RecoverError> {
-        let mut state = self.state();
-        if !matches!(state.connection, Connection::Paused) {
-            return Err(RecoverError::NotPaused);
-        }
-        let breaker = Cancel::new().map_err(RecoverError::Resources)?;
-        state.connection = Connection::Replaced(with, breaker);
-        self.0.progress.change_status(Status::PostcopyRecover);
-        self.0.changed.notify_all();
-        Ok(())
-    }
-
     /// Whether the connection is broken, and nothing replaces it yet.
     pub fn is_paused(&self) -> bool {
         matches!(self.state().connection, Connection::Paused)
     }
 
-    /// The guest, or this process, ends: nobody waits any more, and the peer is told why if it
-    /// can be. The first reason counts.
+    /// This process ends, or has no more need of the migration: nobody waits any more, and the peer
+    /// is told why if it can be. What is not at the destination then is lost. The first reason
+    /// counts.
     pub fn end(&self, reason: &str) {
+        self.end_by(GoneCause::Lost, reason);
+    }
+
+    fn end_by(&self, cause: GoneCause, reason: &str) {
         let mut state = self.state();
-        let before = match &state.connection {
-            Connection::Ended(_) => return,
-            _ => std::mem::replace(&mut state.connection, Connection::Ended(reason.to_owned())),
-        };
-        if let Connection::Active(breaker) = before {
-            let _ = breaker.cancel(reason);
+        if matches!(state.connection, Connection::Ended(_)) {
+            return;
+        }
+        let reason = reason.to_owned();
+        let ended = Connection::Ended(Gone { cause, reason });
+        let before = std::mem::replace(&mut state.connection, ended);
+        if let (
+            Connection::Active(breaker) | Connection::Listening(breaker),
+            Connection::Ended(gone),
+        ) = (before, &state.connection)
+        {
+            let _ = breaker.cancel(&gone.reason);
         }
         self.0.changed.notify_all();
     }
 
     /// Why it was [ended](Self::end).
-    pub(crate) fn ended(&self) -> Option<String> {
+    pub(crate) fn ended(&self) -> Option<Gone> {
         match &self.state().connection {
-            Connection::Ended(reason) => Some(reason.clone()),
+            Connection::Ended(gone) => Some(gone.clone()),
             _ => None,
         }
     }
@@ -142,12 +157,12 @@ impl<T> Control<T> {
     pub(crate) fn activate(&self, breaker: Cancel) {
         let mut state = self.state();
         match &state.connection {
-            Connection::Ended(reason) => {
-                let _ = breaker.cancel(reason);
+            Connection::Ended(gone) => {
+                let _ = breaker.cancel(&gone.reason);
             }
             _ => state.connection = Connection::Active(breaker),
         }
-        self.0.progress.change_status(Status::PostcopyActive);
+        self.change_status(&state, Status::PostcopyActive);
         drop(state);
         self.0.progress.tell_status();
     }
@@ -158,21 +173,61 @@ impl<T> Control<T> {
         if !matches!(state.connection, Connection::Ended(_)) {
             state.connection = Connection::None;
         }
+        self.0.progress.update(|snapshot| snapshot.error = None);
     }
 
-    /// The connection is broken: it can be replaced from here on.
-    pub(crate) fn paused(&self) {
+    /// The connection is broken, for a reason to be shown: it can be replaced from here on.
+    pub(crate) fn paused(&self, error: String) {
         let mut state = self.state();
-        if !matches!(state.connection, Connection::Ended(_)) {
-            state.connection = Connection::Paused;
-            self.0.progress.change_status(Status::PostcopyPaused);
+        match state.connection {
+            Connection::Ended(_) => {}
+            // That it was broken off for another is no reason to be shown in place of an older one.
+            Connection::Replaced(..) => self.0.progress.update(|snapshot| {
+                snapshot.error.get_or_insert(error);
+            }),
+            _ => {
+                state.connection = Connection::Paused;
+                self.broken(&state, error);
+            }
         }
         drop(state);
         self.0.progress.tell_status();
     }
 
+    /// There is no connection.
+    fn broken(&self, state: &State<T>, error: String) {
+        self.0
+            .progress
+            .update(|snapshot| snapshot.error = Some(error));
+        self.change_status(state, Status::PostcopyPaused);
+    }
+
+    fn change_status(&self, state: &State<T>, status: Status) {
+        if !state.complete {
+            self.0.progress.change_status(status);
+        }
+    }
+
+    /// Gives it `with`; `status` is what that makes of it.
+    fn replace(
+        &self,
+        mut state: MutexGuard<'_, State<T>>,
+        with: T,
+        status: Status,
+    ) -> Result<(), RecoverError> {
+        let breaker = Cancel::new().map_err(RecoverError::Resources)?;
+        let replaced = Connection::Replaced(with, breaker);
+        let before = std::mem::replace(&mut state.connection, replaced);
+        if let Connection::Active(breaker) | Connection::Listening(breaker) = before {
+            let _ = breaker.cancel("another address was given");
+        }
+        self.change_status(&state, status);
+        self.0.changed.notify_all();
+        Ok(())
+    }
+
     /// Waits for what replaces it, and what breaks that; `None` once nobody waits any more.
-    pub(crate) fn wait(&self) -> Option<(T, Cancel)> {
+    fn take(&self, becomes: impl FnOnce(Cancel) -> Connection<T>) -> Option<(T, Cancel)> {
         let mut state = self.state();
         let (with, breaker) = loop {
             match std::mem::replace(&mut state.connection, Connection::None) {
@@ -186,7 +241,7 @@ impl<T> Control<T> {
             let waiting = self.0.changed.wait(state);
             state = waiting.unwrap_or_else(PoisonError::into_inner);
         };
-        state.connection = Connection::Active(breaker.clone());
+        state.connection = becomes(breaker.clone());
         drop(state);
         self.0.progress.tell_status();
         Some((with, breaker))
@@ -194,6 +249,110 @@ impl<T> Control<T> {
 
     fn state(&self) -> MutexGuard<'_, State<T>> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Control<Uri> {
+    /// Goes on over another connection.
+    pub fn recover(&self, with: Uri) -> Result<(), RecoverError> {
+        let state = self.state();
+        match state.connection {
+            Connection::Paused => self.replace(state, with, Status::PostcopyRecover),
+            _ => Err(RecoverError::NotPaused),
+        }
+    }
+
+    /// Waits for an address, and what breaks the connection there; `None` once nobody waits any
+    /// more.
+    pub(crate) fn wait(&self) -> Option<(Uri, Cancel)> {
+        self.take(Connection::Active)
+    }
+}
+
+impl Control<Listener> {
+    /// Goes on over another connection, which the source makes to that listener. Until it has come,
+    /// nothing else changes; another listener takes the first one's place.
+    pub fn recover(&self, with: Listener) -> Result<(), RecoverError> {
+        let state = self.state();
+        if !state.is_recoverable() {
+            return Err(RecoverError::NotPaused);
+        }
+        self.replace(state, with, Status::PostcopyPaused)
+    }
+
+    /// The guest has ended by itself, and needs no more memory: as [`end`](Self::end), but nothing
+    /// is lost.
+    pub fn guest_ended(&self, reason: &str) {
+        self.end_by(GoneCause::Ended, reason);
+    }
+
+    /// Whether the source is waited for: the connection is broken, or it was before the source could
+    /// say that it knows that all has arrived.
+    pub fn is_recoverable(&self) -> bool {
+        self.state().is_recoverable()
+    }
+
+    /// Waits for a listener, and what closes that; `None` once nobody waits any more.
+    pub(crate) fn wait(&self) -> Option<(Listener, Cancel)> {
+        self.take(Connection::Listening)
+    }
+
+    /// The source has come to the listener: both sides agree, until that is over or `breaker` breaks
+    /// it. False if it is not waited for any more.
+    pub(crate) fn agree(&self, breaker: Cancel) -> bool {
+        let mut state = self.state();
+        let listening = matches!(state.connection, Connection::Listening(_));
+        if listening {
+            state.connection = Connection::Active(breaker);
+            self.change_status(&state, Status::PostcopyRecover);
+        }
+        drop(state);
+        self.0.progress.tell_status();
+        listening
+    }
+
+    /// They did not agree, for a reason to be shown: it waits at the listener again, which `breaker`
+    /// closes. False if it is not to.
+    pub(crate) fn listen_on(&self, breaker: Cancel, error: String) -> bool {
+        let mut state = self.state();
+        let agreeing = matches!(state.connection, Connection::Active(_));
+        if agreeing {
+            state.connection = Connection::Listening(breaker);
+            self.broken(&state, error);
+        }
+        drop(state);
+        self.0.progress.tell_status();
+        agreeing
+    }
+
+    /// All has arrived. If there is a connection, which `breaker` breaks, the source is about to say
+    /// that it knows.
+    pub(crate) fn complete(&self, breaker: Option<Cancel>) {
+        let mut state = self.state();
+        self.0.progress.update(|snapshot| snapshot.error = None);
+        self.change_status(&state, Status::Completed);
+        state.complete = true;
+        match (&state.connection, breaker) {
+            (Connection::Ended(gone), Some(breaker)) => {
+                let _ = breaker.cancel(&gone.reason);
+            }
+            (Connection::Ended(_), None) => {}
+            (_, Some(breaker)) => state.connection = Connection::Active(breaker),
+            (_, None) => state.connection = Connection::None,
+        }
+        drop(state);
+        self.0.progress.tell_status();
+    }
+}
+
+impl<T> State<T> {
+    fn is_recoverable(&self) -> bool {
+        match self.connection {
+            Connection::Paused | Connection::Listening(_) | Connection::Replaced(..) => true,
+            // It may be dead, which takes long to notice.
+            Connection::Active(_) => self.complete,
+            Connection::None | Connection::Ended(_) => false,
+        }
     }
 }
 
@@ -206,41 +365,53 @@ mod tests {
         Arc::new(Progress::new(Arc::new(MonotonicClock), None))
     }
 
+    fn uri(port: u16) -> Uri {
+        format!("tcp:127.0.0.1:{port}").parse().unwrap()
+    }
+
+    fn listener() -> Listener {
+        Listener::bind(&uri(0)).unwrap()
+    }
+
     #[test]
     fn a_broken_connection_is_replaced_once_and_by_whoever_comes_first() {
         let progress = progress();
         let control = Control::new(Arc::clone(&progress));
+        let not_paused = |control: &Control<Uri>| {
+            matches!(control.recover(uri(1)), Err(RecoverError::NotPaused))
+        };
         assert_eq!(control.pause(), Err(NotActive));
-        assert!(matches!(control.recover(1), Err(RecoverError::NotPaused)));
+        assert!(not_paused(&control));
         let breaker = Cancel::new().unwrap();
         control.activate(breaker.clone());
         assert_eq!(progress.status(), Status::PostcopyActive);
-        assert!(matches!(control.recover(1), Err(RecoverError::NotPaused)));
+        assert!(not_paused(&control));
         control.pause().unwrap();
         assert_eq!(breaker.cancelled(), Some("paused by the user"));
-        control.paused();
+        control.paused("it broke".to_owned());
         assert_eq!(progress.status(), Status::PostcopyPaused);
+        assert_eq!(progress.snapshot().error.as_deref(), Some("it broke"));
         assert_eq!(control.pause(), Err(NotActive));
-        control.recover(2).unwrap();
+        control.recover(uri(2)).unwrap();
         assert_eq!(progress.status(), Status::PostcopyRecover);
-        assert!(matches!(control.recover(3), Err(RecoverError::NotPaused)));
-        assert_eq!(control.wait().unwrap().0, 2);
+        assert!(not_paused(&control));
+        assert_eq!(control.wait().unwrap().0, uri(2));
     }
 
     #[test]
     fn what_replaces_it_can_be_given_up_before_the_engine_has_taken_it() {
-        let control = Control::new(progress());
-        control.paused();
-        control.recover(1).unwrap();
+        let control = Control::<Uri>::new(progress());
+        control.paused(String::new());
+        control.recover(uri(1)).unwrap();
         control.pause().unwrap();
-        let (with, breaker) = control.wait().unwrap();
-        assert_eq!((with, breaker.cancelled()), (1, Some("paused by the user")));
+        let (_, breaker) = control.wait().unwrap();
+        assert_eq!(breaker.cancelled(), Some("paused by the user"));
     }
 
     #[test]
     fn whoever_waits_is_told_of_the_end() {
-        let control = Control::<u8>::new(progress());
-        control.paused();
+        let control = Control::<Uri>::new(progress());
+        control.paused(String::new());
         let waiting = std::thread::spawn({
             let control = control.clone();
             move || control.wait()
@@ -248,9 +419,63 @@ mod tests {
         control.end("the process ends");
         control.end("later");
         assert!(waiting.join().unwrap().is_none());
-        assert_eq!(control.ended().as_deref(), Some("the process ends"));
+        assert_eq!(control.ended().unwrap().reason, "the process ends");
         let breaker = Cancel::new().unwrap();
         control.activate(breaker.clone());
         assert_eq!(breaker.cancelled(), Some("the process ends"));
+    }
+
+    #[test]
+    fn a_destination_is_paused_until_its_source_has_come_and_if_they_do_not_agree() {
+        let progress = progress();
+        let control = Control::<Listener>::new(Arc::clone(&progress));
+        control.paused(String::new());
+        control.recover(listener()).unwrap();
+        let (_, first) = control.wait().unwrap();
+        assert_eq!(progress.status(), Status::PostcopyPaused);
+        assert_eq!(control.pause(), Err(NotActive));
+        // Another address takes the place of the first one.
+        control.recover(listener()).unwrap();
+        assert_eq!(first.cancelled(), Some("another address was given"));
+        assert!(!control.agree(Cancel::new().unwrap()));
+        control.paused("the first was closed".to_owned());
+        let (_, second) = control.wait().unwrap();
+
+        let breaker = Cancel::new().unwrap();
+        assert!(control.agree(breaker.clone()));
+        assert_eq!(progress.status(), Status::PostcopyRecover);
+        let refused = control.recover(listener());
+        assert!(matches!(refused, Err(RecoverError::NotPaused)));
+        control.pause().unwrap();
+        assert!(breaker.cancelled().is_some() && second.cancelled().is_none());
+        assert!(control.listen_on(second.clone(), "they differ".to_owned()));
+        assert_eq!(progress.status(), Status::PostcopyPaused);
+        assert_eq!(progress.snapshot().error.as_deref(), Some("they differ"));
+        control.end("it ends");
+        assert_eq!(second.cancelled(), Some("it ends"));
+        assert!(!control.agree(Cancel::new().unwrap()));
+    }
+
+    #[test]
+    fn once_all_has_arrived_the_status_stays_and_the_source_may_come_back() {
+        let progress = progress();
+        let control = Control::new(Arc::clone(&progress));
+        control.activate(Cancel::new().unwrap());
+        let breaker = Cancel::new().unwrap();
+        control.complete(Some(breaker.clone()));
+        assert_eq!(control.pause(), Err(NotActive));
+        control.paused("it may not know".to_owned());
+        control.recover(listener()).unwrap();
+        let (_, waker) = control.wait().unwrap();
+        assert!(control.agree(Cancel::new().unwrap()));
+        assert!(control.listen_on(waker, "again".to_owned()));
+        assert!(control.agree(Cancel::new().unwrap()));
+        assert_eq!(progress.status(), Status::Completed);
+        // The connection may be dead, and not seem so.
+        control.recover(listener()).unwrap();
+        control.finish();
+        let refused = control.recover(listener());
+        assert!(matches!(refused, Err(RecoverError::NotPaused)));
+        assert_eq!(progress.status(), Status::Completed);
     }
 }

@@ -34,6 +34,8 @@ pub enum Phase {
     Going,
     /// The guest runs at the destination, and what is missing of its memory comes.
     Late,
+    /// All of it has come; the source has not said that it knows.
+    Closing,
     /// The fault channel.
     Faults,
     /// A migration in post-copy is being resumed: the destination tells what has arrived.
@@ -58,8 +60,8 @@ impl Phase {
     /// The phase after a frame of that kind.
     pub fn after(self, kind: Kind) -> Result<Self, OutOfOrder> {
         use Phase::{
-            Blobs, Ended, Faults, Going, Late, Offered, Over, Ram, Ready, Resumed, Resuming, Start,
-            State, Switching,
+            Blobs, Closing, Ended, Faults, Going, Late, Offered, Over, Ram, Ready, Resumed,
+            Resuming, Start, State, Switching,
         };
         Ok(match (self, kind) {
             (Start, Kind::Hello) => Offered,
@@ -83,7 +85,9 @@ impl Phase {
                 Over
             }
             (Late, Kind::Pages | Kind::Zero | Kind::Pushed) => Late,
-            (Late, Kind::Complete | Kind::Gone) => Over,
+            (Late, Kind::Complete) => Closing,
+            (Closing, Kind::Done) => Over,
+            (Late, Kind::Gone) => Over,
             (Start, Kind::Join) => Faults,
             (Faults, Kind::Request | Kind::Pages | Kind::Zero) => Faults,
             (Start, Kind::Resume) => Resuming,
@@ -107,9 +111,9 @@ mod tests {
     use super::*;
     use Phase::*;
 
-    const PHASES: [Phase; 14] = [
-        Start, Offered, Blobs, Ram, Switching, State, Ended, Ready, Going, Late, Faults, Resuming,
-        Resumed, Over,
+    const PHASES: [Phase; 15] = [
+        Start, Offered, Blobs, Ram, Switching, State, Ended, Ready, Going, Late, Closing, Faults,
+        Resuming, Resumed, Over,
     ];
 
     fn run(kinds: &[Kind]) -> Result<Phase, OutOfOrder> {
@@ -161,7 +165,7 @@ mod tests {
                 .iter()
                 .try_fold(Phase::Late, |phase, &kind| phase.after(kind))
         };
-        assert_eq!(late(&[Pages, Zero, Pushed, Complete]), Ok(Over));
+        assert_eq!(late(&[Pages, Zero, Pushed, Complete, Done]), Ok(Over));
         assert_eq!(late(&[Pages, Gone]), Ok(Over));
         assert_eq!(run(&[Join, Request, Pages, Zero, Request]), Ok(Faults));
         assert_eq!(
@@ -183,6 +187,7 @@ mod tests {
             (Kind::Late, &[Switching]),
             (Kind::Pushed, &[Late]),
             (Kind::Complete, &[Late]),
+            (Kind::Done, &[Closing]),
             (Kind::Gone, &[Late]),
             (Kind::Join, &[Start]),
             (Kind::Resume, &[Start]),
@@ -194,7 +199,7 @@ mod tests {
             assert!(allowed(kind).eq(phases.iter().copied()), "{kind:?}");
         }
         // Once the guest has moved nobody takes it back.
-        for phase in [Late, Resuming, Resumed, Faults] {
+        for phase in [Late, Closing, Resuming, Resumed, Faults] {
             assert!(phase.after(Kind::Failed).is_err() && phase.after(Kind::Go).is_err());
         }
     }

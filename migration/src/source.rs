@@ -22,7 +22,7 @@ use crate::disk::SourceDisk;
 use crate::frame::Kind;
 use crate::guest_io::{GuestPages, MemoryError};
 use crate::link::{Deadlines, Link, LinkError, Stream};
-use crate::message::{Id, encode_reason};
+use crate::message::{GoneCause, Id, encode_reason};
 use crate::parameters::Parameters;
 use crate::postcopy::Control;
 use crate::progress::{self, Downtime, Progress, Status};
@@ -403,28 +403,27 @@ impl Source<'_> {
     }
 
     fn end_late(&mut self, downtime: Option<Downtime>, end: LateEnd) -> Outcome {
-        let reason = match end {
-            LateEnd::Complete => None,
-            LateEnd::Gone(reason) => {
-                tracing::warn!(id = ?self.id, "the guest has ended at the destination: {reason}");
-                self.job.progress.update(|snapshot| {
-                    snapshot.error =
-                        Some(format!("the guest has ended at the destination: {reason}"));
-                });
-                Some(reason)
+        let (error, given_up) = match end {
+            LateEnd::Complete => (None, None),
+            LateEnd::Gone(gone) => {
+                let lost = gone.cause == GoneCause::Lost;
+                (Some(gone.to_string()), lost.then_some(gone.reason))
             }
-            LateEnd::Abandoned(reason) => {
-                tracing::error!(id = ?self.id, "post-copy was given up: {reason}");
-                self.job
-                    .progress
-                    .update(|snapshot| snapshot.error = Some(reason.clone()));
-                self.job.progress.set_status(Status::Failed);
-                return Outcome::Abandoned { reason };
-            }
+            LateEnd::Abandoned(reason) => (Some(reason.clone()), Some(reason)),
         };
+        self.job
+            .progress
+            .update(|snapshot| snapshot.error.clone_from(&error));
+        if let Some(reason) = given_up {
+            tracing::error!(id = ?self.id, "post-copy was given up: {}", error.unwrap_or_default());
+            self.job.progress.set_status(Status::Failed);
+            return Outcome::Abandoned { reason };
+        }
+        if let Some(gone) = error {
+            tracing::warn!(id = ?self.id, "{gone}");
+        }
         let downtime_us = downtime.map(|downtime| downtime.total.as_micros());
-        tracing::info!(id = ?self.id, downtime_us, gone = reason, "post-copy completed");
-        self.job.progress.update(|snapshot| snapshot.error = reason);
+        tracing::info!(id = ?self.id, downtime_us, "post-copy completed");
         self.job.progress.complete();
         Outcome::Completed(downtime)
     }

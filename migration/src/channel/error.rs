@@ -6,6 +6,7 @@ use super::MAX_WAITING;
 use crate::codec::DecodeError;
 use crate::frame::{FrameError, Kind};
 use crate::link::LinkError;
+use crate::message::Gone;
 use crate::protocol::{OutOfOrder, Phase};
 
 /// Why frames no longer go or come.
@@ -33,7 +34,7 @@ pub enum ChannelError {
     /// The order of the frames.
     #[error(transparent)]
     OutOfOrder(#[from] OutOfOrder),
-    /// The peer gave up, or has no more need, and says why: REFUSE, FAILED, CANCEL or GONE.
+    /// The peer gave up, and says why: REFUSE, FAILED or CANCEL.
     #[error("{}: {reason}", peer_verb(*.kind))]
     Peer {
         /// Which.
@@ -41,6 +42,9 @@ pub enum ChannelError {
         /// Why.
         reason: String,
     },
+    /// The guest needs no more memory: GONE.
+    #[error("{0}")]
+    Gone(Gone),
     /// A request for memory that there is none of.
     #[error("the destination asks for memory that the guest does not have: {0}")]
     Request(String),
@@ -60,7 +64,6 @@ fn peer_verb(kind: Kind) -> &'static str {
     match kind {
         Kind::Refuse => "the destination refused",
         Kind::Cancel => "the source cancelled",
-        Kind::Gone => "the guest has ended at the destination",
         _ => "the destination failed",
     }
 }

@@ -8,7 +8,7 @@ use crate::frame::{FrameError, HEADER_LEN, Header, Kind};
 use crate::guest_io::GuestPages;
 use crate::layout::PAGE_SIZE;
 use crate::link::{LinkError, Readiness, not_ready};
-use crate::message::decode_reason;
+use crate::message::{Gone, decode_reason};
 use crate::protocol::Phase;
 
 /// A body's buffer grows with what has come, in steps of this.
@@ -210,15 +210,16 @@ impl Channel {
         std::mem::swap(&mut self.body, &mut self.partial);
         self.next_received = self.next_received.wrapping_add(1);
         self.phase = self.phase.after(header.kind)?;
-        if matches!(
-            header.kind,
-            Kind::Refuse | Kind::Failed | Kind::Cancel | Kind::Gone
-        ) {
-            let reason = self.decode(header.kind, decode_reason)?;
-            return Err(ChannelError::Peer {
-                kind: header.kind,
-                reason,
-            });
+        match header.kind {
+            Kind::Refuse | Kind::Failed | Kind::Cancel => {
+                let reason = self.decode(header.kind, decode_reason)?;
+                return Err(ChannelError::Peer {
+                    kind: header.kind,
+                    reason,
+                });
+            }
+            Kind::Gone => return Err(ChannelError::Gone(self.decode(Kind::Gone, Gone::decode)?)),
+            _ => {}
         }
         Ok(Some(Arrived {
             kind: header.kind,

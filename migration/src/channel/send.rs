@@ -119,7 +119,8 @@ impl Channel {
     fn why_closed(&mut self, error: LinkError) -> ChannelError {
         if self.duplex {
             // Ends with the frame that says why, or when there is nothing more to read.
-            if let Err(said @ ChannelError::Peer { .. }) = self.take_in() {
+            if let Err(said @ (ChannelError::Peer { .. } | ChannelError::Gone(_))) = self.take_in()
+            {
                 return said;
             }
         }

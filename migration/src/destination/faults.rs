@@ -11,7 +11,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use super::DestinationError;
 use super::late::{FaultAction, LateError, LateMemory, Via};
-use super::postcopy::receive_late;
+use super::rest::receive_late;
 use crate::bitmap::PageRun;
 use crate::cancel::Cancel;
 use crate::channel::{Channel, ChannelError};

@@ -23,7 +23,7 @@ use crate::connect::connect;
 use crate::frame::Kind;
 use crate::guest_io::GuestPages;
 use crate::link::Link;
-use crate::message::{MAX_BIT_PAGES, Missing, Preamble, Return, encode_bits};
+use crate::message::{Gone, MAX_BIT_PAGES, Missing, Preamble, Return, encode_bits};
 use crate::postcopy::Control;
 use crate::session::Session;
 use crate::uri::Uri;
@@ -66,8 +66,8 @@ pub(super) struct Late {
 pub(super) enum LateEnd {
     /// All of the guest's memory is at the destination.
     Complete,
-    /// The guest has ended there, and needs no more.
-    Gone(String),
+    /// The guest has ended there or is lost, and needs no more.
+    Gone(Gone),
     /// Nobody waits any more.
     Abandoned(String),
 }
@@ -193,11 +193,17 @@ impl Source<'_> {
                 match self.push(channel, late) {
                     Ok(over) => {
                         late.control.finish();
+                        if let Over::Complete = over {
+                            // It has read all there was, so this needs no waiting; and nothing can
+                            // break any more.
+                            channel.link().ignore_cancel();
+                            channel.send_now(Kind::Done, &[]);
+                        }
                         channel.link().finish();
                         late.stop_serving("post-copy is over");
                         return match over {
                             Over::Complete => LateEnd::Complete,
-                            Over::Gone(reason) => LateEnd::Gone(reason),
+                            Over::Gone(gone) => LateEnd::Gone(gone),
                         };
                     }
                     Err(error) => why = Some(error.to_string()),
@@ -209,8 +215,8 @@ impl Source<'_> {
                 channel.shut_down();
                 late.sent_before += channel.sent_bytes() - std::mem::take(&mut late.base);
             }
-            if let Some(reason) = late.control.ended() {
-                return LateEnd::Abandoned(reason);
+            if let Some(ended) = late.control.ended() {
+                return LateEnd::Abandoned(ended.reason);
             }
             let where_it_is = if late.confirmed {
                 "The guest is at the destination; recover with migrate_recover there and migrate \
@@ -223,13 +229,10 @@ impl Source<'_> {
             };
             let left = late.left.count();
             tracing::error!(id = ?self.id, left, "post-copy is paused: {reason}. {where_it_is}");
-            self.job
-                .progress
-                .update(|snapshot| snapshot.error = Some(reason));
-            late.control.paused();
+            late.control.paused(reason);
             let Some((uri, breaker)) = late.control.wait() else {
-                let reason = late.control.ended().unwrap_or_default();
-                return LateEnd::Abandoned(reason);
+                let ended = late.control.ended();
+                return LateEnd::Abandoned(ended.map_or_else(String::new, |ended| ended.reason));
             };
             late.breaker = breaker;
             match self.resume(&uri, late) {
@@ -301,8 +304,8 @@ impl Late {
 
     /// Fails if the fault channel is gone, or nobody would send the rest.
     pub(super) fn check_connected(&self) -> Result<(), SourceError> {
-        if let Some(reason) = self.control.ended() {
-            return Err(SourceError::Cancelled(reason));
+        if let Some(ended) = self.control.ended() {
+            return Err(SourceError::Cancelled(ended.reason));
         }
         match self.breaker.cancelled() {
             Some(reason) => Err(SourceError::Broken(reason.to_owned())),

@@ -5,6 +5,7 @@ mod cuts;
 mod hostile;
 mod locked;
 mod recovery;
+mod unconfirmed;
 mod whole;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -85,6 +86,15 @@ fn gcd(a: u64, b: u64) -> u64 {
 
 type Decide = Arc<Mutex<dyn FnMut(&mut Frame) -> Fate + Send>>;
 
+/// What a destination still does when its guest is whole.
+pub(crate) fn serve(arrival: &mut Result<Arrival, DestinationError>) {
+    if let Ok(arrival) = arrival
+        && let Some(unconfirmed) = arrival.unconfirmed.take()
+    {
+        unconfirmed.serve();
+    }
+}
+
 /// A migration with post-copy, under way.
 struct Moving {
     source: JoinHandle<(Source, Outcome)>,
@@ -149,7 +159,8 @@ impl Moving {
             there.on_start = Some(Box::new(move |here: &GuestRam| {
                 send.send(read_all(here.clone(), ram)).unwrap();
             }));
-            let result = destination::receive(&mut there, incoming, Some(listener), &their_job);
+            let mut result = destination::receive(&mut there, incoming, Some(listener), &their_job);
+            serve(&mut result);
             (there, result)
         });
         let source = std::thread::spawn({
@@ -221,9 +232,14 @@ impl Moving {
         true
     }
 
+    /// Has the source go on there; false if it waits for nothing.
+    fn resume(&self) -> bool {
+        self.leaving.recover(self.uri.clone()).is_ok()
+    }
+
     /// Recovers as often as it takes, until both sides are over.
     fn settle(&mut self) {
-        use Status::{PostcopyPaused, PostcopyRecover};
+        use Status::{Completed, PostcopyPaused, PostcopyRecover};
         loop {
             let (left, came) = self.wait(|left, came| {
                 let known = left.is_over() || left == PostcopyPaused;
@@ -231,7 +247,13 @@ impl Moving {
                 (known && there).then_some((left, came))
             });
             let done = match (left.is_over(), came.is_over()) {
-                (true, true) => return,
+                (true, true) => {
+                    // The destination may not know that the source knows.
+                    self.coming.end("the test ends");
+                    return;
+                }
+                // It has all, and nobody has told the source.
+                (false, true) if came == Completed => self.listen() && self.resume(),
                 // Nobody is there any more who could be asked.
                 (false, true) => {
                     self.leaving.end("the destination is over");
@@ -239,7 +261,7 @@ impl Moving {
                 }
                 (true, false) => panic!("{left:?} and {came:?}"),
                 (false, false) if came == PostcopyPaused && !self.listen() => false,
-                (false, false) => self.leaving.recover(self.uri.clone()).is_ok(),
+                (false, false) => self.resume(),
             };
             if !done {
                 // It has not yet taken what it was given.

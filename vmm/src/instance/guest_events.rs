@@ -143,7 +143,7 @@ impl Shared {
             return;
         }
         if let Some(incoming) = &state.incoming {
-            incoming.end_postcopy("the guest has shut down");
+            incoming.guest_ended("it has shut down");
         }
         self.exit(cause, Exit::Success);
     }

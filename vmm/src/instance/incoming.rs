@@ -126,7 +126,9 @@ impl Incoming {
     pub(super) fn begin_shutdown(&mut self) -> Option<JoinHandle<()>> {
         // Too late means that it is nearly over.
         let _ = self.cancel.cancel(ENDS);
-        self.end_postcopy(ENDS);
+        if let Some(postcopy) = self.postcopy() {
+            postcopy.end(ENDS);
+        }
         self.thread.take()
     }
 
@@ -135,16 +137,18 @@ impl Incoming {
         self.postcopy.get()
     }
 
-    /// The guest or this process ends: nobody waits for its memory any more.
-    pub(super) fn end_postcopy(&self, reason: &str) {
+    /// The guest has ended: nobody waits for its memory any more.
+    pub(super) fn guest_ended(&self, reason: &str) {
         if let Some(postcopy) = self.postcopy() {
-            postcopy.end(reason);
+            postcopy.guest_ended(reason);
         }
     }
 
     /// Waits at another address for the source of a migration that is paused in post-copy.
     pub(super) fn recover(&mut self, uri: &Uri) -> Result<(), RecoverError> {
-        let postcopy = self.postcopy().ok_or(postcopy::RecoverError::NotPaused)?;
+        let paused = |postcopy: &&Control<Listener>| postcopy.is_recoverable();
+        let postcopy = self.postcopy().filter(paused);
+        let postcopy = postcopy.ok_or(postcopy::RecoverError::NotPaused)?;
         let listener = Listener::bind(uri)?;
         let uri = listener.uri().clone();
         postcopy.recover(listener)?;
@@ -227,6 +231,11 @@ impl Receiver {
                     runs = arrival.start.run,
                     "the guest has arrived"
                 );
+                // Nothing that the guest came with is kept for that.
+                drop(destination);
+                if let Some(unconfirmed) = arrival.unconfirmed {
+                    unconfirmed.serve();
+                }
             }
             Err(reason) => self.fail(&reason),
         }

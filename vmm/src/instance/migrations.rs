@@ -7,7 +7,7 @@ use migration::progress::Status;
 use migration::userfault::Userfault;
 
 use super::Instance;
-use super::incoming::Incoming;
+use super::incoming::{self, Incoming};
 use super::outgoing::Outgoing;
 use crate::control::command::{
     CommandError, CommandResult, MigrateRequest, MigrationCapabilityStatus, MigrationInfo,
@@ -117,16 +117,17 @@ impl Instance {
     pub(super) fn recover_migration(&self, address: &Uri) -> CommandResult<()> {
         let mut state = self.0.state();
         refuse_file(address)?;
-        let paused =
-            |incoming: &&mut Incoming| incoming.progress().status() == Status::PostcopyPaused;
-        let Some(incoming) = state.incoming.as_mut().filter(paused) else {
-            return Err(CommandError::generic(
-                "Migrate recover can only be run when postcopy is paused",
-            ));
-        };
-        incoming
-            .recover(address)
-            .map_err(|err| CommandError::generic(err.to_string()))
+        let recovered = state
+            .incoming
+            .as_mut()
+            .map(|incoming| incoming.recover(address));
+        match recovered {
+            Some(Ok(())) => Ok(()),
+            None | Some(Err(incoming::RecoverError::Postcopy(RecoverError::NotPaused))) => Err(
+                CommandError::generic("Migrate recover can only be run when postcopy is paused"),
+            ),
+            Some(Err(err)) => Err(CommandError::generic(err.to_string())),
+        }
     }
 
     /// Waits for a guest, or loads it from a file.

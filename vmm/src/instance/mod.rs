@@ -329,6 +329,11 @@ impl Instance {
             if state.memory_missing().is_some() {
                 state.still_guest();
             }
+            if let Some(incoming) = &state.incoming
+                && state.run == RunState::Shutdown
+            {
+                incoming.guest_ended("it has shut down, and its process ends");
+            }
             let outgoing = state.outgoing.as_mut().and_then(Outgoing::begin_shutdown);
             let incoming = state.incoming.as_mut().and_then(Incoming::begin_shutdown);
             let snapshot = state.snapshot.as_mut();

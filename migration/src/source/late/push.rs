@@ -8,6 +8,7 @@ use super::{Late, LateError};
 use crate::channel::{Channel, ChannelError};
 use crate::codec::Reader;
 use crate::frame::Kind;
+use crate::message::Gone;
 use crate::pacing::{Pacing, pages_per_frame};
 use crate::priority::Background;
 
@@ -22,7 +23,7 @@ pub(super) enum Over {
     /// It has everything.
     Complete,
     /// It needs no more.
-    Gone(String),
+    Gone(Gone),
 }
 
 impl Source<'_> {
@@ -121,10 +122,7 @@ fn complete(channel: &Channel, late: &Late) -> Result<Over, LateError> {
 
 fn gone(error: &ChannelError) -> Option<Over> {
     match error {
-        ChannelError::Peer {
-            kind: Kind::Gone,
-            reason,
-        } => Some(Over::Gone(reason.clone())),
+        ChannelError::Gone(gone) => Some(Over::Gone(gone.clone())),
         _ => None,
     }
 }

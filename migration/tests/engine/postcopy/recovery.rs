@@ -15,8 +15,12 @@ use crate::proxy::{Fate, Frame, socket_address};
 
 /// A migration in post-copy that takes long: the guest waits for its last page.
 fn slow(decide: Option<Decide>) -> Moving {
+    slow_of(600, decide)
+}
+
+fn slow_of(pages: u64, decide: Option<Decide>) -> Moving {
     Moving::begin_via(
-        busy(600),
+        busy(pages),
         decide,
         |job, _| {
             at_once(job);
@@ -62,11 +66,20 @@ fn every_frame_of_a_recovery_can_be_lost() {
             }
         }
     }));
-    let moving = slow(Some(decide));
+    let moving = slow_of(4096, Some(decide));
     assert!(moving.wait_for_both(Status::PostcopyActive));
+    // Where nothing has arrived there is no ARRIVED to cut at.
+    loop {
+        let ram = moving.came.snapshot().ram;
+        if ram.remaining < ram.total {
+            break;
+        }
+        std::thread::yield_now();
+    }
     moving.leaving.pause().unwrap();
     moving.finish();
-    assert!(left.lock().unwrap().is_empty());
+    let left = left.lock().unwrap();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 /// Whether the attempt that a JOIN is about is 0.
@@ -161,22 +174,35 @@ fn join(moving: Moving) -> Ended {
 #[test]
 fn the_source_is_told_when_the_guest_ends() {
     require_userfault!();
-    for recovered in [false, true] {
+    for (recovered, lost) in [(false, false), (false, true), (true, false), (true, true)] {
         let mut moving = slow(None);
         assert!(moving.wait_for_both(Status::PostcopyActive));
         if recovered {
             moving.coming.pause().unwrap();
             assert!(moving.recover() && moving.wait_for_both(Status::PostcopyActive));
         }
-        moving.coming.end("the guest was reset");
+        if lost {
+            moving.coming.end("no more of it");
+        } else {
+            moving.coming.guest_ended("no more of it");
+        }
         moving.coming.end("again");
         let (left, came) = (Arc::clone(&moving.left), Arc::clone(&moving.came));
         let ended = join(moving);
-        assert!(matches!(ended.outcome, Outcome::Completed(_)));
+        let (status, what) = match (lost, &ended.outcome) {
+            (true, Outcome::Abandoned { .. }) => (Status::Failed, "is lost"),
+            (false, Outcome::Completed(_)) => (Status::Completed, "has ended"),
+            (_, outcome) => panic!("{lost}: {outcome:?}"),
+        };
+        assert_eq!(left.status(), status);
         assert!(ended.arrival.is_ok());
         let reason = |error: Option<String>| error.unwrap();
-        assert_eq!(reason(left.snapshot().error), "the guest was reset");
-        assert_eq!(reason(came.snapshot().error), "the guest was reset");
+        let why = reason(left.snapshot().error);
+        assert!(
+            why.contains(what) && why.ends_with("no more of it"),
+            "{why}"
+        );
+        assert_eq!(reason(came.snapshot().error), "no more of it");
         assert_eq!(came.status(), Status::Failed);
     }
 }
@@ -205,7 +231,7 @@ fn a_guest_that_ends_at_once_is_told_too() {
         _ => left.is_over().then_some(false),
     });
     assert!(ran);
-    moving.coming.end("it was short");
+    moving.coming.guest_ended("it was short");
     let left = Arc::clone(&moving.left);
     let ended = join(moving);
     assert!(
@@ -213,25 +239,32 @@ fn a_guest_that_ends_at_once_is_told_too() {
         "{:?}",
         ended.outcome
     );
-    assert_eq!(left.snapshot().error.as_deref(), Some("it was short"));
+    let why = left.snapshot().error.unwrap();
+    assert!(why.ends_with("it was short"), "{why}");
+}
+
+/// Holds what the destination says in a recovery, the first time.
+fn hold_left() -> Decide {
+    let mut held = false;
+    Arc::new(Mutex::new(move |frame: &mut Frame| {
+        if frame.kind != Some(Kind::Left) || std::mem::replace(&mut held, true) {
+            return Fate::Pass;
+        }
+        Fate::Hold
+    }))
 }
 
 #[test]
 fn both_sides_can_be_ended_while_paused_and_while_they_recover() {
     require_userfault!();
     for recovering in [false, true] {
-        let mut moving = slow(None);
+        let mut moving = slow(Some(hold_left()));
         assert!(moving.wait_for_both(Status::PostcopyActive));
         moving.leaving.pause().unwrap();
         assert!(moving.wait_for_both(Status::PostcopyPaused));
-        // Accepts connections and says nothing.
-        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         if recovering {
-            assert!(moving.listen());
-            let address = silent.local_addr().unwrap();
-            let nowhere = format!("tcp:{address}").parse().unwrap();
-            moving.leaving.recover(nowhere).unwrap();
-            moving.wait_for_both(Status::PostcopyRecover);
+            assert!(moving.listen() && moving.resume());
+            assert!(moving.wait_for_both(Status::PostcopyRecover));
         }
         moving.leaving.end("the source ends");
         moving.coming.end("the destination ends");
@@ -267,22 +300,49 @@ fn a_source_that_ends_leaves_the_destination_paused() {
 #[test]
 fn a_recovery_can_be_paused() {
     require_userfault!();
+    for at_source in [true, false] {
+        let mut moving = slow(Some(hold_left()));
+        assert!(moving.wait_for_both(Status::PostcopyActive));
+        moving.leaving.pause().unwrap();
+        assert!(moving.wait_for_both(Status::PostcopyPaused));
+        assert!(moving.listen());
+        // Nothing is there that could be paused.
+        assert!(moving.coming.pause().is_err());
+        assert!(moving.resume() && moving.wait_for_both(Status::PostcopyRecover));
+        match at_source {
+            true => moving.leaving.pause().unwrap(),
+            false => moving.coming.pause().unwrap(),
+        }
+        assert!(moving.wait_for_both(Status::PostcopyPaused));
+        // The destination still listens there.
+        assert!(moving.resume());
+        moving.finish();
+    }
+}
+
+#[test]
+fn until_the_source_has_come_the_destination_is_paused_and_can_be_sent_elsewhere() {
+    require_userfault!();
     let mut moving = slow(None);
     assert!(moving.wait_for_both(Status::PostcopyActive));
-    assert!(moving.leaving.pause().is_ok());
+    moving.leaving.pause().unwrap();
     assert!(moving.wait_for_both(Status::PostcopyPaused));
-    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let nowhere = format!("tcp:{}", silent.local_addr().unwrap());
     assert!(moving.listen());
-    moving.leaving.recover(nowhere.parse().unwrap()).unwrap();
-    for (control, paused) in [(0, Status::PostcopyPaused), (1, Status::PostcopyPaused)] {
-        match control {
-            0 => moving.leaving.pause().unwrap(),
-            _ => moving.coming.pause().unwrap(),
-        }
-        moving.wait(|left, came| (paused == [left, came][control]).then_some(()));
+    let first = socket_address(&moving.uri);
+    // A stranger is no source.
+    let mut stream = TcpStream::connect(&first).unwrap();
+    stream.write_all(&[0x55; 64]).unwrap();
+    let _ = stream.read_to_end(&mut vec![]);
+    assert_eq!(moving.came.status(), Status::PostcopyPaused);
+    let why = moving.came.snapshot().error;
+    assert!(moving.listen());
+    assert_eq!(moving.came.status(), Status::PostcopyPaused);
+    while TcpStream::connect(&first).is_ok() {
+        std::thread::yield_now();
     }
-    assert!(moving.recover());
+    // It is not broken for another reason since.
+    assert_eq!(moving.came.snapshot().error, why);
+    assert!(moving.resume());
     moving.finish();
 }
 

@@ -245,13 +245,16 @@ fn a_process_that_is_told_to_end_twice_does_and_the_other_learns_of_it() {
     let (mut source, mut destination, _crossing) = in_postcopy(dir.path(), idle());
     destination.execute("quit", json!({ "force": true }));
     destination.wait_exit();
-    let info = source.wait_migration("end", |info| {
-        matches!(
-            info["status"].as_str(),
-            Some("completed" | "failed" | "postcopy-paused")
-        )
-    });
+    let info = source.wait_migrated("failed");
+    let reason = info["error-desc"].as_str().unwrap();
+    assert!(
+        reason.contains("the guest is lost") && reason.contains("process ends"),
+        "{reason}"
+    );
     let output = source.process.output();
-    assert!(output.contains("process ends"), "{info:#}\n{output}");
-    source.refused("cont", Value::Null);
+    assert!(output.contains("the guest is lost"), "{output}");
+    let refusal = source.refused("cont", Value::Null);
+    assert!(refusal.contains("never run twice"), "{refusal}");
+    source.execute("quit", Value::Null);
+    assert!(source.wait_exit().0);
 }

@@ -60,7 +60,7 @@ fn cut_twenty_times_nothing_is_lost() {
     let mut missing = u64::MAX;
     for _ in 0..20 {
         crossing.wait_reached();
-        pause_both(&mut source, &mut destination);
+        wait_paused(&mut source, &mut destination);
         assert_eq!(destination.status(), "running");
         let info = destination.query_migrate();
         let now = info["x-ferry"]["postcopy"]["missing-pages"]
@@ -71,7 +71,7 @@ fn cut_twenty_times_nothing_is_lost() {
         crossing = recover(&mut source, &mut destination, stop());
     }
     crossing.wait_reached();
-    pause_both(&mut source, &mut destination);
+    wait_paused(&mut source, &mut destination);
     push_fast(&mut source);
     let _crossing = recover(&mut source, &mut destination, None);
     arrived(&mut source, &mut destination);
@@ -100,14 +100,15 @@ fn paused_by_either_side_and_recovered() {
             assert!(info["error-desc"].is_null(), "{info:#}");
         }
     }
-    // A destination that waits for its source can be sent to another address.
+    // A destination that waits for its source can be sent to another address. Until one has come
+    // there is nothing to be paused.
     crossing.cut();
     wait_paused(&mut source, &mut destination);
     let nowhere = json!({ "uri": "tcp:127.0.0.1:0" });
     destination.execute("migrate-recover", nowhere);
-    wait_state(&mut destination, "postcopy-recover");
-    destination.execute("migrate-pause", Value::Null);
-    wait_paused(&mut source, &mut destination);
+    assert_eq!(destination.query_migrate()["status"], "postcopy-paused");
+    let refusal = destination.refused("migrate-pause", Value::Null);
+    assert!(refusal.contains("postcopy-active"), "{refusal}");
     push_fast(&mut source);
     let _crossing = recover(&mut source, &mut destination, None);
     arrived(&mut source, &mut destination);
@@ -133,26 +134,15 @@ fn cut_at_each_frame_of_a_recovery() {
         kind::CONTINUE,
     ] {
         for then in [Then::CutBefore, Then::CutAfter] {
-            pause_both(&mut source, &mut destination);
+            wait_paused(&mut source, &mut destination);
             let crossing = recover(&mut source, &mut destination, Some((kind, 0, then)));
             crossing.wait_reached();
         }
     }
-    pause_both(&mut source, &mut destination);
+    wait_paused(&mut source, &mut destination);
     push_fast(&mut source);
     let _crossing = recover(&mut source, &mut destination, None);
     arrived(&mut source, &mut destination);
-}
-
-/// Waits until both sides are paused. A destination whose connection broke before all was agreed
-/// goes on waiting at its address, until it is told to pause.
-fn pause_both(source: &mut Ferry, destination: &mut Ferry) {
-    wait_state(source, "postcopy-paused");
-    // Refused while it begins to wait, and once it has paused.
-    while destination.execute("query-migrate", Value::Null)["status"] != "postcopy-paused" {
-        let _ = destination.qmp.execute("migrate-pause", Value::Null);
-    }
-    wait_paused(source, destination);
 }
 
 #[test]
@@ -186,7 +176,7 @@ fn a_wrong_address_or_a_stranger_changes_nothing() {
     resume(&mut source, &crossing.uri);
     crossing.wait_reached();
     wait_state(&mut source, "postcopy-paused");
-    assert_eq!(destination.query_migrate()["status"], "postcopy-recover");
+    wait_state(&mut destination, "postcopy-paused");
     push_fast(&mut source);
     resume(&mut source, &uri);
     arrived(&mut source, &mut destination);
@@ -277,22 +267,71 @@ fn running_that_never_arrives_is_a_pause() {
     arrived(&mut source, &mut destination);
 }
 
+/// Cuts the connection when the destination says that all has arrived: nobody hears it.
+fn never_told(source: &mut Ferry, destination: &mut Ferry, uri: &str) {
+    let crossing = Crossing::to(uri, Some((kind::COMPLETE, 0, Then::CutBefore)));
+    switch_at_once(source, &crossing.uri);
+    crossing.wait_reached();
+    // It has all, whatever the source knows.
+    destination.wait_migrated("completed");
+    wait_for_doubt(destination);
+    wait_state(source, "postcopy-paused");
+    let refusal = source.refused("cont", Value::Null);
+    assert!(refusal.contains("never run twice"), "{refusal}");
+}
+
+fn wait_for_doubt(destination: &mut Ferry) {
+    let info = destination.wait_migration("doubt", |info| {
+        let reason = info["error-desc"].as_str();
+        reason.is_some_and(|reason| reason.contains("may not know"))
+    });
+    assert_eq!(info["status"], "completed");
+}
+
 #[test]
-fn a_cut_before_the_last_word_loses_nothing() {
+fn a_source_that_was_never_told_that_all_has_arrived_can_ask() {
     require_postcopy!();
     let dir = scratch();
     let mut source = source(dir.path(), "src", idle());
     let (mut destination, uri) = destination(dir.path(), "dst");
-    let crossing = Crossing::to(&uri, Some((kind::COMPLETE, 0, Then::CutBefore)));
-    switch_at_once(&mut source, &crossing.uri);
-    crossing.wait_reached();
-    // It has all, whatever the source knows.
-    destination.wait_migrated("completed");
+    never_told(&mut source, &mut destination, &uri);
     destination.verify();
+    let refusal = destination.refused("migrate-pause", Value::Null);
+    assert!(refusal.contains("postcopy-active"), "{refusal}");
+    // It may be lost again.
+    let stop = Some((kind::COMPLETE, 0, Then::CutBefore));
+    let crossing = recover(&mut source, &mut destination, stop);
+    crossing.wait_reached();
     wait_state(&mut source, "postcopy-paused");
-    let refusal = source.refused("cont", Value::Null);
-    assert!(refusal.contains("never run twice"), "{refusal}");
+    let _crossing = recover(&mut source, &mut destination, None);
+    arrived(&mut source, &mut destination);
+    let info = destination.wait_migration("no doubt", |info| info["error-desc"].is_null());
+    assert_eq!(info["status"], "completed");
+    let again = json!({ "uri": "tcp:127.0.0.1:0" });
+    let refusal = destination.refused("migrate-recover", again);
+    assert!(refusal.contains("paused"), "{refusal}");
+}
+
+#[test]
+fn a_destination_that_has_all_is_free_whatever_its_source_knows() {
+    require_postcopy!();
+    let dir = scratch();
+    let mut source = source(dir.path(), "src", idle());
+    let (mut destination, uri) = destination(dir.path(), "dst");
+    never_told(&mut source, &mut destination, &uri);
+    destination.execute("migrate-recover", json!({ "uri": "tcp:127.0.0.1:0" }));
+    for (command, status) in [("stop", "paused"), ("cont", "running")] {
+        destination.execute(command, Value::Null);
+        destination.wait_status(status);
+    }
+    let (mut last, uri) = super::destination(dir.path(), "last");
+    switch_at_once(&mut destination, &uri);
+    arrived(&mut destination, &mut last);
+    // Without force, and at once.
+    destination.execute("quit", Value::Null);
+    let (success, output) = destination.wait_exit();
+    assert!(success, "{output}");
     source.execute("quit", json!({ "force": true }));
     source.wait_exit();
-    destination.wait_heartbeats(20);
+    last.wait_heartbeats(20);
 }

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use migration::frame::{HEADER_LEN, Kind};
 use migration::link::Deadlines;
-use migration::progress::Status;
 
 use crate::postcopy::{Moving, at_once, busy, require_userfault};
 use crate::proxy::{Fate, Frame};
@@ -63,13 +62,14 @@ fn damaged(seed: u64, repair: bool) -> Moving {
         },
         |_| {},
     );
-    // The damage may have broken it before.
-    let broken = |status: Status| status.is_over() || status == Status::PostcopyPaused;
-    moving.wait(|left, came| {
-        let active = left == Status::PostcopyActive && came == Status::PostcopyActive;
-        (active || broken(left) || broken(came)).then_some(())
+    // It may be broken already.
+    let moved = moving.wait(|left, came| {
+        let over = left.is_over() || came.is_over();
+        (over || left.is_postcopy() && came.is_postcopy()).then_some(!over)
     });
-    let _ = moving.leaving.pause();
+    if moved {
+        let _ = moving.leaving.pause();
+    }
     moving
 }
 

@@ -13,7 +13,7 @@ use migration::progress::{Progress, Status};
 use super::{Peer, bits, returning};
 use crate::hostile::{PAGES, body, end, hello, state};
 use crate::machine::Destination;
-use crate::postcopy::{listener, require_userfault};
+use crate::postcopy::{listener, require_userfault, serve};
 use crate::proxy::socket_address;
 use crate::whole::{Arriving, destination_job, short};
 
@@ -54,7 +54,8 @@ impl Lie {
         let arriving = std::thread::spawn(move || {
             let mut vm = Destination::default();
             let incoming = listener.accept(&job.cancel, &job.deadlines).unwrap();
-            let result = destination::receive(&mut vm, incoming, Some(listener), &job);
+            let mut result = destination::receive(&mut vm, incoming, Some(listener), &job);
+            serve(&mut result);
             (vm, result)
         });
         let mut offer = hello(vec![]);
@@ -258,7 +259,7 @@ fn a_recovery_is_not_begun_by_a_lie() {
         assert_eq!(left, PAGES.to_le_bytes());
         main.say(kind, &said);
         assert!(main.hear().is_none());
-        assert_eq!(lie.progress.status(), Status::PostcopyRecover);
+        lie.paused();
     }
     let resume = returning(ID, attempts + 1);
     let mut main = Peer::connected(address.clone(), Kind::Resume, &resume);
@@ -274,8 +275,73 @@ fn a_recovery_is_not_begun_by_a_lie() {
     }
     main.say(Kind::Pushed, &[]);
     main.hear_of(Kind::Complete);
+    main.say(Kind::Done, &[]);
     drop((main, faults));
     let (vm, arrival) = lie.arriving.join().unwrap();
     assert!(vm.ran.load(Ordering::SeqCst) && arrival.is_ok());
     assert_eq!(lie.progress.status(), Status::Completed);
+}
+
+/// Whatever else a source says, or that it closes the connection, does not mean that it knows.
+#[test]
+fn that_it_knows_is_believed_only_if_it_says_so() {
+    require_userfault!();
+    let mut lie = Lie::running();
+    for number in 0..PAGES {
+        let (said, data) = one_page(START + (number << 12), 0);
+        lie.main.say_with(Kind::Pages, &said, &data);
+    }
+    lie.main.say(Kind::Pushed, &[]);
+    lie.main.hear_of(Kind::Complete);
+    let _ = lie.main.stream.shutdown(std::net::Shutdown::Write);
+    let (said, data) = one_page(START, 0);
+    let none = |body: Vec<u8>| (body, vec![]);
+    let lies = [
+        (
+            Kind::Continue,
+            none(0u64.to_le_bytes().to_vec()),
+            Some("did not come"),
+        ),
+        (Kind::Continue, none(1u64.to_le_bytes().to_vec()), Some("1")),
+        (Kind::Done, none(vec![]), Some("DONE is not allowed")),
+        (Kind::Pages, (said, data), Some("PAGES is not allowed")),
+        (Kind::Pushed, none(vec![]), None),
+        (Kind::Done, none(vec![0]), Some("malformed")),
+    ];
+    for (attempt, (kind, (said, data), expected)) in (1..).zip(lies) {
+        while lie.progress.snapshot().error.is_none() {
+            assert!(!lie.arriving.is_finished());
+            std::thread::yield_now();
+        }
+        let (listener, uri) = listener();
+        lie.control.recover(listener).unwrap();
+        let address = socket_address(&uri);
+        let resume = returning(ID, attempt);
+        let mut main = Peer::connected(address.clone(), Kind::Resume, &resume);
+        main.hear_of(Kind::Left);
+        let faults = match kind {
+            Kind::Pages | Kind::Pushed | Kind::Done if attempt > 3 => {
+                main.say(Kind::Continue, &0u64.to_le_bytes());
+                Some(Peer::connected(address, Kind::Join, &resume))
+            }
+            _ => None,
+        };
+        if kind == Kind::Done && attempt > 3 {
+            main.say(Kind::Pushed, &[]);
+            main.hear_of(Kind::Complete);
+        }
+        main.say_with(kind, &said, &data);
+        drop((main, faults));
+        let expected = expected.unwrap_or("closed the connection");
+        let mut why = lie.progress.snapshot().error;
+        while !why.as_ref().is_some_and(|why| why.contains(expected)) {
+            assert!(!lie.arriving.is_finished(), "{kind:?}: {why:?}");
+            std::thread::yield_now();
+            why = lie.progress.snapshot().error;
+        }
+        assert_eq!(lie.progress.status(), Status::Completed);
+    }
+    lie.control.end("the test ends");
+    let (vm, arrival) = lie.arriving.join().unwrap();
+    assert!(vm.ran.load(Ordering::SeqCst) && arrival.is_ok());
 }
