@@ -239,7 +239,13 @@ impl Moving {
 
     /// Recovers as often as it takes, until both sides are over.
     fn settle(&mut self) {
+        self.settle_within(usize::MAX);
+    }
+
+    /// Recovers up to so many times, and then ends both sides.
+    fn settle_within(&mut self, recoveries: usize) {
         use Status::{Completed, PostcopyPaused, PostcopyRecover};
+        let mut recovered = 0;
         loop {
             let (left, came) = self.wait(|left, came| {
                 let known = left.is_over() || left == PostcopyPaused;
@@ -263,6 +269,12 @@ impl Moving {
                 (false, false) if came == PostcopyPaused && !self.listen() => false,
                 (false, false) => self.resume(),
             };
+            recovered += usize::from(done);
+            if recovered == recoveries {
+                self.leaving.end("they never agree");
+                self.coming.end("they never agree");
+                return;
+            }
             if !done {
                 // It has not yet taken what it was given.
                 std::thread::yield_now();
