@@ -138,6 +138,7 @@ fn the_first_of_each_kind() {
             Kind::Missing
                 | Kind::Late
                 | Kind::Pushed
+                | Kind::Done
                 | Kind::Join
                 | Kind::Resume
                 | Kind::Continue
