@@ -16,7 +16,6 @@ use crate::frame::Kind;
 use crate::guest_io::MemoryError;
 use crate::layout::PAGE_SIZE;
 use crate::message::{AddressRun, decode_pages, decode_zero};
-use crate::priority::Background;
 use crate::progress::{self, Status};
 use crate::protocol::OutOfOrder;
 
@@ -171,9 +170,7 @@ impl Destination<'_> {
     ) -> Result<(), DestinationError> {
         let (mut runs, mut crcs, mut data) = (Vec::new(), Vec::new(), Vec::new());
         let mut told_at = Instant::now();
-        let mut background = Background::new();
         loop {
-            background.give_way();
             let arrived = channel.receive()?;
             match arrived.kind {
                 Kind::Pages | Kind::Zero => {
