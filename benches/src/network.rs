@@ -107,6 +107,11 @@ impl Drop for Network {
     }
 }
 
+/// Whether this user may make namespaces and links.
+pub fn may_shape() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
 fn run(program: &str, arguments: &[&str]) -> Result<(), Error> {
     let what = || format!("{program} {}", arguments.join(" "));
     let output = Command::new(program).args(arguments).output();
