@@ -3,9 +3,10 @@
 mod measure;
 mod options;
 
+use std::io::{self, IsTerminal};
 use std::path::Path;
 
-use crate::contenders::{self, Choice};
+use crate::contenders::{self, Choice, Found};
 use crate::error::Error;
 use crate::machine::Machine;
 use crate::proc;
@@ -18,7 +19,7 @@ use options::{Common, What};
 /// Does what the options say; `own` is the build of Ferry that is measured unless they name another.
 pub fn run(options: &Options, own: &Path) -> Result<(), Error> {
     let common = &options.common;
-    let (vmms, notes) = contenders::find(&Choice {
+    let Found { vmms, notes } = contenders::find(&Choice {
         ferry: common.ferry.as_deref().unwrap_or(own),
         before: common.before.as_deref(),
         qemu: !common.without_qemu,
@@ -79,11 +80,13 @@ struct Output<'a> {
 impl Output<'_> {
     /// Something that the reader must know.
     fn note(&mut self, note: String) {
+        self.progress("");
         println!("{note}");
         self.report.notes.push(note);
     }
 
     fn add(&mut self, section: Section) -> Result<(), Error> {
+        self.progress("");
         print!("{section}");
         self.report.sections.push(section);
         let [_, after] = &mut self.report.machine.load;
@@ -97,9 +100,11 @@ impl Output<'_> {
         Ok(())
     }
 
-    /// What is going on, over what was said of that before.
+    /// What is going on, for who is watching: over what was said of that before.
     fn progress(&self, what: &str) {
-        eprint!("\r{what:40}\r");
+        if io::stderr().is_terminal() {
+            eprint!("\r\x1b[K{what}");
+        }
     }
 }
 

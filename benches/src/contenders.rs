@@ -16,8 +16,16 @@ pub struct Choice<'a> {
     pub qemu: bool,
 }
 
-/// The VMMs, Ferry first, and what is to be said about one that is missing.
-pub fn find(choice: &Choice<'_>) -> Result<(Vec<Box<dyn Vmm>>, Vec<String>), Error> {
+/// Who is there.
+pub struct Found {
+    /// Ferry first.
+    pub vmms: Vec<Box<dyn Vmm>>,
+    /// What is to be said about one that is missing.
+    pub notes: Vec<String>,
+}
+
+/// Looks for them.
+pub fn find(choice: &Choice<'_>) -> Result<Found, Error> {
     let build = |name: &str, program: &Path| -> Result<Box<dyn Vmm>, Error> {
         Ok(Box::new(Ferry {
             name: name.to_owned(),
@@ -38,7 +46,7 @@ pub fn find(choice: &Choice<'_>) -> Result<(Vec<Box<dyn Vmm>>, Vec<String>), Err
             )),
         }
     }
-    Ok((vmms, notes))
+    Ok(Found { vmms, notes })
 }
 
 fn present(program: &Path) -> Result<PathBuf, Error> {

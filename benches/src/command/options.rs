@@ -57,7 +57,7 @@ pub(super) enum What {
     /// A running guest moves to a second process on this machine
     Migration(Box<Migration>),
     /// From the start of the process to the guest's first instruction; resident memory
-    Start(Work),
+    Start(Box<Work>),
     /// From `stop` to its answer, whatever the guest does
     Pause {
         /// How often each guest is paused
