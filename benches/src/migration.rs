@@ -84,6 +84,7 @@ pub fn run(vmm: &dyn Vmm, scenario: &Scenario, dir: &Path) -> Result<Outcome, Er
     };
     let cpu_before = cpu()?;
     let stolen_before = proc::stolen_seconds()?;
+    let sent_before = network.sent();
     let begin = Instant::now();
     source.execute("migrate", json!({ "uri": uri }))?;
     let mut passes = Passes::new(begin);
@@ -99,6 +100,7 @@ pub fn run(vmm: &dyn Vmm, scenario: &Scenario, dir: &Path) -> Result<Outcome, Er
             vmm.name()
         ))
     })?;
+    let sent = network.sent();
     let cpu_seconds = cpu()? - cpu_before;
     let stolen = (proc::stolen_seconds()? - stolen_before) * 1e3;
     let info = settled(&mut source)?;
@@ -126,6 +128,7 @@ pub fn run(vmm: &dyn Vmm, scenario: &Scenario, dir: &Path) -> Result<Outcome, Er
         gap_before: ms(left.longest_gap),
         gap_after: ms(gap_after),
         bytes: number(&info["ram"]["transferred"]),
+        wire: sent.zip(sent_before).map(|(after, before)| after - before),
         rounds: number(&info["ram"]["dirty-sync-count"]),
         cpu_seconds,
         stolen,

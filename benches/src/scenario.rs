@@ -68,19 +68,21 @@ impl Scenario {
             ..work
         };
         let gigabit = Link::Shaped { mbit: 1000 };
-        let compressing = Settings {
+        let compressing = |qemu: &[&str]| Settings {
             ferry: optional(&["multifd=on", "multifd-compression=lz4"]),
-            qemu: optional(&["multifd=on", "multifd-compression=zstd"]),
+            qemu: optional(qemu),
         };
+        let zstd = compressing(&["multifd=on", "multifd-compression=zstd"]);
+        let xbzrle = compressing(&["xbzrle=on"]);
         [
             ("idle", 1, idle, Link::Loopback, Settings::default()),
             ("busy", 1, busy, Link::Loopback, Settings::default()),
             ("heavy", 1, heavy, Link::Loopback, Settings::default()),
             ("sparse", 4, sparse, Link::Loopback, Settings::default()),
-            ("text", 1, text(idle), Link::Loopback, compressing.clone()),
+            ("text", 1, text(idle), Link::Loopback, zstd),
             ("idle-1g", 1, idle, gigabit, Settings::default()),
             ("busy-1g", 1, busy, gigabit, Settings::default()),
-            ("text-1g", 1, text(busy), gigabit, compressing),
+            ("text-1g", 1, text(busy), gigabit, xbzrle),
         ]
         .into_iter()
         .map(|(name, gib, work, link, settings)| Self {
@@ -196,7 +198,7 @@ mod tests {
             described("text-1g"),
             "guest of 1024 MiB, 512M of it text, rewrites 20000 pages/s in 64M, sequential; \
              heartbeat every 200 µs; over 1000 Mbit/s, downtime limit 30 ms; \
-             Ferry: multifd=on multifd-compression=lz4; QEMU: multifd=on multifd-compression=zstd"
+             Ferry: multifd=on multifd-compression=lz4; QEMU: xbzrle=on"
         );
     }
 }

@@ -176,7 +176,7 @@ pub struct Running {
 impl Running {
     /// Starts a process whose sockets are in `dir`. No guest runs yet.
     pub fn start(vmm: &dyn Vmm, guest: &Guest, role: Role, dir: &Path) -> Result<Self, Error> {
-        Self::start_in(&Network::Loopback, vmm, guest, role, dir)
+        Self::start_in(&Network::HOST, vmm, guest, role, dir)
     }
 
     /// The same in a network.

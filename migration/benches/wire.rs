@@ -45,7 +45,10 @@ fn pages(criterion: &mut Criterion) {
     group.throughput(Throughput::Elements(PAGES));
     let crcs: Vec<u32> = (0..PAGES as u32).collect();
     let payload = (PAGES * PAGE_SIZE) as u32;
-    for (name, runs) in [("one run", runs(1, PAGES)), ("single pages", runs(PAGES, 1))] {
+    for (name, runs) in [
+        ("one run", runs(1, PAGES)),
+        ("single pages", runs(PAGES, 1)),
+    ] {
         let mut body = Vec::new();
         group.bench_function(format!("encode, {name}"), |bencher| {
             bencher.iter(|| encode_pages(black_box(&runs), &crcs, &mut body));

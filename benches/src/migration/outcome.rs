@@ -28,6 +28,8 @@ pub struct Outcome {
     pub gap_after: f64,
     /// What the source says that it sent.
     pub bytes: u64,
+    /// What went over the link, packets' headers included, where it can be told.
+    pub wire: Option<u64>,
     /// How often the source has gone over the guest's memory.
     pub rounds: u64,
     /// CPU time of both processes from the command to the event, the guest's included.
@@ -153,7 +155,12 @@ impl Measured for Outcome {
         figure("  all vCPUs waited", Milliseconds, 1, |o| {
             o.postcopy.map(|p| p.blocked)
         }),
-        figure("sent", Mebibytes, 1, |o| Some(o.bytes as f64 / MIB)),
+        figure("sent", Mebibytes, 1, |o| {
+            o.wire.map(|bytes| bytes as f64 / MIB)
+        }),
+        figure("sent as reported", Mebibytes, 1, |o| {
+            Some(o.bytes as f64 / MIB)
+        }),
         figure("rounds", Count, 0, |o| Some(o.rounds as f64)),
         figure("CPU", Seconds, 2, |o| Some(o.cpu_seconds)),
         figure("stolen from this machine", Milliseconds, 0, |o| {
