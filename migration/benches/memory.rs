@@ -2,7 +2,7 @@
 
 use std::hint::black_box;
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, Throughput};
 use migration::bitmap::PageBitmap;
 use migration::guest_io::GuestPages;
 use migration::layout::{GuestRam, PAGE_SIZE};
@@ -92,5 +92,10 @@ fn unusable(error: &dyn std::error::Error) -> ! {
     panic!("memory for the benchmark: {error}")
 }
 
-criterion_group!(benches, zero_check, crc, bitmap);
-criterion_main!(benches);
+fn main() {
+    let mut criterion = Criterion::default().configure_from_args();
+    zero_check(&mut criterion);
+    crc(&mut criterion);
+    bitmap(&mut criterion);
+    criterion.final_summary();
+}

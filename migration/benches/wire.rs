@@ -2,7 +2,7 @@
 
 use std::hint::black_box;
 
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{Criterion, Throughput};
 use migration::frame::{Header, Kind, MAX_PAGES};
 use migration::layout::PAGE_SIZE;
 use migration::message::{AddressRun, decode_pages, decode_zero, encode_pages, encode_zero};
@@ -81,5 +81,10 @@ fn zero(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, header, pages, zero);
-criterion_main!(benches);
+fn main() {
+    let mut criterion = Criterion::default().configure_from_args();
+    header(&mut criterion);
+    pages(&mut criterion);
+    zero(&mut criterion);
+    criterion.final_summary();
+}
