@@ -13,6 +13,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::error::Error;
+use crate::figure::{Figure, Measured, Unit};
 use crate::vmm::{Drive, DriveFormat, Guest, Role, Running, Vmm};
 
 /// Bytes of the guest's RAM.
@@ -61,6 +62,31 @@ pub struct Outcome {
     pub p99: f64,
     /// Times that the guest told the device of requests: each is an exit.
     pub notifications: u64,
+}
+
+impl Measured for Outcome {
+    const FIGURES: &'static [Figure<Self>] = &[
+        Figure {
+            name: "requests",
+            unit: Unit::PerSecond,
+            digits: 0,
+            of: |o| Some(o.iops),
+        },
+        Figure {
+            name: "median latency",
+            unit: Unit::Microseconds,
+            digits: 1,
+            of: |o| Some(o.p50),
+        },
+        Figure {
+            name: "99 % of requests within",
+            unit: Unit::Microseconds,
+            digits: 1,
+            of: |o| Some(o.p99),
+        },
+    ];
+
+    const HEADLINES: &'static [&'static str] = &["requests"];
 }
 
 /// Makes an image of `size` bytes, all of them written, in `dir`.

@@ -5,6 +5,8 @@ use std::time::Duration;
 use guest_tests::driver::qmp::QmpError;
 use guest_tests::driver::serial::WaitError;
 
+use crate::report::plot::PlotError;
+
 /// How long anything may take before a measurement is given up.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -37,6 +39,9 @@ pub enum Error {
         /// What came instead.
         source: WaitError,
     },
+    /// A picture of the figures.
+    #[error(transparent)]
+    Plot(#[from] PlotError),
     /// A figure makes no sense, or something failed that must not.
     #[error("{0}")]
     Wrong(String),
@@ -47,5 +52,11 @@ impl Error {
     pub fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
         let what = what.into();
         move |source| Self::Io { what, source }
+    }
+
+    /// Whether a VMM has refused a command, and is otherwise well.
+    pub fn is_refusal(&self) -> bool {
+        let refused = |error: &QmpError| matches!(error, QmpError::Command { .. });
+        matches!(self, Self::Qmp { source, .. } if refused(source))
     }
 }

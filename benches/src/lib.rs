@@ -1,19 +1,28 @@
 //! Measuring Ferry against other VMMs, from outside: what an operator and a guest notice.
 //!
-//! A [`scenario::Scenario`] says what the guest is and does. A [`vmm::Vmm`] is a program that can
-//! run and migrate it; all are measured in turn (A B A B …), so that a busy machine hurts them alike,
-//! and compared pair by pair. [`migration`], [`start`], [`pause`] and [`disk`] each measure one thing once;
-//! [`summary`] makes medians and tables of many.
+//! A [`scenario::Scenario`] says what the guest is and does, and how it moves. A [`vmm::Vmm`] is a
+//! program that can run and migrate it; all [`contenders`] are measured in turn (A B A B …), so that a
+//! busy machine hurts them alike, and compared pair by pair.
 //!
-//! How to read the figures is in `docs/performance.md`.
+//! [`migration`], [`start`], [`pause`] and [`disk`] each measure one thing once, a *run*: each yields
+//! its [`figure::Figure`]s. Many runs make the rows of a [`report::Report`]. [`command`] is what users
+//! call: `ferry bench`.
+//!
+//! How to run it and what each figure means is in `docs/benchmarks.md`.
 
+pub mod command;
+pub mod contenders;
 pub mod disk;
 pub mod error;
+pub mod figure;
+pub mod machine;
 pub mod migration;
 pub mod network;
 pub mod pause;
 pub mod proc;
+pub mod report;
 pub mod scenario;
+pub mod setting;
 pub mod start;
 pub mod summary;
 pub mod tiny;

@@ -1,18 +1,26 @@
-//! One migration on this machine, measured from outside.
+//! One migration, measured from outside.
+
+mod outcome;
+pub mod plots;
+mod rounds;
 
 use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use guest_tests::dirtier::{Report, command};
-use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::error::{Error, PATIENCE};
 use crate::network::Network;
 use crate::proc;
 use crate::scenario::Scenario;
-use crate::vmm::{Guest, Reported, Role, Running, Vmm};
+use crate::setting;
+use crate::vmm::{Guest, Role, Running, Vmm};
+
+pub use outcome::{Outcome, Postcopy};
+use rounds::Passes;
+pub use rounds::Round;
 
 /// What both VMMs are told, so that neither is held back.
 const MAX_BANDWIDTH: u64 = 10_000_000_000;
@@ -20,74 +28,14 @@ const MAX_BANDWIDTH: u64 = 10_000_000_000;
 /// How long the guest is watched before and after.
 const WATCH: Duration = Duration::from_millis(700);
 
+/// How long a migration may take.
+const LONGEST: Duration = Duration::from_secs(600);
+
 /// How long to wait between two looks.
 const LOOK: Duration = Duration::from_millis(1);
 
-/// How a guest is to move.
-#[derive(Clone, Copy, Debug)]
-pub struct How {
-    /// How long it may be stopped.
-    pub downtime_limit: Duration,
-    /// When it goes over into post-copy, from the start on.
-    pub postcopy_after: Option<Duration>,
-}
-
-/// What one migration was like. Times are in milliseconds.
-#[derive(Clone, Debug, Serialize)]
-pub struct Outcome {
-    /// From the command to the event that it is completed.
-    pub total: f64,
-    /// The same as the source says.
-    pub total_reported: f64,
-    /// From the last heartbeat at the source to the first at the destination, as they were read:
-    /// on a busy machine the reading may be late, and this negative.
-    pub felt: f64,
-    /// The downtime as the source says.
-    pub reported: Reported,
-    /// The longest time between heartbeats before the migration: what the machine itself does.
-    pub gap_quiet: f64,
-    /// The same from the command on, at the source.
-    pub gap_before: f64,
-    /// The same at the destination.
-    pub gap_after: f64,
-    /// What the source says that it sent.
-    pub bytes: u64,
-    /// How often the source has gone over the guest's memory.
-    pub rounds: u64,
-    /// CPU time of both processes from the command to the event, the guest's included.
-    pub cpu_seconds: f64,
-    /// CPU time that other virtual machines of the same host have taken from this one meanwhile:
-    /// a run in which it is much says little.
-    pub stolen: f64,
-    /// Of the guest's RAM at the source, in bytes, before.
-    pub resident_source: u64,
-    /// Of the guest's RAM at the destination, right after.
-    pub resident_destination: u64,
-    /// Post-copy, where the VMM tells of it.
-    pub postcopy: Option<Postcopy>,
-    /// Pages that the guest has verified at the destination; none was wrong.
-    pub verified_pages: u64,
-}
-
-/// Post-copy as the destination says. Times are in milliseconds.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Postcopy {
-    /// From the guest's move to its last page.
-    pub time: f64,
-    /// Pages that were asked for.
-    pub requests: u64,
-    /// How long one was waited for.
-    pub average: f64,
-    /// Half of them were not waited for any longer than this, a power of two.
-    pub median_below: f64,
-    /// The longest wait.
-    pub longest: f64,
-    /// How long all vCPUs waited at once.
-    pub blocked: f64,
-}
-
 /// Runs the scenario's guest, migrates it, has it verify its memory.
-pub fn run(vmm: &dyn Vmm, scenario: &Scenario, how: How, dir: &Path) -> Result<Outcome, Error> {
+pub fn run(vmm: &dyn Vmm, scenario: &Scenario, dir: &Path) -> Result<Outcome, Error> {
     let kernel = dir.join("dirtier.elf");
     std::fs::write(&kernel, guest_tests::DIRTIER).map_err(Error::io("the guest's image"))?;
     let append = scenario.work.to_string();
@@ -104,15 +52,19 @@ pub fn run(vmm: &dyn Vmm, scenario: &Scenario, how: How, dir: &Path) -> Result<O
         let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         process.execute("migrate-set-capabilities", events)?;
     }
-    if how.postcopy_after.is_some() {
+    if scenario.postcopy_after.is_some() {
         for process in [&mut source, &mut destination] {
             let on = json!({ "capabilities": [{ "capability": "postcopy-ram", "state": true }] });
             process.execute("migrate-set-capabilities", on)?;
         }
     }
-    let limit = u64::try_from(how.downtime_limit.as_millis()).unwrap_or(u64::MAX);
+    let limit = u64::try_from(scenario.downtime_limit.as_millis()).unwrap_or(u64::MAX);
     let parameters = json!({ "max-bandwidth": MAX_BANDWIDTH, "downtime-limit": limit });
     source.execute("migrate-set-parameters", parameters)?;
+    let mut without = Vec::new();
+    for process in [&mut destination, &mut source] {
+        without = setting::apply(process, scenario.settings.of(vmm.kind()))?;
+    }
     let uri = destination.listen(network.address())?;
 
     source.execute("cont", Value::Null)?;
@@ -132,13 +84,23 @@ pub fn run(vmm: &dyn Vmm, scenario: &Scenario, how: How, dir: &Path) -> Result<O
     };
     let cpu_before = cpu()?;
     let stolen_before = proc::stolen_seconds()?;
+    let sent_before = network.sent();
     let begin = Instant::now();
     source.execute("migrate", json!({ "uri": uri }))?;
-    if let Some(after) = how.postcopy_after {
-        sleep(after);
+    let mut passes = Passes::new(begin);
+    let patience = scenario.postcopy_after.unwrap_or(LONGEST);
+    let mut end = source.wait_migrated(patience, |at, info| passes.begin(at, info))?;
+    if end.is_none() && scenario.postcopy_after.is_some() {
         source.execute("migrate-start-postcopy", Value::Null)?;
+        end = source.wait_migrated(LONGEST, |at, info| passes.begin(at, info))?;
     }
-    let end = source.wait_migrated()?;
+    let end = end.ok_or_else(|| {
+        Error::Wrong(format!(
+            "{}: the migration goes on and on: it was given up after {LONGEST:?}",
+            vmm.name()
+        ))
+    })?;
+    let sent = network.sent();
     let cpu_seconds = cpu()? - cpu_before;
     let stolen = (proc::stolen_seconds()? - stolen_before) * 1e3;
     let info = settled(&mut source)?;
@@ -166,40 +128,19 @@ pub fn run(vmm: &dyn Vmm, scenario: &Scenario, how: How, dir: &Path) -> Result<O
         gap_before: ms(left.longest_gap),
         gap_after: ms(gap_after),
         bytes: number(&info["ram"]["transferred"]),
+        wire: sent.zip(sent_before).map(|(after, before)| after - before),
         rounds: number(&info["ram"]["dirty-sync-count"]),
         cpu_seconds,
         stolen,
         resident_source,
         resident_destination,
-        postcopy: phase.map(|us| postcopy(us / 1e3, &there)),
+        postcopy: phase.map(|us| Postcopy::told(us / 1e3, &there)),
         verified_pages,
+        convergence: vmm
+            .rounds(&info)
+            .unwrap_or_else(|| passes.rounds(end, number(&info["ram"]["transferred"]))),
+        without,
     })
-}
-
-fn postcopy(time: f64, there: &Value) -> Postcopy {
-    let ns = |name: &str| there[name].as_f64().unwrap_or_default() / 1e6;
-    let distribution = there["postcopy-latency-dist"].as_array();
-    let counts: Vec<u64> = distribution
-        .map(|counts| counts.iter().filter_map(Value::as_u64).collect())
-        .unwrap_or_default();
-    let all: u64 = counts.iter().sum();
-    let mut below = 0;
-    let median = counts.iter().position(|count| {
-        below += count;
-        2 * below >= all
-    });
-    let ferry = &there["x-ferry"]["postcopy"];
-    Postcopy {
-        time,
-        requests: there["ram"]["postcopy-requests"]
-            .as_u64()
-            .unwrap_or_default(),
-        average: ns("postcopy-latency"),
-        // The bucket n ends at 2^(n+1) µs.
-        median_below: median.map_or(0.0, |n| f64::from(2u32 << n.min(30)) / 1e3),
-        longest: ferry["latency-max"].as_f64().unwrap_or_default() / 1e3,
-        blocked: ferry["blocktime"].as_f64().unwrap_or_default() / 1e3,
-    }
 }
 
 /// What the source says in the end. QEMU tells that it has completed before it has its times.

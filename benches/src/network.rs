@@ -2,6 +2,8 @@
 
 use std::process::Command;
 
+use serde_json::Value;
+
 use crate::error::Error;
 use crate::scenario::Link;
 use crate::vmm::Role;
@@ -15,27 +17,51 @@ const LATENCY: &str = "20ms";
 /// The address of the destination on a link of its own.
 const ADDRESSES: [&str; 2] = ["10.213.77.1", "10.213.77.2"];
 
-/// Where the two processes are.
+/// Where the two processes are, and what is between them. Namespaces of its own go with it.
 #[derive(Debug)]
-pub enum Network {
-    /// Both on this machine's loopback.
-    Loopback,
-    /// Each in a network namespace, with a shaped link between them; they go with this.
-    Shaped {
-        /// The namespaces of the source and of the destination.
-        namespaces: [String; 2],
-    },
+pub struct Network {
+    /// The namespaces of the source and of the destination, where they have any.
+    namespaces: Option<[String; 2]>,
+    /// The interface that the migration takes, in the source's.
+    interface: &'static str,
+    address: &'static str,
 }
 
 impl Network {
-    /// Makes the link. A shaped one needs root, `ip` and `tc` (package iproute2).
+    /// This machine's own loopback.
+    pub const HOST: Self = Self {
+        namespaces: None,
+        interface: "lo",
+        address: "127.0.0.1",
+    };
+
+    /// Makes the link. A shaped one needs root, `ip` and `tc` (package iproute2). Loopback is that of
+    /// a namespace of its own, so that its traffic can be counted, or else the machine's own.
     pub fn new(link: Link) -> Result<Self, Error> {
-        let Link::Shaped { mbit } = link else {
-            return Ok(Self::Loopback);
+        match link {
+            Link::Loopback if !may_shape() => Ok(Self::HOST),
+            Link::Loopback => Self::loopback().or(Ok(Self::HOST)),
+            Link::Shaped { mbit } => Self::shaped(mbit),
+        }
+    }
+
+    fn loopback() -> Result<Self, Error> {
+        let name = format!("bench-{}", std::process::id());
+        let network = Self {
+            namespaces: Some([name.clone(), name.clone()]),
+            ..Self::HOST
         };
+        run("ip", &["netns", "add", &name])?;
+        run("ip", &["-n", &name, "link", "set", "lo", "up"])?;
+        Ok(network)
+    }
+
+    fn shaped(mbit: u32) -> Result<Self, Error> {
         let namespaces = ["s", "d"].map(|side| format!("bench-{}-{side}", std::process::id()));
-        let network = Self::Shaped {
-            namespaces: namespaces.clone(),
+        let network = Self {
+            namespaces: Some(namespaces.clone()),
+            interface: "link0",
+            address: ADDRESSES[1],
         };
         let [source, destination] = &namespaces;
         for namespace in &namespaces {
@@ -80,39 +106,48 @@ impl Network {
 
     /// The namespace that the process of that role is in, if it has one of its own.
     pub fn namespace(&self, role: Role) -> Option<&str> {
-        match (self, role) {
-            (Self::Loopback, _) => None,
-            (Self::Shaped { namespaces }, Role::Source) => Some(&namespaces[0]),
-            (Self::Shaped { namespaces }, Role::Destination) => Some(&namespaces[1]),
-        }
+        let [source, destination] = self.namespaces.as_ref()?;
+        Some(match role {
+            Role::Source => source,
+            Role::Destination => destination,
+        })
     }
 
     /// Where the destination listens.
     pub fn address(&self) -> &'static str {
-        match self {
-            Self::Loopback => "127.0.0.1",
-            Self::Shaped { .. } => ADDRESSES[1],
-        }
+        self.address
+    }
+
+    /// Bytes that the source's side has sent so far, packets' headers included; over loopback with
+    /// those of the destination. `None` if it can't be told from other traffic.
+    pub fn sent(&self) -> Option<u64> {
+        let namespace = self.namespace(Role::Source)?;
+        let arguments = ["-n", namespace, "-s", "-j", "link", "show", self.interface];
+        let told: Value = serde_json::from_str(&run("ip", &arguments).ok()?).ok()?;
+        told[0]["stats64"]["tx"]["bytes"].as_u64()
     }
 }
 
 impl Drop for Network {
     fn drop(&mut self) {
-        if let Self::Shaped { namespaces } = self {
-            for namespace in namespaces {
-                // The link goes with its first end.
-                let _ = run("ip", &["netns", "del", namespace]);
-            }
+        for namespace in self.namespaces.iter().flatten() {
+            // The link goes with its first end, and a namespace that both share is deleted once.
+            let _ = run("ip", &["netns", "del", namespace]);
         }
     }
 }
 
-fn run(program: &str, arguments: &[&str]) -> Result<(), Error> {
+/// Whether this user may make namespaces and links.
+pub fn may_shape() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+fn run(program: &str, arguments: &[&str]) -> Result<String, Error> {
     let what = || format!("{program} {}", arguments.join(" "));
     let output = Command::new(program).args(arguments).output();
     let output = output.map_err(Error::io(what()))?;
     if output.status.success() {
-        return Ok(());
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let said = String::from_utf8_lossy(&output.stderr);
     Err(Error::Wrong(format!(

@@ -1,8 +1,13 @@
-//! What the guest is and does while it is measured.
+//! What the guest is and does while it is measured, and how it moves.
+
+use std::fmt;
+use std::time::Duration;
 
 use guest_tests::Size;
 use guest_tests::dirtier::{Data, Options, Rate};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
+
+use crate::setting::{Setting, Settings};
 
 /// The way that the guest takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -18,74 +23,108 @@ pub enum Link {
     },
 }
 
-/// A guest, its work and its way.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A guest, its work, its way, and how it is to go.
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Scenario {
     /// For tables.
     pub name: String,
     /// The guest's memory in bytes.
     pub memory: u64,
-    /// How much of it the guest fills, how fast it rewrites how much of that, and how often its
-    /// heart beats.
+    /// How much of it the guest fills with what, how fast it rewrites how much of that in which
+    /// order, and how often its heart beats.
+    #[serde(rename = "guest", serialize_with = "as_text")]
     pub work: Options,
     /// Where it moves along.
     pub link: Link,
+    /// How long it may be stopped.
+    #[serde(rename = "downtime-limit-ms", serialize_with = "as_ms")]
+    pub downtime_limit: Duration,
+    /// When it goes over into post-copy, from the start on; `None` is pre-copy to the end.
+    #[serde(rename = "postcopy-after-ms", serialize_with = "as_ms_if_any")]
+    pub postcopy_after: Option<Duration>,
+    /// Capabilities and parameters of each VMM.
+    pub settings: Settings,
 }
 
 impl Scenario {
-    /// 1 GiB, of which 512 MiB hold random data and 64 MiB are rewritten at 20,000 pages/s.
-    pub fn busy() -> Self {
-        Self::new("busy", 1 << 30, Options::default())
-    }
-
-    /// The same guest, which only reads.
-    pub fn idle() -> Self {
-        Self::new(
-            "idle",
-            1 << 30,
-            Options {
-                rate: Rate::PerSecond(0),
-                ..Options::default()
-            },
-        )
-    }
-
-    /// 4 GiB, of which 64 MiB were ever touched, idle.
-    pub fn sparse() -> Self {
-        let work = Options {
-            fill: Size(64 << 20),
-            data: Data::Random,
+    /// All that have a name, those of the suite in its order.
+    pub fn all() -> Vec<Self> {
+        let idle = Options {
             rate: Rate::PerSecond(0),
             ..Options::default()
         };
-        Self::new("sparse", 4 << 30, work)
+        let busy = Options::default();
+        let heavy = Options {
+            rate: Rate::PerSecond(150_000),
+            ws: Size(256 << 20),
+            ..Options::default()
+        };
+        let sparse = Options {
+            fill: Size(64 << 20),
+            ..idle
+        };
+        let text = |work| Options {
+            data: Data::Text,
+            ..work
+        };
+        let gigabit = Link::Shaped { mbit: 1000 };
+        let compressing = |qemu: &[&str]| Settings {
+            ferry: optional(&["multifd=on", "multifd-compression=lz4"]),
+            qemu: optional(qemu),
+        };
+        let zstd = compressing(&["multifd=on", "multifd-compression=zstd"]);
+        let xbzrle = compressing(&["xbzrle=on"]);
+        [
+            ("idle", 1, idle, Link::Loopback, Settings::default()),
+            ("busy", 1, busy, Link::Loopback, Settings::default()),
+            ("heavy", 1, heavy, Link::Loopback, Settings::default()),
+            ("sparse", 4, sparse, Link::Loopback, Settings::default()),
+            ("text", 1, text(idle), Link::Loopback, zstd),
+            ("idle-1g", 1, idle, gigabit, Settings::default()),
+            ("busy-1g", 1, busy, gigabit, Settings::default()),
+            ("text-1g", 1, text(busy), gigabit, xbzrle),
+        ]
+        .into_iter()
+        .map(|(name, gib, work, link, settings)| Self {
+            name: name.to_owned(),
+            memory: gib << 30,
+            work,
+            link,
+            downtime_limit: Duration::from_millis(30),
+            postcopy_after: None,
+            settings,
+        })
+        .collect()
     }
 
     /// The one with that name.
     pub fn named(name: &str) -> Option<Self> {
-        [Self::busy(), Self::idle(), Self::sparse()]
-            .into_iter()
-            .find(|known| known.name == name)
-    }
-
-    fn new(name: &str, memory: u64, work: Options) -> Self {
-        Self {
-            name: name.to_owned(),
-            memory,
-            work,
-            link: Link::Loopback,
-        }
+        Self::all().into_iter().find(|known| known.name == name)
     }
 }
 
-/// All that matters, defaults included.
-impl std::fmt::Display for Scenario {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+/// Settings that a VMM is measured without if it doesn't know them.
+fn optional(settings: &[&str]) -> Vec<Setting> {
+    let known = settings.iter().filter_map(|text| text.parse().ok());
+    known
+        .map(|setting| Setting {
+            required: false,
+            ..setting
+        })
+        .collect()
+}
+
+/// All that matters, defaults included, but the name.
+impl fmt::Display for Scenario {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
-            name,
+            name: _,
             memory,
             work,
             link,
+            downtime_limit,
+            postcopy_after,
+            settings,
         } = self;
         let Options {
             fill,
@@ -97,31 +136,69 @@ impl std::fmt::Display for Scenario {
             ..
         } = work;
         let memory = memory >> 20;
-        write!(
-            f,
-            "{name}: guest of {memory} MiB, {fill} of it {data}, rewrites "
-        )?;
+        write!(f, "guest of {memory} MiB, {fill} of it {data}, rewrites ")?;
         match rate {
             Rate::PerSecond(0) => write!(f, "nothing")?,
             rate => write!(f, "{rate} pages/s in {ws}, {pattern}")?,
         }
+        write!(f, "; heartbeat every {heartbeat} µs; ")?;
         match link {
-            Link::Loopback => write!(f, "; heartbeat every {heartbeat} µs; over loopback"),
-            Link::Shaped { mbit } => {
-                write!(f, "; heartbeat every {heartbeat} µs; over {mbit} Mbit/s")
+            Link::Loopback => write!(f, "over loopback")?,
+            Link::Shaped { mbit } => write!(f, "over {mbit} Mbit/s")?,
+        }
+        match postcopy_after {
+            None => write!(f, ", downtime limit {} ms", downtime_limit.as_millis())?,
+            Some(after) => write!(f, ", post-copy after {} ms", after.as_millis())?,
+        }
+        for (name, settings) in [("Ferry", &settings.ferry), ("QEMU", &settings.qemu)] {
+            if !settings.is_empty() {
+                let settings: Vec<String> = settings.iter().map(Setting::to_string).collect();
+                write!(f, "; {name}: {}", settings.join(" "))?;
             }
         }
+        Ok(())
     }
 }
 
-impl Serialize for Scenario {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        use serde::ser::SerializeStruct;
-        let mut fields = serializer.serialize_struct("Scenario", 4)?;
-        fields.serialize_field("name", &self.name)?;
-        fields.serialize_field("memory", &self.memory)?;
-        fields.serialize_field("guest", &self.work.to_string())?;
-        fields.serialize_field("link", &self.link)?;
-        fields.end()
+fn as_text<S: Serializer>(work: &Options, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(work)
+}
+
+fn as_ms<S: Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    as_ms_if_any(&Some(*time), serializer)
+}
+
+fn as_ms_if_any<S: Serializer>(time: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    time.map(|time| time.as_millis() as u64)
+        .serialize(serializer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_lead_to_their_scenarios() {
+        let all = Scenario::all();
+        for scenario in &all {
+            assert_eq!(Scenario::named(&scenario.name).as_ref(), Some(scenario));
+        }
+        assert_eq!(Scenario::named("fast"), None);
+    }
+
+    #[test]
+    fn a_description_has_all_that_matters() {
+        let described = |name: &str| Scenario::named(name).unwrap().to_string();
+        assert_eq!(
+            described("heavy"),
+            "guest of 1024 MiB, 512M of it random, rewrites 150000 pages/s in 256M, sequential; \
+             heartbeat every 200 µs; over loopback, downtime limit 30 ms"
+        );
+        assert_eq!(
+            described("text-1g"),
+            "guest of 1024 MiB, 512M of it text, rewrites 20000 pages/s in 64M, sequential; \
+             heartbeat every 200 µs; over 1000 Mbit/s, downtime limit 30 ms; \
+             Ferry: multifd=on multifd-compression=lz4; QEMU: xbzrle=on"
+        );
     }
 }

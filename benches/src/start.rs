@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::error::{Error, PATIENCE};
+use crate::figure::{Figure, Measured, Unit};
 use crate::migration::ms;
 use crate::proc::{self, Resident};
 use crate::scenario::Scenario;
@@ -26,6 +27,36 @@ pub struct Outcome {
     pub first_byte: f64,
     /// Resident memory while the guest of [`crate::scenario`] works.
     pub resident: Resident,
+}
+
+const MIB: f64 = (1 << 20) as f64;
+
+impl Measured for Outcome {
+    const FIGURES: &'static [Figure<Self>] = &[
+        Figure {
+            name: "start to the guest's first byte",
+            unit: Unit::Milliseconds,
+            digits: 1,
+            of: |o| Some(o.first_byte),
+        },
+        Figure {
+            name: "resident besides the guest's",
+            unit: Unit::Mebibytes,
+            digits: 1,
+            of: |o| Some(o.resident.own as f64 / MIB),
+        },
+        Figure {
+            name: "the guest's",
+            unit: Unit::Mebibytes,
+            digits: 1,
+            of: |o| Some(o.resident.guest as f64 / MIB),
+        },
+    ];
+
+    const HEADLINES: &'static [&'static str] = &[
+        "start to the guest's first byte",
+        "resident besides the guest's",
+    ];
 }
 
 /// Starts the VMM once with a guest that writes at once, and once with one that works.

@@ -4,15 +4,18 @@ mod ferry;
 mod qemu;
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use guest_tests::driver::process::Process;
-use guest_tests::driver::qmp::Client;
+use guest_tests::driver::qmp::{Client, QmpError};
 use guest_tests::driver::serial::Watcher;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::error::{Error, PATIENCE};
+use crate::migration::Round;
 use crate::network::Network;
 
 pub use ferry::Ferry;
@@ -116,10 +119,22 @@ pub struct Reported {
     pub start: Option<f64>,
 }
 
+/// The program that a VMM is, in whatever build or configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Ferry.
+    Ferry,
+    /// QEMU.
+    Qemu,
+}
+
 /// A VMM.
 pub trait Vmm {
     /// For tables.
     fn name(&self) -> &str;
+
+    /// Which one it is.
+    fn kind(&self) -> Kind;
 
     /// The binary.
     fn program(&self) -> &Path;
@@ -132,6 +147,19 @@ pub trait Vmm {
 
     /// The downtime in an answer to `query-migrate`.
     fn downtime(&self, info: &Value) -> Option<Reported>;
+
+    /// The rounds in an answer to `query-migrate` after the end, if it tells them.
+    fn rounds(&self, _info: &Value) -> Option<Vec<Round>> {
+        None
+    }
+}
+
+/// What a VMM says of its version: the first line of `--version`.
+pub fn version(vmm: &dyn Vmm) -> String {
+    let output = Command::new(vmm.program()).arg("--version").output();
+    let said = output.map(|output| output.stdout).unwrap_or_default();
+    let said = String::from_utf8_lossy(&said);
+    said.lines().next().unwrap_or_default().to_owned()
 }
 
 /// A running VMM.
@@ -148,7 +176,7 @@ pub struct Running {
 impl Running {
     /// Starts a process whose sockets are in `dir`. No guest runs yet.
     pub fn start(vmm: &dyn Vmm, guest: &Guest, role: Role, dir: &Path) -> Result<Self, Error> {
-        Self::start_in(&Network::Loopback, vmm, guest, role, dir)
+        Self::start_in(&Network::HOST, vmm, guest, role, dir)
     }
 
     /// The same in a network.
@@ -247,19 +275,37 @@ impl Running {
         }
     }
 
-    /// Waits until the migration has ended, well or not, and returns when that was told.
-    pub fn wait_migrated(&mut self) -> Result<std::time::Instant, Error> {
+    /// Waits until the migration has ended, well or not, and returns when that was told; `None` if
+    /// it goes on after `patience`. When a pass over the guest's memory begins, `at_pass` gets what
+    /// `query-migrate` says then.
+    pub fn wait_migrated(
+        &mut self,
+        patience: Duration,
+        mut at_pass: impl FnMut(Instant, &Value),
+    ) -> Result<Option<Instant>, Error> {
+        let deadline = Instant::now() + patience;
         loop {
-            let event = self
+            let left = deadline.saturating_duration_since(Instant::now());
+            let event = match self
                 .qmp
-                .wait_event("MIGRATION", PATIENCE)
-                .map_err(|source| Error::Qmp {
-                    name: self.name.clone(),
-                    source,
-                    output: self.process.output(),
-                })?;
+                .wait_event_of(&["MIGRATION", "MIGRATION_PASS"], left)
+            {
+                Ok(event) => event,
+                Err(QmpError::Timeout(..)) => return Ok(None),
+                Err(source) => {
+                    return Err(Error::Qmp {
+                        name: self.name.clone(),
+                        source,
+                        output: self.process.output(),
+                    });
+                }
+            };
+            if event.name == "MIGRATION_PASS" {
+                at_pass(event.at, &self.execute("query-migrate", Value::Null)?);
+                continue;
+            }
             match event.data["status"].as_str() {
-                Some("completed") => return Ok(event.at),
+                Some("completed") => return Ok(Some(event.at)),
                 Some("failed" | "cancelled") => {
                     let info = self.execute("query-migrate", Value::Null)?;
                     return Err(Error::Wrong(format!(

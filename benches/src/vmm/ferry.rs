@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::{Guest, Reported, Role, Sockets, Vmm};
+use super::{Guest, Kind, Reported, Role, Sockets, Vmm};
+use crate::migration::Round;
 
 /// A build of Ferry.
 #[derive(Clone, Debug)]
@@ -18,6 +19,10 @@ pub struct Ferry {
 impl Vmm for Ferry {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn kind(&self) -> Kind {
+        Kind::Ferry
     }
 
     fn program(&self) -> &Path {
@@ -61,6 +66,33 @@ impl Vmm for Ferry {
             start: ms("start"),
         })
     }
+
+    fn rounds(&self, info: &Value) -> Option<Vec<Round>> {
+        /// Bytes of a page.
+        const PAGE: u64 = 4096;
+        let told = info["x-ferry"]["rounds"].as_array()?;
+        let mut rounds: Vec<Round> = told
+            .iter()
+            .map(|round| {
+                let number = |name: &str| round[name].as_u64().unwrap_or_default();
+                Round {
+                    number: number("round"),
+                    begin: 0.0,
+                    time: number("time") as f64 / 1e3,
+                    to_send: number("pages") * PAGE,
+                    sent: number("bytes"),
+                    dirtied: round["dirtied"].as_u64().map(|pages| pages * PAGE),
+                }
+            })
+            .collect();
+        // They follow each other without a gap, and the last one ends when all does.
+        let mut end = info["total-time"].as_f64()?;
+        for round in rounds.iter_mut().rev() {
+            end -= round.time;
+            round.begin = end.max(0.0);
+        }
+        Some(rounds)
+    }
 }
 
 fn machine(guest: &Guest) -> Vec<String> {
@@ -72,4 +104,28 @@ fn machine(guest: &Guest) -> Vec<String> {
     let drives = guest.drives.iter();
     arguments.extend(drives.map(|drive| format!("--disk={}", drive.options())));
     arguments
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn rounds_end_with_the_migration() {
+        let ferry = Ferry {
+            name: "ferry".to_owned(),
+            program: PathBuf::new(),
+        };
+        let info = json!({ "total-time": 100, "x-ferry": { "rounds": [
+            { "round": 1, "pages": 10, "sent": 8, "zero": 2, "bytes": 33000, "time": 80000, "dirtied": 3 },
+            { "round": 2, "pages": 3, "sent": 3, "zero": 0, "bytes": 12400, "time": 5000 },
+        ] } });
+        let rounds = ferry.rounds(&info).unwrap();
+        assert_eq!([rounds[0].begin, rounds[1].begin], [15.0, 95.0]);
+        assert_eq!(rounds[0].to_send, 40960);
+        assert_eq!([rounds[0].dirtied, rounds[1].dirtied], [Some(12288), None]);
+        assert!(ferry.rounds(&json!({ "total-time": 1 })).is_none());
+    }
 }

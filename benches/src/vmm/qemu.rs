@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::{Guest, Reported, Role, Sockets, Vmm};
+use super::{Guest, Kind, Reported, Role, Sockets, Vmm};
 
 /// An installed QEMU.
 #[derive(Clone, Debug)]
@@ -70,6 +70,10 @@ impl Vmm for Qemu {
         } else {
             "qemu"
         }
+    }
+
+    fn kind(&self) -> Kind {
+        Kind::Qemu
     }
 
     fn program(&self) -> &Path {

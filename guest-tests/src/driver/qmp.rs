@@ -111,25 +111,31 @@ impl Client {
 
     /// Waits for the next event of that name and returns it; others stay kept.
     pub fn wait_event(&mut self, name: &str, patience: Duration) -> Result<Event, QmpError> {
+        self.wait_event_of(&[name], patience)
+    }
+
+    /// The same for an event with any of these names.
+    pub fn wait_event_of(&mut self, names: &[&str], patience: Duration) -> Result<Event, QmpError> {
         let deadline = Instant::now() + patience;
         loop {
-            if let Some(at) = self.events.iter().position(|event| event.name == name)
+            let wanted = |event: &Event| names.contains(&event.name.as_str());
+            if let Some(at) = self.events.iter().position(wanted)
                 && let Some(event) = self.events.remove(at)
             {
                 return Ok(event);
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(QmpError::Timeout(name.to_owned(), patience));
+                return Err(QmpError::Timeout(names.join(" or "), patience));
             }
             self.reader.get_ref().set_read_timeout(Some(left))?;
-            let answer = self.read(name);
+            let answer = self.read(names.first().unwrap_or(&"an event"));
             self.reader.get_ref().set_read_timeout(Some(patience))?;
             match answer {
                 Ok(answer) if self.keep_event(&answer) => {}
                 Ok(answer) => return Err(QmpError::Garbage(answer.to_string())),
                 Err(QmpError::Io(err)) if is_timeout(&err) => {
-                    return Err(QmpError::Timeout(name.to_owned(), patience));
+                    return Err(QmpError::Timeout(names.join(" or "), patience));
                 }
                 Err(err) => return Err(err),
             }

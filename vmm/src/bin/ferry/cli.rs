@@ -54,6 +54,8 @@ pub(crate) enum Command {
     Demo(DemoOptions),
     /// Attach to a running ferry, or run one of its monitor's commands
     Monitor(MonitorOptions),
+    /// Measure migrations, starts, pauses and disks on this machine, beside QEMU if it is installed
+    Bench(Box<benches::command::Options>),
 }
 
 /// `ferry run`. An option that was not given is `None` or empty, so that a destination can take

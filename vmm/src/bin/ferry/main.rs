@@ -1,4 +1,4 @@
-//! `ferry`: runs guests, migrates them, and shows how.
+//! `ferry`: runs guests, migrates them, shows how, and measures it.
 
 mod cli;
 mod demo;
@@ -23,11 +23,20 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(options).map_err(Into::into),
         // It has said itself what went wrong.
         Command::Monitor(options) => Ok(monitor::run(options)),
+        Command::Bench(options) => bench(options),
     });
     result.unwrap_or_else(|error| {
         eprintln!("ferry: {error}");
         ExitCode::FAILURE
     })
+}
+
+/// Measures the build that is running, unless the options name another.
+fn bench(options: &benches::command::Options) -> Result<ExitCode, Box<dyn Error>> {
+    let own = std::env::current_exe()
+        .map_err(|error| format!("which file is running can't be told: {error}"))?;
+    benches::command::run(options, &own)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn start_logging(filter: &str) -> Result<(), Box<dyn Error>> {

@@ -257,3 +257,11 @@ fn help_and_version_are_there() {
         assert!(help.contains(heading), "{help}");
     }
 }
+
+#[test]
+fn the_benchmark_takes_its_own_options() {
+    let cli = cli("--log debug bench suite --runs 2 --scenario idle --html r.html").unwrap();
+    assert!(matches!(cli.command, Command::Bench(_)));
+    assert_eq!(cli.log.as_deref(), Some("debug"));
+    assert!(refused("bench suite --scenario fast").contains("idle, busy"));
+}

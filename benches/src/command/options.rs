@@ -1,0 +1,253 @@
+//! What the command line can say.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use guest_tests::Size;
+use guest_tests::dirtier::{Data, Pattern, Rate};
+use guest_tests::mmio::Wait;
+
+use crate::scenario::{Link, Scenario};
+use crate::setting::Setting;
+use crate::vmm::{DriveCache, DriveFormat};
+
+/// Measures Ferry, and QEMU beside it, on this machine.
+#[derive(Args, Clone, Debug, PartialEq)]
+pub struct Options {
+    #[command(flatten)]
+    pub(super) common: Common,
+    #[command(subcommand)]
+    pub(super) what: What,
+}
+
+#[derive(Args, Clone, Debug, PartialEq)]
+pub(super) struct Common {
+    /// How often each VMM is measured
+    #[arg(long, global = true, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(super) runs: u16,
+    /// The build of Ferry to measure, if it is not this one
+    #[arg(long, global = true)]
+    pub(super) ferry: Option<PathBuf>,
+    /// Another build of Ferry to compare with
+    #[arg(long, global = true, value_name = "FERRY")]
+    pub(super) before: Option<PathBuf>,
+    /// Leave QEMU out
+    #[arg(long, global = true)]
+    pub(super) without_qemu: bool,
+    /// Forbid huge pages to every VMM: where the machine itself is virtual, they can be slow
+    #[arg(long, global = true)]
+    pub(super) no_huge_pages: bool,
+    /// Write every figure of every run to this file
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(super) json: Option<PathBuf>,
+    /// Write a page with tables and plots to this file
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(super) html: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, PartialEq, Subcommand)]
+pub(super) enum What {
+    /// All known scenarios of a migration, one after the other
+    Suite {
+        /// Only this one; can be given several times
+        #[arg(long, value_name = "NAME", value_parser = known_scenario)]
+        scenario: Vec<Scenario>,
+    },
+    /// A running guest moves to a second process on this machine
+    Migration(Box<Migration>),
+    /// From the start of the process to the guest's first instruction; resident memory
+    Start(Box<Work>),
+    /// From `stop` to its answer, whatever the guest does
+    Pause {
+        /// How often each guest is paused
+        #[arg(long, default_value_t = 100)]
+        times: usize,
+    },
+    /// How fast the guest's driver finds its disk
+    Disk(Disk),
+}
+
+#[derive(Args, Clone, Debug, PartialEq)]
+pub(super) struct Disk {
+    /// The image's format
+    #[arg(long, value_enum, default_value = "raw")]
+    pub(super) format: DriveFormat,
+    /// How the host's page cache is used
+    #[arg(long, value_enum, default_value = "writeback")]
+    pub(super) cache: DriveCache,
+    /// How the guest waits for its disk: irq, poll
+    #[arg(long, default_value = "irq", value_parser = word::<Wait>)]
+    pub(super) wait: Wait,
+    /// The disk's size
+    #[arg(long, default_value = "256M", value_parser = word::<Size>)]
+    pub(super) size: Size,
+    /// How long each measurement lasts
+    #[arg(long, default_value_t = 1)]
+    pub(super) seconds: u64,
+    /// Only work whose description contains this, such as `randread` or `depth 32`
+    #[arg(long, default_value = "")]
+    pub(super) only: String,
+    /// The directory for the image, on the file system to be measured
+    #[arg(long, default_value = ".")]
+    pub(super) dir: PathBuf,
+}
+
+#[derive(Args, Clone, Debug, PartialEq)]
+pub(super) struct Migration {
+    #[command(flatten)]
+    work: Work,
+    /// The downtime limit
+    #[arg(long, value_name = "MS")]
+    downtime_limit: Option<u64>,
+    /// Over a link of so many Mbit/s between two network namespaces (needs root), or on loopback if
+    /// it is 0
+    #[arg(long, value_name = "MBIT")]
+    link: Option<u32>,
+    /// Switch to post-copy so many ms after the start
+    #[arg(long, value_name = "MS")]
+    postcopy_after: Option<u64>,
+    /// Capabilities and parameters for Ferry, instead of the scenario's
+    #[arg(long, value_name = "NAME=VALUE,…", value_delimiter = ',')]
+    ferry_with: Option<Vec<Setting>>,
+    /// Capabilities and parameters for QEMU, instead of the scenario's
+    #[arg(long, value_name = "NAME=VALUE,…", value_delimiter = ',')]
+    qemu_with: Option<Vec<Setting>>,
+}
+
+/// A known scenario, and where it is to differ.
+#[derive(Args, Clone, Debug, PartialEq)]
+pub(super) struct Work {
+    /// idle (1 GiB, 512 MiB random, rewriting nothing), busy (20,000 pages/s in 64 MiB), heavy
+    /// (150,000 pages/s in 256 MiB), sparse (4 GiB, 64 MiB touched, idle), text (as idle, text-like
+    /// data), idle-1g, busy-1g or text-1g (over 1 Gbit/s; text-1g is busy)
+    #[arg(default_value = "busy", value_parser = known_scenario)]
+    scenario: Scenario,
+    /// The guest's memory
+    #[arg(long, value_parser = word::<Size>)]
+    memory: Option<Size>,
+    /// How much of it is filled
+    #[arg(long, value_parser = word::<Size>)]
+    fill: Option<Size>,
+    /// With what: random, text, zero
+    #[arg(long, value_parser = word::<Data>)]
+    data: Option<Data>,
+    /// How much is rewritten
+    #[arg(long, value_parser = word::<Size>)]
+    working_set: Option<Size>,
+    /// At so many pages a second, or `max`
+    #[arg(long, value_parser = word::<Rate>)]
+    rate: Option<Rate>,
+    /// In which order: sequential, random, hot
+    #[arg(long, value_parser = word::<Pattern>)]
+    pattern: Option<Pattern>,
+    /// µs between heartbeats
+    #[arg(long)]
+    heartbeat: Option<u64>,
+}
+
+fn known_scenario(name: &str) -> Result<Scenario, String> {
+    Scenario::named(name).ok_or_else(|| {
+        let names: Vec<String> = Scenario::all()
+            .into_iter()
+            .map(|known| known.name)
+            .collect();
+        format!("the known ones are {}", names.join(", "))
+    })
+}
+
+fn word<T: std::str::FromStr>(text: &str) -> Result<T, String> {
+    text.parse()
+        .map_err(|_| "neither a known word nor a number with a unit (K, M, G)".to_owned())
+}
+
+impl Work {
+    pub(super) fn scenario(&self) -> Scenario {
+        let mut scenario = self.scenario.clone();
+        let work = &mut scenario.work;
+        scenario.memory = self.memory.map_or(scenario.memory, |Size(bytes)| bytes);
+        work.fill = self.fill.unwrap_or(work.fill);
+        work.data = self.data.unwrap_or(work.data);
+        work.ws = self.working_set.unwrap_or(work.ws);
+        work.rate = self.rate.unwrap_or(work.rate);
+        work.pattern = self.pattern.unwrap_or(work.pattern);
+        work.heartbeat = self.heartbeat.unwrap_or(work.heartbeat);
+        scenario
+    }
+}
+
+impl Migration {
+    pub(super) fn scenario(&self) -> Scenario {
+        let mut scenario = self.work.scenario();
+        match self.link {
+            None => {}
+            Some(0) => scenario.link = Link::Loopback,
+            Some(mbit) => scenario.link = Link::Shaped { mbit },
+        }
+        if let Some(limit) = self.downtime_limit {
+            scenario.downtime_limit = Duration::from_millis(limit);
+        }
+        scenario.postcopy_after = self.postcopy_after.map(Duration::from_millis);
+        let settings = &mut scenario.settings;
+        if let Some(given) = &self.ferry_with {
+            settings.ferry.clone_from(given);
+        }
+        if let Some(given) = &self.qemu_with {
+            settings.qemu.clone_from(given);
+        }
+        scenario
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Cli {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn migration(arguments: &[&str]) -> Result<Scenario, clap::Error> {
+        let all = ["bench", "migration"].iter().chain(arguments);
+        match Cli::try_parse_from(all)?.options.what {
+            What::Migration(migration) => Ok(migration.scenario()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_scenario_differs_where_it_is_told_to() {
+        assert_eq!(
+            migration(&["text-1g"]).unwrap(),
+            Scenario::named("text-1g").unwrap()
+        );
+        let scenario = migration(&[
+            "text-1g",
+            "--link=0",
+            "--rate=max",
+            "--downtime-limit=100",
+            "--qemu-with=multifd=on,multifd-channels=4",
+        ])
+        .unwrap();
+        assert_eq!(scenario.link, Link::Loopback);
+        assert_eq!(scenario.work.rate, Rate::Max);
+        assert_eq!(scenario.downtime_limit, Duration::from_millis(100));
+        assert_eq!(
+            scenario.settings.qemu,
+            ["multifd=on", "multifd-channels=4"].map(|text| text.parse().unwrap())
+        );
+        assert!(!scenario.settings.ferry.is_empty());
+    }
+
+    #[test]
+    fn what_is_wrong_is_told() {
+        let error = migration(&["fast"]).unwrap_err().to_string();
+        assert!(error.contains("idle, busy, heavy"), "{error}");
+        assert!(migration(&["--qemu-with=multifd"]).is_err());
+        assert!(Cli::try_parse_from(["bench", "suite", "--runs=0"]).is_err());
+    }
+}
