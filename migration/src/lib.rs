@@ -48,4 +48,5 @@ pub mod source;
 pub mod uri;
 pub mod userfault;
 pub mod vm;
+pub mod xbzrle;
 mod zero;
