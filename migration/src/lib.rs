@@ -22,6 +22,7 @@ pub mod cancel;
 pub mod channel;
 pub mod clock;
 pub mod codec;
+pub mod compression;
 pub mod connect;
 pub mod convergence;
 pub mod destination;
