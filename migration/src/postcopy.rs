@@ -1,8 +1,10 @@
 //! How users steer a migration in post-copy, and where the engine waits for them.
 
+use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::cancel::Cancel;
+use crate::progress::{Progress, Status};
 
 /// Steers a migration that may go over into post-copy; clones act on the same one. `T` is what
 /// replaces a broken connection: an address at the source, a listener at the destination.
@@ -19,6 +21,9 @@ impl<T> Clone for Control<T> {
 struct Inner<T> {
     state: Mutex<State<T>>,
     changed: Condvar,
+    /// Its status changes with the state, under the same lock: whoever reads it finds possible what
+    /// it says. The observer is told later, by the engine, as it may hold whoever steers back.
+    progress: Arc<Progress>,
 }
 
 #[derive(Debug)]
@@ -36,8 +41,8 @@ enum Connection<T> {
     Active(Cancel),
     /// Broken: waits for another.
     Paused,
-    /// Another is there.
-    Replaced(T),
+    /// Another is there, which the engine has not taken yet.
+    Replaced(T, Cancel),
     /// Nobody waits any more, for that reason.
     Ended(String),
 }
@@ -47,26 +52,27 @@ enum Connection<T> {
 #[error("migrate_pause is possible only while post-copy is active")]
 pub struct NotActive;
 
-/// The migration is not paused in post-copy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("there is no post-copy migration that is paused")]
-pub struct NotPaused;
-
-impl<T> Default for Control<T> {
-    fn default() -> Self {
-        Self::new()
-    }
+/// Why a migration can't go on over another connection.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoverError {
+    /// It is not in post-copy, or its connection is not broken.
+    #[error("there is no post-copy migration that is paused")]
+    NotPaused,
+    /// There is no descriptor with which the connection could be broken again.
+    #[error("no descriptor for another connection: {0}")]
+    Resources(io::Error),
 }
 
 impl<T> Control<T> {
-    /// Of a migration that has not begun.
-    pub fn new() -> Self {
+    /// Of the migration with that progress, which has not begun.
+    pub fn new(progress: Arc<Progress>) -> Self {
         Self(Arc::new(Inner {
             state: Mutex::new(State {
                 started: false,
                 connection: Connection::None,
             }),
             changed: Condvar::new(),
+            progress,
         }))
     }
 
@@ -84,7 +90,7 @@ impl<T> Control<T> {
     /// Breaks the connection; both sides are paused then, and can be recovered.
     pub fn pause(&self) -> Result<(), NotActive> {
         match &self.state().connection {
-            Connection::Active(breaker) => {
+            Connection::Active(breaker) | Connection::Replaced(_, breaker) => {
                 let _ = breaker.cancel("paused by the user");
                 Ok(())
             }
@@ -93,12 +99,14 @@ impl<T> Control<T> {
     }
 
     /// Goes on over another connection.
-    pub fn recover(&self, with: T) -> Result<(), NotPaused> {
+    pub fn recover(&self, with: T) -> Result<(), RecoverError> {
         let mut state = self.state();
         if !matches!(state.connection, Connection::Paused) {
-            return Err(NotPaused);
+            return Err(RecoverError::NotPaused);
         }
-        state.connection = Connection::Replaced(with);
+        let breaker = Cancel::new().map_err(RecoverError::Resources)?;
+        state.connection = Connection::Replaced(with, breaker);
+        self.0.progress.change_status(Status::PostcopyRecover);
         self.0.changed.notify_all();
         Ok(())
     }
@@ -139,6 +147,9 @@ impl<T> Control<T> {
             }
             _ => state.connection = Connection::Active(breaker),
         }
+        self.0.progress.change_status(Status::PostcopyActive);
+        drop(state);
+        self.0.progress.tell_status();
     }
 
     /// Post-copy is over: there is nothing to break or to wait for.
@@ -154,15 +165,18 @@ impl<T> Control<T> {
         let mut state = self.state();
         if !matches!(state.connection, Connection::Ended(_)) {
             state.connection = Connection::Paused;
+            self.0.progress.change_status(Status::PostcopyPaused);
         }
+        drop(state);
+        self.0.progress.tell_status();
     }
 
-    /// Waits for what replaces it; `None` once nobody waits any more.
-    pub(crate) fn wait(&self) -> Option<T> {
+    /// Waits for what replaces it, and what breaks that; `None` once nobody waits any more.
+    pub(crate) fn wait(&self) -> Option<(T, Cancel)> {
         let mut state = self.state();
-        loop {
+        let (with, breaker) = loop {
             match std::mem::replace(&mut state.connection, Connection::None) {
-                Connection::Replaced(with) => return Some(with),
+                Connection::Replaced(with, breaker) => break (with, breaker),
                 other @ Connection::Ended(_) => {
                     state.connection = other;
                     return None;
@@ -171,7 +185,11 @@ impl<T> Control<T> {
             }
             let waiting = self.0.changed.wait(state);
             state = waiting.unwrap_or_else(PoisonError::into_inner);
-        }
+        };
+        state.connection = Connection::Active(breaker.clone());
+        drop(state);
+        self.0.progress.tell_status();
+        Some((with, breaker))
     }
 
     fn state(&self) -> MutexGuard<'_, State<T>> {
@@ -182,26 +200,46 @@ impl<T> Control<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::MonotonicClock;
+
+    fn progress() -> Arc<Progress> {
+        Arc::new(Progress::new(Arc::new(MonotonicClock), None))
+    }
 
     #[test]
     fn a_broken_connection_is_replaced_once_and_by_whoever_comes_first() {
-        let control = Control::new();
+        let progress = progress();
+        let control = Control::new(Arc::clone(&progress));
         assert_eq!(control.pause(), Err(NotActive));
-        assert_eq!(control.recover(1), Err(NotPaused));
+        assert!(matches!(control.recover(1), Err(RecoverError::NotPaused)));
         let breaker = Cancel::new().unwrap();
         control.activate(breaker.clone());
-        assert_eq!(control.recover(1), Err(NotPaused));
+        assert_eq!(progress.status(), Status::PostcopyActive);
+        assert!(matches!(control.recover(1), Err(RecoverError::NotPaused)));
         control.pause().unwrap();
         assert_eq!(breaker.cancelled(), Some("paused by the user"));
         control.paused();
-        assert_eq!(control.recover(2), Ok(()));
-        assert_eq!(control.recover(3), Err(NotPaused));
-        assert_eq!(control.wait(), Some(2));
+        assert_eq!(progress.status(), Status::PostcopyPaused);
+        assert_eq!(control.pause(), Err(NotActive));
+        control.recover(2).unwrap();
+        assert_eq!(progress.status(), Status::PostcopyRecover);
+        assert!(matches!(control.recover(3), Err(RecoverError::NotPaused)));
+        assert_eq!(control.wait().unwrap().0, 2);
+    }
+
+    #[test]
+    fn what_replaces_it_can_be_given_up_before_the_engine_has_taken_it() {
+        let control = Control::new(progress());
+        control.paused();
+        control.recover(1).unwrap();
+        control.pause().unwrap();
+        let (with, breaker) = control.wait().unwrap();
+        assert_eq!((with, breaker.cancelled()), (1, Some("paused by the user")));
     }
 
     #[test]
     fn whoever_waits_is_told_of_the_end() {
-        let control = Control::<u8>::new();
+        let control = Control::<u8>::new(progress());
         control.paused();
         let waiting = std::thread::spawn({
             let control = control.clone();
@@ -209,7 +247,7 @@ mod tests {
         });
         control.end("the process ends");
         control.end("later");
-        assert_eq!(waiting.join().unwrap(), None);
+        assert!(waiting.join().unwrap().is_none());
         assert_eq!(control.ended().as_deref(), Some("the process ends"));
         let breaker = Cancel::new().unwrap();
         control.activate(breaker.clone());

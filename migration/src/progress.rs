@@ -326,6 +326,8 @@ pub struct Progress {
 struct State {
     snapshot: Snapshot,
     began: Option<Duration>,
+    /// The status that the observer was told.
+    told: Status,
 }
 
 impl std::fmt::Debug for Progress {
@@ -368,19 +370,35 @@ impl Progress {
     }
 
     pub(crate) fn set_status(&self, status: Status) {
-        {
+        self.change_status(status);
+        self.tell_status();
+    }
+
+    /// Changes the status without telling the observer.
+    pub(crate) fn change_status(&self, status: Status) {
+        let mut state = self.lock();
+        if state.snapshot.status == status {
+            return;
+        }
+        let now = self.clock.now();
+        let began = *state.began.get_or_insert(now);
+        state.snapshot.status = status;
+        state.snapshot.total_time = now.saturating_sub(began);
+        if status == Status::Active {
+            state.snapshot.setup_time = now.saturating_sub(began);
+        }
+    }
+
+    /// Tells the observer of the status, unless it knows it.
+    pub(crate) fn tell_status(&self) {
+        let status = {
             let mut state = self.lock();
-            if state.snapshot.status == status {
+            let status = state.snapshot.status;
+            if std::mem::replace(&mut state.told, status) == status {
                 return;
             }
-            let now = self.clock.now();
-            let began = *state.began.get_or_insert(now);
-            state.snapshot.status = status;
-            state.snapshot.total_time = now.saturating_sub(began);
-            if status == Status::Active {
-                state.snapshot.setup_time = now.saturating_sub(began);
-            }
-        }
+            status
+        };
         if let Some(observer) = &self.observer {
             observer.status_changed(status);
         }

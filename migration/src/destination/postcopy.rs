@@ -259,11 +259,10 @@ impl Destination<'_> {
         let mut main = Some(main);
         loop {
             if let (Some(mut channel), None) = (main.take(), &why) {
-                late.control.activate(late.breaker.clone());
                 channel.enter_late();
                 channel.link().set_until(None);
                 channel.link().set_cancel(late.breaker.clone());
-                self.job.progress.set_status(Status::PostcopyActive);
+                late.control.activate(late.breaker.clone());
                 match self.place_all(&mut channel, late, memory) {
                     Ok(()) => {
                         channel.linger(Instant::now() + self.job.deadlines.linger);
@@ -301,12 +300,11 @@ impl Destination<'_> {
                 snapshot.error = Some(format!("{reason}; {missing} pages are missing"));
             });
             late.control.paused();
-            self.job.progress.set_status(Status::PostcopyPaused);
-            let Some(listener) = late.control.wait() else {
+            let Some((listener, breaker)) = late.control.wait() else {
                 let reason = late.control.ended().unwrap_or_default();
                 return LateEnd::Abandoned(reason);
             };
-            self.job.progress.set_status(Status::PostcopyRecover);
+            late.breaker = breaker;
             match recover(late, memory, listener, &self.clock, &self.job.deadlines) {
                 Ok(channel) => {
                     tracing::info!(id = ?late.id, missing, "post-copy goes on");

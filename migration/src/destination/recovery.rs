@@ -7,7 +7,6 @@ use super::DestinationError;
 use super::late::LateMemory;
 use super::postcopy::Late;
 use crate::bitmap::PageBitmap;
-use crate::cancel::Cancel;
 use crate::channel::{Channel, ChannelError};
 use crate::clock::Clock;
 use crate::frame::Kind;
@@ -24,8 +23,6 @@ pub(super) fn recover(
     clock: &Arc<dyn Clock>,
     deadlines: &Deadlines,
 ) -> Result<Channel, DestinationError> {
-    late.breaker = Cancel::new().map_err(DestinationError::Resources)?;
-    late.control.activate(late.breaker.clone());
     loop {
         let awaited = Awaited {
             kind: Kind::Resume,

@@ -25,7 +25,6 @@ use crate::guest_io::GuestPages;
 use crate::link::Link;
 use crate::message::{MAX_BIT_PAGES, Missing, Preamble, Return, encode_bits};
 use crate::postcopy::Control;
-use crate::progress::Status;
 use crate::session::Session;
 use crate::uri::Uri;
 
@@ -187,11 +186,10 @@ impl Source<'_> {
         let mut main = Some(main);
         loop {
             if let (Some(channel), None) = (&mut main, &why) {
-                late.control.activate(late.breaker.clone());
                 channel.enter_late();
                 channel.link().set_until(None);
                 channel.link().set_cancel(late.breaker.clone());
-                self.job.progress.set_status(Status::PostcopyActive);
+                late.control.activate(late.breaker.clone());
                 match self.push(channel, late) {
                     Ok(over) => {
                         late.control.finish();
@@ -229,12 +227,11 @@ impl Source<'_> {
                 .progress
                 .update(|snapshot| snapshot.error = Some(reason));
             late.control.paused();
-            self.job.progress.set_status(Status::PostcopyPaused);
-            let Some(uri) = late.control.wait() else {
+            let Some((uri, breaker)) = late.control.wait() else {
                 let reason = late.control.ended().unwrap_or_default();
                 return LateEnd::Abandoned(reason);
             };
-            self.job.progress.set_status(Status::PostcopyRecover);
+            late.breaker = breaker;
             match self.resume(&uri, late) {
                 Ok(channel) => {
                     tracing::info!(id = ?self.id, left = late.left.count(), "post-copy goes on");

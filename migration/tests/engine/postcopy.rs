@@ -128,7 +128,8 @@ impl Moving {
         };
         let (mut job, mut their_job) = (source_job(), destination_job());
         (job.progress, their_job.progress) = (progress(), progress());
-        let (leaving, coming) = (Control::new(), Control::new());
+        let leaving = Control::new(Arc::clone(&job.progress));
+        let coming = Control::new(Arc::clone(&their_job.progress));
         job.postcopy = Some(leaving.clone());
         their_job.postcopy = Some(coming.clone());
         change(&mut job, &mut their_job);

@@ -14,7 +14,7 @@ use migration::disk::{DestinationDisk, Disk};
 use migration::layout::GuestRam;
 use migration::link::Deadlines;
 use migration::listener::{ListenError, Listener};
-use migration::postcopy::{Control, NotPaused};
+use migration::postcopy::{self, Control};
 use migration::progress::{Observer, Progress, Status};
 use migration::section::Section;
 use migration::snapshot::{self, Snapshot, SnapshotError};
@@ -49,9 +49,9 @@ pub enum WaitError {
 /// Why a migration that is paused in post-copy can't go on.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum RecoverError {
-    /// It isn't paused.
+    /// It isn't paused, or can't be broken again.
     #[error(transparent)]
-    NotPaused(#[from] NotPaused),
+    Postcopy(#[from] postcopy::RecoverError),
     /// Its source can't come.
     #[error(transparent)]
     Listen(#[from] ListenError),
@@ -157,7 +157,7 @@ impl Incoming {
 
     /// Waits at another address for the source of a migration that is paused in post-copy.
     pub(super) fn recover(&mut self, uri: &Uri) -> Result<(), RecoverError> {
-        let postcopy = self.postcopy().ok_or(NotPaused)?;
+        let postcopy = self.postcopy().ok_or(postcopy::RecoverError::NotPaused)?;
         let listener = Listener::bind(uri)?;
         let uri = listener.uri().clone();
         postcopy.recover(listener)?;
@@ -223,7 +223,8 @@ impl Receiver {
                 info!(peer = incoming.peer(), "a guest arrives");
                 // Only now: until a source comes it can be switched on and off.
                 if self.shared.state().capabilities.postcopy_ram {
-                    job.postcopy = Some(self.postcopy.get_or_init(Control::new).clone());
+                    let control = || Control::new(Arc::clone(&job.progress));
+                    job.postcopy = Some(self.postcopy.get_or_init(control).clone());
                 }
                 destination::receive(&mut destination, incoming, Some(listener), &job)
                     .map_err(|err| format!("the migration failed: {err}"))

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use migration::postcopy::RecoverError;
 use migration::progress::Status;
 use migration::userfault::Userfault;
 
@@ -64,13 +65,14 @@ impl Instance {
     pub(super) fn resume_migration(&self, address: &Uri) -> CommandResult<()> {
         let state = self.0.state();
         refuse_file(address)?;
-        let paused = state.outgoing.as_ref().and_then(|outgoing| {
-            let paused = outgoing.progress().status() == Status::PostcopyPaused;
-            outgoing.postcopy().filter(|_| paused)
-        });
-        paused
-            .and_then(|postcopy| postcopy.recover(address.clone()).ok())
-            .ok_or_else(|| CommandError::generic("Cannot resume if there is no paused migration"))
+        let postcopy = state.outgoing.as_ref().and_then(Outgoing::postcopy);
+        match postcopy.map(|postcopy| postcopy.recover(address.clone())) {
+            Some(Ok(())) => Ok(()),
+            None | Some(Err(RecoverError::NotPaused)) => Err(CommandError::generic(
+                "Cannot resume if there is no paused migration",
+            )),
+            Some(Err(err)) => Err(CommandError::generic(err.to_string())),
+        }
     }
 
     /// Has the migration under way go over into post-copy.

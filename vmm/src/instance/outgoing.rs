@@ -64,13 +64,13 @@ impl Outgoing {
         postcopy: bool,
     ) -> io::Result<Self> {
         let MigrateRequest { address, copy, .. } = request;
-        let postcopy = postcopy.then(Control::new);
         let cancel = Cancel::new()?;
         let observer = StatusObserver(Arc::clone(&shared));
         let progress = Arc::new(Progress::new(
             Arc::new(MonotonicClock),
             Some(Box::new(observer)),
         ));
+        let postcopy = postcopy.then(|| Control::new(Arc::clone(&progress)));
         let job = Job {
             cancel: cancel.clone(),
             parameters: Arc::clone(&shared.parameters),

@@ -7,7 +7,6 @@ use super::super::{Source, SourceError};
 use super::Late;
 use super::left::Left;
 use crate::bitmap::PageBitmap;
-use crate::cancel::Cancel;
 use crate::channel::{Channel, ChannelError};
 use crate::frame::Kind;
 use crate::message::{Missing, Return, decode_bits};
@@ -34,8 +33,6 @@ impl Source<'_> {
     /// Connects again. The main channel, past the agreement.
     pub(super) fn resume(&self, uri: &Uri, late: &mut Late) -> Result<Channel, ResumeError> {
         late.attempt += 1;
-        late.breaker = Cancel::new().map_err(ResumeError::Resources)?;
-        late.control.activate(late.breaker.clone());
         let returning = Return {
             id: self.id,
             attempt: late.attempt,

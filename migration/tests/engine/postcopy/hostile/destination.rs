@@ -42,7 +42,7 @@ impl Lie {
     fn begin(push: u64) -> Self {
         let (listener, uri) = listener();
         let mut job = source_job();
-        let control = Control::new();
+        let control = Control::new(Arc::clone(&job.progress));
         control.start();
         job.postcopy = Some(control.clone());
         // Last words are not what these peers say.

@@ -46,7 +46,7 @@ impl Lie {
         let mut job = destination_job();
         job.deadlines = destination::Job::clone(&job).deadlines;
         job.deadlines.linger = short().linger;
-        let control = Control::new();
+        let control = Control::new(Arc::clone(&job.progress));
         job.postcopy = Some(control.clone());
         // For one who says that all was sent.
         job.deadlines.progress = std::time::Duration::from_secs(2);
