@@ -33,6 +33,7 @@ pub mod layout;
 pub mod link;
 pub mod listener;
 pub mod message;
+mod outgoing;
 pub mod pacing;
 pub mod pagemap;
 pub mod parameters;

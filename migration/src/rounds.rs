@@ -4,7 +4,8 @@ use crate::bitmap::{PageBitmap, PageRun};
 use crate::channel::ChannelError;
 use crate::frame::{Kind, MAX_ZERO_RUNS};
 use crate::guest_io::GuestPages;
-use crate::message::{AddressRun, encode_pages, encode_zero};
+use crate::message::{AddressRun, encode_zero};
+use crate::outgoing::Outgoing;
 use crate::pagemap::Pagemap;
 use crate::progress::Progress;
 use crate::session::Session;
@@ -46,6 +47,8 @@ impl From<ChannelError> for PassError {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Sent {
     pub(crate) pages: u64,
+    /// Of all passes, and among `pages`: those that went as differences.
+    differences: u64,
     pub(crate) zero: u64,
     pub(crate) skipped: u64,
 }
@@ -55,21 +58,12 @@ pub(crate) struct Memory {
     pub(crate) pages: GuestPages,
     pub(crate) pending: PageBitmap,
     pagemap: Pagemap,
-    frame: Frame,
+    data: Outgoing,
     zero: Vec<AddressRun>,
     touched: Vec<PageRun>,
     body: Vec<u8>,
     sent: Sent,
     told: Sent,
-}
-
-/// The PAGES frame that is being filled.
-#[derive(Default)]
-struct Frame {
-    runs: Vec<PageRun>,
-    wire: Vec<AddressRun>,
-    crcs: Vec<u32>,
-    limit: usize,
 }
 
 impl Memory {
@@ -79,7 +73,7 @@ impl Memory {
             pending: PageBitmap::full(pages.layout().pages()),
             pages,
             pagemap: Pagemap::open(),
-            frame: Frame::default(),
+            data: Outgoing::new(),
             zero: Vec::new(),
             touched: Vec::new(),
             body: Vec::new(),
@@ -99,9 +93,12 @@ impl Memory {
         progress: &Progress,
         stop: &dyn Fn() -> bool,
     ) -> Result<Sent, PassError> {
-        self.sent = Sent::default();
-        self.told = Sent::default();
-        self.frame.limit = session.frame_pages() as usize;
+        self.sent = Sent {
+            differences: self.data.differences(),
+            ..Sent::default()
+        };
+        self.told = self.sent;
+        self.data.begin(pass, self.pending.pages(), session);
         let mut next = 0;
         while !stop() {
             if pass == Pass::First {
@@ -120,7 +117,8 @@ impl Memory {
             self.pending.clear_range(chunk.first, chunk.count);
             session.look_at_answers()?;
         }
-        self.flush_pages(round, session, progress)?;
+        self.data.flush(&self.pages, round, session)?;
+        self.data.end(session);
         self.flush_zero(round, session)?;
         self.tell(session, progress);
         Ok(self.sent)
@@ -247,61 +245,11 @@ impl Memory {
                 )?;
                 continue;
             }
-            self.add_page(page);
-            if self.frame.crcs.len() >= self.frame.limit {
-                self.flush_pages(round, session, progress)?;
+            self.sent.pages += 1;
+            if self.data.add(&self.pages, page, round, session)? {
+                self.tell(session, progress);
             }
         }
-        Ok(())
-    }
-
-    fn add_page(&mut self, page: u64) {
-        let frame = &mut self.frame;
-        frame.crcs.push(self.pages.crc(page));
-        let address = self.pages.addresses(PageRun {
-            first: page,
-            count: 1,
-        });
-        if let (Some(run), Some(wire)) = (frame.runs.last_mut(), frame.wire.last_mut()) {
-            let end = wire.address + wire.pages * crate::layout::PAGE_SIZE;
-            if run.end() == page && end == address.address {
-                let longer = PageRun {
-                    first: run.first,
-                    count: run.count + 1,
-                };
-                // Regions that touch in the guest need not touch in this process.
-                if self.pages.within_region(longer) == longer {
-                    *run = longer;
-                    wire.pages += 1;
-                    return;
-                }
-            }
-        }
-        frame.runs.push(PageRun {
-            first: page,
-            count: 1,
-        });
-        frame.wire.push(address);
-    }
-
-    fn flush_pages(
-        &mut self,
-        round: u64,
-        session: &mut Session,
-        progress: &Progress,
-    ) -> Result<(), ChannelError> {
-        let frame = &mut self.frame;
-        if frame.runs.is_empty() {
-            return Ok(());
-        }
-        encode_pages(&frame.wire, &frame.crcs, &mut self.body);
-        session.send_pages(&self.body, &self.pages, &frame.runs, round)?;
-        self.sent.pages += frame.crcs.len() as u64;
-        frame.runs.clear();
-        frame.wire.clear();
-        frame.crcs.clear();
-        frame.limit = session.frame_pages() as usize;
-        self.tell(session, progress);
         Ok(())
     }
 
@@ -312,6 +260,7 @@ impl Memory {
         session: &mut Session,
     ) -> Result<(), ChannelError> {
         self.sent.zero += run.count;
+        self.data.forget(run);
         let run = self.pages.addresses(run);
         match self.zero.last_mut() {
             Some(last)
@@ -345,14 +294,17 @@ impl Memory {
     }
 
     fn tell(&mut self, session: &Session, progress: &Progress) {
+        self.sent.differences = self.data.differences();
         let (sent, told) = (self.sent, self.told);
         self.told = sent;
+        let differences = sent.differences - told.differences;
         let data = sent.pages - told.pages;
         let zero = sent.zero - told.zero;
         progress.update(|snapshot| {
             session.tell(snapshot);
+            self.data.tell(snapshot);
             let ram = &mut snapshot.ram;
-            ram.normal += data;
+            ram.normal += data - differences;
             ram.normal_bytes = ram.normal * crate::layout::PAGE_SIZE;
             ram.duplicate += zero;
             snapshot.skipped += sent.skipped - told.skipped;
