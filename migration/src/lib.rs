@@ -7,7 +7,8 @@
 //! - What the machines and the engine share: [`vm`], [`disk`], [`layout`], [`section`],
 //!   [`bitmap`], [`clock`].
 //! - What users see and set: [`uri`], [`parameters`], [`progress`], [`cancel`].
-//! - The source: [`source`], with its passes over memory (`rounds`, [`pagemap`], `zero`) and over
+//! - The source: [`source`], with its passes over memory (`rounds`, `outgoing`, [`pagemap`],
+//!   `zero`), what it does to pages on their way ([`compression`], [`xbzrle`]), its passes over
 //!   disks (`blocks`, `read_ahead`), its side of the connection (`session`), and arithmetic
 //!   ([`convergence`], [`pacing`]).
 //! - The destination: [`listener`], [`destination`], and the arriving memory: `placement` before
