@@ -242,6 +242,27 @@ fn damaged_blocks_fail_the_migration() {
     }
 }
 
+/// The connection ends within such a frame: the guest stays where it was.
+#[test]
+fn a_connection_that_ends_within_them() {
+    let half = |frame: &Frame| Fate::Cut((frame.payload + frame.bytes.len()) / 2);
+    let (vm, outcome, destination, error, _) = migrate_rewriting(|_| (), 3, move |f| half(f));
+    assert!(!error.is_empty());
+    assert!(matches!(outcome, Outcome::Failed { .. }), "{outcome:?}");
+    assert!(vm.is_running() && !destination.ran.load(Ordering::SeqCst));
+    for method in [Method::Lz4, Method::Zstd] {
+        let set = |parameters: &Parameters| parameters.set_compression(Some(method));
+        let (outcome, destination, error, _) =
+            migrate(&mut guest(500), set, move |frame| match frame.kind {
+                Some(Kind::Compressed) => half(frame),
+                _ => Fate::Pass,
+            });
+        assert!(!error.is_empty());
+        assert!(matches!(outcome, Outcome::Failed { .. }), "{outcome:?}");
+        assert!(!destination.ran.load(Ordering::SeqCst));
+    }
+}
+
 /// A destination that picks nothing gets pages as they are.
 #[test]
 fn what_was_not_picked_is_not_used() {

@@ -260,7 +260,7 @@ fn info_shows_the_machine() {
     );
     assert_eq!(
         done(&mut session, "info migrate_capabilities"),
-        "events: on\npostcopy-ram: off\n"
+        "events: on\npostcopy-ram: off\nxbzrle: off\n"
     );
 }
 

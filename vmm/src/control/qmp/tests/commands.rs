@@ -358,8 +358,9 @@ async fn parameters_and_capabilities_are_checked_and_set() {
     let Capabilities {
         events,
         postcopy_ram,
+        xbzrle,
     } = setup.machine.capabilities();
-    assert!(!events && postcopy_ram);
+    assert!(!events && postcopy_ram && !xbzrle);
     for (arguments, desc) in [
         (json!({}), "Parameter 'capabilities' is missing"),
         (
