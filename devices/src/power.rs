@@ -184,11 +184,8 @@ impl SaveRestore for Pm1 {
 
     fn restore(&self, _version: u32, body: &[u8]) -> Result<(), StateError> {
         let SavedPm1 { status, enable } = decode(NAME, body)?;
-        let field = |field, value: u16, valid: u16, expected| {
-            if value & !valid == 0 {
-                return Ok(());
-            }
-            Err(StateError::field(NAME, field, value.into(), expected))
+        let field = |name, value: u16, bits: u16, expected| {
+            StateError::unless(value & !bits == 0, NAME, name, value.into(), expected)
         };
         field("status", status, POWER_BUTTON, "at most the power button's")?;
         field("enable", enable, EVENTS, "bits 0, 5, 8, 9 and 10")?;

@@ -223,13 +223,8 @@ impl TryFrom<SavedSerial> for SerialState {
             scratch,
             receive_fifo,
         } = saved;
-        let field = |field, value: u64, valid: bool, expected| {
-            if valid {
-                Ok(())
-            } else {
-                Err(StateError::field(NAME, field, value, expected))
-            }
-        };
+        let field =
+            |name, value, valid, expected| StateError::unless(valid, NAME, name, value, expected);
         field(
             "interrupt_enable",
             interrupt_enable.into(),

@@ -113,4 +113,19 @@ impl StateError {
             expected: expected.to_owned(),
         }
     }
+
+    /// That error, unless the value is valid.
+    pub(crate) fn unless(
+        valid: bool,
+        device: &str,
+        field: &str,
+        value: u64,
+        expected: &str,
+    ) -> Result<(), Self> {
+        if valid {
+            Ok(())
+        } else {
+            Err(Self::field(device, field, value, expected))
+        }
+    }
 }

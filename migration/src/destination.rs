@@ -289,6 +289,10 @@ impl Destination<'_> {
                 error: "its layout is not the one that was offered".into(),
             });
         }
+        if control.is_some() {
+            Late::check_memory(&placement)
+                .map_err(|reason| DestinationError::Refused(reason.into()))?;
+        }
         let mut disks = Disks::open(self.vm, &hello.offer)?;
         Accept {
             id: hello.id,

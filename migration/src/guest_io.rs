@@ -71,7 +71,7 @@ pub struct DiscardError {
 fn locked_hint(error: &io::Error) -> &'static str {
     // For memory that is locked, madvise says EINVAL.
     match error.raw_os_error() {
-        Some(libc::EINVAL) => " (locked memory can't be dropped: post-copy needs it unlocked)",
+        Some(libc::EINVAL) => " (locked memory can't be dropped)",
         _ => "",
     }
 }
@@ -147,6 +147,11 @@ impl GuestPages {
             first: run.first,
             count: run.count.min(left),
         }
+    }
+
+    /// Whether the page is the first of a region.
+    pub(crate) fn begins_region(&self, page: u64) -> bool {
+        self.region(page).first == page
     }
 
     /// The host address of a page if it is private anonymous memory, of which the page map tells
@@ -232,6 +237,16 @@ impl GuestPages {
         Err(DiscardError {
             run: self.addresses(run),
             error: io::Error::last_os_error(),
+        })
+    }
+
+    /// The same for all of the memory, of which nothing is needed any more, or is there yet.
+    pub fn discard_all(&self) -> Result<(), DiscardError> {
+        self.regions.iter().try_for_each(|region| {
+            self.discard(PageRun {
+                first: region.first,
+                count: region.pages,
+            })
         })
     }
 
@@ -473,7 +488,7 @@ mod tests {
             return guest_tests::driver::skip("in part: cannot lock a page of memory");
         }
         let error = pages.discard(PageRun { first: 6, count: 1 }).unwrap_err();
-        assert!(error.to_string().contains("needs it unlocked"), "{error}");
+        assert!(error.to_string().contains("locked memory"), "{error}");
         assert!(!pages.is_zero(6));
     }
 

@@ -6,11 +6,8 @@
 //! and the copy is also what is checksummed: so a guest that writes meanwhile can't make
 //! them disagree.
 
-mod runs;
-
 use std::time::{Duration, Instant};
 
-use self::runs::Runs;
 use crate::bitmap::PageRun;
 use crate::channel::ChannelError;
 use crate::compression::decision::{Decision, Plan, Sample};
@@ -18,6 +15,7 @@ use crate::compression::{Compressor, MAX_BLOCK, Method, Setting};
 use crate::frame::{Kind, MAX_PAGES};
 use crate::guest_io::GuestPages;
 use crate::layout::PAGE_SIZE;
+use crate::memory_frames::Runs;
 use crate::message::{Compressed, Differences, LZ4, XBZRLE, ZSTD, encode_pages};
 use crate::progress::{self, Snapshot};
 use crate::rounds::Pass;
@@ -179,7 +177,7 @@ impl Outgoing {
             };
             self.whole.crcs.push(crc);
         }
-        self.whole.runs.add(memory, page);
+        self.whole.runs.add(memory, only(page));
         if self.whole.block.len() >= MAX_BLOCK {
             self.compress_block();
         }
@@ -245,7 +243,7 @@ impl Outgoing {
         let frame = &mut self.changed;
         match cache.exchange(page, &self.page, &mut frame.data) {
             Exchange::Delta(len) => {
-                frame.runs.add(memory, page);
+                frame.runs.add(memory, only(page));
                 frame.crcs.push(crc32fast::hash(&*self.page));
                 frame.lengths.push(len as u16);
                 self.xbzrle.pages += 1;
@@ -359,6 +357,13 @@ impl Outgoing {
         // It says nothing about pages that are sent whole.
         self.sampled = (Instant::now(), session.waited());
         Ok(())
+    }
+}
+
+fn only(page: u64) -> PageRun {
+    PageRun {
+        first: page,
+        count: 1,
     }
 }
 

@@ -7,7 +7,7 @@ pub(crate) use self::encoded::{EncodedError, Unpacker};
 use crate::bitmap::{PageBitmap, PageRun};
 use crate::channel::Channel;
 use crate::destination::DestinationError;
-use crate::guest_io::{GuestPages, MemoryError};
+use crate::guest_io::{DiscardError, GuestPages, MemoryError};
 use crate::layout::{GuestRam, Layout, PAGE_SIZE};
 use crate::message::AddressRun;
 
@@ -146,6 +146,12 @@ impl Placement {
             self.counts.zero += run.count;
         }
         Ok(())
+    }
+
+    /// Gives all of the memory back to the kernel, before anything is in it: fails if that can't be
+    /// done, as with locked memory.
+    pub(crate) fn drop_all(&self) -> Result<(), DiscardError> {
+        self.memory.discard_all()
     }
 
     /// The memory, the pages that never came, and those whose last copy was not right.

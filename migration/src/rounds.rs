@@ -2,9 +2,10 @@
 
 use crate::bitmap::{PageBitmap, PageRun};
 use crate::channel::ChannelError;
-use crate::frame::{Kind, MAX_ZERO_RUNS};
+use crate::frame::Kind;
 use crate::guest_io::GuestPages;
-use crate::message::{AddressRun, encode_zero};
+use crate::layout::PAGE_SIZE;
+use crate::memory_frames::ZeroFrame;
 use crate::outgoing::Outgoing;
 use crate::pagemap::Pagemap;
 use crate::progress::Progress;
@@ -59,9 +60,8 @@ pub(crate) struct Memory {
     pub(crate) pending: PageBitmap,
     pagemap: Pagemap,
     data: Outgoing,
-    zero: Vec<AddressRun>,
+    zero: ZeroFrame,
     touched: Vec<PageRun>,
-    body: Vec<u8>,
     sent: Sent,
     told: Sent,
 }
@@ -74,9 +74,8 @@ impl Memory {
             pages,
             pagemap: Pagemap::open(),
             data: Outgoing::new(),
-            zero: Vec::new(),
+            zero: ZeroFrame::default(),
             touched: Vec::new(),
-            body: Vec::new(),
             sent: Sent::default(),
             told: Sent::default(),
         }
@@ -261,23 +260,8 @@ impl Memory {
     ) -> Result<(), ChannelError> {
         self.sent.zero += run.count;
         self.data.forget(run);
-        let run = self.pages.addresses(run);
-        match self.zero.last_mut() {
-            Some(last)
-                if last.address + last.pages * crate::layout::PAGE_SIZE == run.address
-                    && self
-                        .pages
-                        .resolve(AddressRun {
-                            address: last.address,
-                            pages: last.pages + run.pages,
-                        })
-                        .is_ok() =>
-            {
-                last.pages += run.pages;
-            }
-            _ => self.zero.push(run),
-        }
-        if self.zero.len() >= MAX_ZERO_RUNS {
+        self.zero.add(&self.pages, run);
+        if self.zero.is_full() {
             self.flush_zero(round, session)?;
         }
         Ok(())
@@ -285,12 +269,10 @@ impl Memory {
 
     /// Within a pass each page comes once, so that zeroes may be told later than data.
     fn flush_zero(&mut self, round: u64, session: &mut Session) -> Result<(), ChannelError> {
-        if self.zero.is_empty() {
-            return Ok(());
+        match self.zero.take(&self.pages) {
+            Some(body) => session.send(Kind::Zero, body, round),
+            None => Ok(()),
         }
-        encode_zero(&self.zero, &mut self.body);
-        self.zero.clear();
-        session.send(Kind::Zero, &self.body, round)
     }
 
     fn tell(&mut self, session: &Session, progress: &Progress) {
@@ -305,12 +287,10 @@ impl Memory {
             self.data.tell(snapshot);
             let ram = &mut snapshot.ram;
             ram.normal += data - differences;
-            ram.normal_bytes = ram.normal * crate::layout::PAGE_SIZE;
+            ram.normal_bytes = ram.normal * PAGE_SIZE;
             ram.duplicate += zero;
             snapshot.skipped += sent.skipped - told.skipped;
-            ram.remaining = ram
-                .remaining
-                .saturating_sub((data + zero) * crate::layout::PAGE_SIZE);
+            ram.remaining = ram.remaining.saturating_sub((data + zero) * PAGE_SIZE);
         });
     }
 }

@@ -158,6 +158,12 @@ pub trait DestinationVm {
     /// Takes what only one side may hold and lets the guest go: called after GO, and only then.
     /// Returns when the first vCPU is about to enter the guest. An error means that the guest
     /// has not run and never will run here.
+    ///
+    /// In post-copy memory may be missing. This must neither touch guest memory nor wait for a
+    /// vCPU or a device that may: whoever touches a missing page waits until it comes, and if the
+    /// connection breaks just then, that is after a recovery, which is the business of the very
+    /// thread that calls this. ([`load`](Self::load) may touch it: its faults are served, and if
+    /// the connection breaks, it is let go, and the arrival fails.)
     fn start(&mut self, start: Start) -> Result<(), VmError>;
 
     /// Drops what was built: the guest will never run here. Called before the failure is shown to

@@ -97,12 +97,8 @@ impl SavedTransport {
             queue_sel,
             queues,
         } = self;
-        let field = |name: &str, value: u64, valid: bool, expected: &str| {
-            if valid {
-                Ok(())
-            } else {
-                Err(StateError::field(device, name, value, expected))
-            }
+        let field = |name: &str, value, valid, expected: &str| {
+            StateError::unless(valid, device, name, value, expected)
         };
         field(
             "device_kind",
@@ -210,13 +206,9 @@ impl SavedQueue {
             next_available,
             next_used,
         } = self;
-        let field = |name: &str, value: u64, valid: bool, expected: &str| {
-            if valid {
-                Ok(())
-            } else {
-                let name = format!("queues[{index}].{name}");
-                Err(StateError::field(device, &name, value, expected))
-            }
+        let field = |name: &str, value, valid, expected: &str| {
+            let name = format!("queues[{index}].{name}");
+            StateError::unless(valid, device, &name, value, expected)
         };
         field(
             "size",

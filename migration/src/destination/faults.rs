@@ -19,6 +19,7 @@ use crate::clock::Clock;
 use crate::frame::Kind;
 use crate::link::timespec;
 use crate::message::Request;
+use crate::priority;
 use crate::protocol::OutOfOrder;
 
 /// The thread. It lives as long as memory is missing, whether there is a connection or not: some
@@ -76,7 +77,10 @@ impl FaultThread {
         };
         let thread = thread::Builder::new()
             .name("postcopy-faults".to_owned())
-            .spawn(move || server.run())?;
+            .spawn(move || {
+                priority::urgent();
+                server.run();
+            })?;
         Ok(Self { shared, thread })
     }
 

@@ -21,8 +21,8 @@ use crate::message::{
 };
 use crate::placement::Placement;
 use crate::postcopy::Control;
-use crate::progress;
-use crate::progress::Status;
+use crate::priority::Background;
+use crate::progress::{self, Status};
 use crate::protocol::OutOfOrder;
 use crate::userfault::Userfault;
 
@@ -72,6 +72,17 @@ impl Late {
         };
         Userfault::probe().map_err(|error| format!("post-copy is not possible here: {error}"))?;
         Ok(Some(control))
+    }
+
+    /// Checks that guest memory can be dropped here, as it will be at the switch, while nothing is
+    /// in it yet.
+    pub(super) fn check_memory(placement: &Placement) -> Result<(), String> {
+        placement.drop_all().map_err(|error| {
+            format!(
+                "post-copy is not possible here: {error}; unlock it, or switch the capability \
+                 postcopy-ram off at both sides"
+            )
+        })
     }
 
     /// Waits for the fault channel, which the source connects once it is accepted.
@@ -325,7 +336,9 @@ impl Destination<'_> {
     ) -> Result<(), DestinationError> {
         let (mut runs, mut crcs, mut data) = (Vec::new(), Vec::new(), Vec::new());
         let mut told_at = Instant::now();
+        let mut background = Background::new();
         loop {
+            background.give_way();
             let arrived = channel.receive()?;
             match arrived.kind {
                 Kind::Pages | Kind::Zero => {

@@ -1,9 +1,9 @@
 //! COMPRESSED and XBZRLE: pages that do not go as they are.
 
 use super::AddressRun;
+use super::pages::{put_pages, take_pages};
 use crate::codec::{DecodeError, Reader};
 use crate::compression::{BLOCK_PAGES, Method};
-use crate::frame::MAX_PAGES;
 use crate::layout::PAGE_SIZE;
 use crate::xbzrle::delta;
 
@@ -91,42 +91,6 @@ impl Differences {
     }
 }
 
-fn put_pages(runs: &[AddressRun], crcs: &[u32], out: &mut Vec<u8>) {
-    out.extend((runs.len() as u32).to_le_bytes());
-    for run in runs {
-        out.extend(run.address.to_le_bytes());
-        out.extend((run.pages as u32).to_le_bytes());
-    }
-    crcs.iter().for_each(|crc| out.extend(crc.to_le_bytes()));
-}
-
-fn take_pages(
-    reader: &mut Reader<'_>,
-    runs: &mut Vec<AddressRun>,
-    crcs: &mut Vec<u32>,
-) -> Result<(), DecodeError> {
-    runs.clear();
-    crcs.clear();
-    let count = reader.count_u32("runs", MAX_PAGES as usize)?;
-    let mut pages = 0;
-    for _ in 0..count {
-        let run = AddressRun {
-            address: reader.u64()?,
-            pages: u64::from(reader.u32()?),
-        };
-        if run.pages == 0 {
-            return Err(DecodeError::EmptyRun(run.address));
-        }
-        pages += run.pages;
-        DecodeError::within("pages", pages, MAX_PAGES)?;
-        runs.push(run);
-    }
-    for _ in 0..pages {
-        crcs.push(reader.u32()?);
-    }
-    Ok(())
-}
-
 fn check_payload(stated: u64, len: u32) -> Result<(), DecodeError> {
     if stated == u64::from(len) {
         Ok(())
@@ -138,6 +102,7 @@ fn check_payload(stated: u64, len: u32) -> Result<(), DecodeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::frame::MAX_PAGES;
     use proptest::prelude::*;
 
     fn run(address: u64, pages: u64) -> AddressRun {

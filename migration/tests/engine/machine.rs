@@ -380,6 +380,8 @@ pub(crate) struct Destination {
     pub(crate) ran: Arc<AtomicBool>,
     /// Called at the start of each of the engine's calls, by its name.
     pub(crate) hook: Hook,
+    /// Called with the memory when it has been made.
+    pub(crate) on_prepare: Option<OnStart>,
     /// Called with the memory when the guest is let go.
     pub(crate) on_start: Option<OnStart>,
     /// Called with the memory while the state is loaded.
@@ -400,6 +402,7 @@ impl Default for Destination {
             started: None,
             ran: Arc::default(),
             hook: Box::new(|_| Ok(())),
+            on_prepare: None,
             on_start: None,
             on_load: None,
         }
@@ -442,6 +445,9 @@ impl DestinationVm for Destination {
             .map(|region| (GuestAddress(region.start), region.len as usize))
             .collect();
         let ram: GuestRam = GuestMemoryMmap::from_ranges(&ranges)?;
+        if let Some(on_prepare) = self.on_prepare.take() {
+            on_prepare(&ram);
+        }
         self.ram = Some(ram.clone());
         self.offer = Some(offer.clone());
         self.blobs = offer.blobs.iter().map(|_| Arc::default()).collect();

@@ -3,6 +3,7 @@
 
 mod cuts;
 mod hostile;
+mod locked;
 mod recovery;
 mod whole;
 

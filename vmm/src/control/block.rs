@@ -119,7 +119,8 @@ pub struct ImageInfo {
 }
 
 impl BlockInfo {
-    /// A disk as it is now.
+    /// A disk as it is now. Nothing of this may wait for a request to the disk, which may be waiting
+    /// for memory of a guest in post-copy.
     pub fn of(disk: &Disk) -> Self {
         let image = disk.image();
         let file = image.path().display().to_string();

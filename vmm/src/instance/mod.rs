@@ -8,6 +8,7 @@
 //! the longest. Nobody waits for a peer under it.
 
 mod announce;
+mod arriving;
 mod arriving_disk;
 mod commands;
 mod guest_events;

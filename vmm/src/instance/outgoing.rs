@@ -14,6 +14,7 @@ use migration::cancel::Cancel;
 use migration::clock::MonotonicClock;
 use migration::convergence::Costs;
 use migration::disk::SourceDisk;
+use migration::guest_io::GuestPages;
 use migration::layout::{GuestRam, Layout, PAGE_SIZE};
 use migration::link::Deadlines;
 use migration::postcopy::Control;
@@ -23,7 +24,7 @@ use migration::snapshot;
 use migration::source::{self, Guest, Job, Outcome, Peer};
 use migration::uri::Uri;
 use migration::vm::{Blob, Offer, Pause, SourceVm, VmError};
-use tracing::{debug, error};
+use tracing::{debug, error, warn};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::leaving_disk::{self, LeavingDisk};
@@ -89,6 +90,11 @@ impl Outgoing {
                     uri => source::migrate(&mut source, Peer::Uri(uri), &job),
                 };
                 debug!(?outcome, "the migration has ended");
+                if matches!(outcome, Outcome::Completed(_))
+                    && job.progress.snapshot().postcopy.is_some()
+                {
+                    source.give_memory_back();
+                }
                 if let Outcome::Failed {
                     guest: Guest::Stuck(err),
                     ..
@@ -413,6 +419,18 @@ impl Source {
             leaving: Vec::new(),
             log: None,
             before: RunState::Running,
+        }
+    }
+
+    /// Gives the guest's memory back to the host: all of it is at the destination, or the guest has
+    /// ended there. The engine has let go of it, vCPUs and devices stand still, and no command lets
+    /// them run or reads memory from here on: they are refused in the state `postmigrate` if the
+    /// guest [is elsewhere](Outgoing::guest_is_elsewhere). Not under the lock, as it takes a while.
+    fn give_memory_back(&self) {
+        let pages = GuestPages::new(self.guest.ram().clone()).map_err(VmError::from);
+        match pages.and_then(|pages| Ok(pages.discard_all()?)) {
+            Ok(()) => debug!("the host has the guest's memory back"),
+            Err(err) => warn!("the guest has moved, but its memory stays in use here: {err}"),
         }
     }
 

@@ -225,9 +225,9 @@ impl VcpuClockFd {
     /// Reads one MSR.
     pub(crate) fn msr(&self, index: u32) -> Result<Option<u64>, IoctlError> {
         let mut msrs = one_msr(index, 0)?;
+        let list = msrs.as_mut_fam_struct_ptr();
         // SAFETY: the wrapper allocates as many entries as its header counts.
-        let result =
-            unsafe { ioctl_with_mut_ptr(&self.fd, KVM_GET_MSRS(), msrs.as_mut_fam_struct_ptr()) };
+        let result = unsafe { ioctl_with_mut_ptr(&self.fd, KVM_GET_MSRS(), list) };
         let read = checked("KVM_GET_MSRS", result)?;
         Ok((read == 1).then(|| msrs.as_slice().first().map_or(0, |entry| entry.data)))
     }

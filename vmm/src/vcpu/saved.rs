@@ -65,99 +65,41 @@ saved! {
     } ignore {}
 }
 
+/// Makes one of KVM's two structures of these registers from the other: most fields are in both.
+macro_rules! sregs {
+    ($sregs:expr, $from:ident less { $($dropped:ident),* }, $to:ident more { $($more:tt)* }) => {{
+        let $from {
+            cs, ds, es, fs, gs, ss, tr, ldt, gdt, idt,
+            cr0, cr2, cr3, cr4, cr8, efer, apic_base,
+            $($dropped: _,)*
+        } = $sregs;
+        $to {
+            cs, ds, es, fs, gs, ss, tr, ldt, gdt, idt,
+            cr0, cr2, cr3, cr4, cr8, efer, apic_base,
+            $($more)*
+        }
+    }};
+}
+
 /// From a KVM without `KVM_GET_SREGS2`: `flags` says that there are no pointers. The bitmap of the
 /// interrupt that is being delivered is part of the vCPU events.
 impl From<kvm_sregs> for Sregs {
-    fn from(sregs: kvm_sregs) -> Self {
-        let kvm_sregs {
-            cs,
-            ds,
-            es,
-            fs,
-            gs,
-            ss,
-            tr,
-            ldt,
-            gdt,
-            idt,
-            cr0,
-            cr2,
-            cr3,
-            cr4,
-            cr8,
-            efer,
-            apic_base,
-            interrupt_bitmap: _,
-        } = sregs;
-        kvm_sregs2 {
-            cs,
-            ds,
-            es,
-            fs,
-            gs,
-            ss,
-            tr,
-            ldt,
-            gdt,
-            idt,
-            cr0,
-            cr2,
-            cr3,
-            cr4,
-            cr8,
-            efer,
-            apic_base,
-            flags: 0,
-            pdptrs: [0; 4],
-        }
-        .into()
+    fn from(old: kvm_sregs) -> Self {
+        let new = sregs!(
+            old, kvm_sregs less { interrupt_bitmap },
+            kvm_sregs2 more { flags: 0, pdptrs: [0; 4] }
+        );
+        new.into()
     }
 }
 
 /// For a KVM without `KVM_SET_SREGS2`: it reads the pointers from guest memory.
 impl From<Sregs> for kvm_sregs {
     fn from(sregs: Sregs) -> Self {
-        let kvm_sregs2 {
-            cs,
-            ds,
-            es,
-            fs,
-            gs,
-            ss,
-            tr,
-            ldt,
-            gdt,
-            idt,
-            cr0,
-            cr2,
-            cr3,
-            cr4,
-            cr8,
-            efer,
-            apic_base,
-            flags: _,
-            pdptrs: _,
-        } = sregs.into();
-        Self {
-            cs,
-            ds,
-            es,
-            fs,
-            gs,
-            ss,
-            tr,
-            ldt,
-            gdt,
-            idt,
-            cr0,
-            cr2,
-            cr3,
-            cr4,
-            cr8,
-            efer,
-            apic_base,
-            interrupt_bitmap: [0; 4],
-        }
+        sregs!(
+            sregs.into(), kvm_sregs2 less { flags, pdptrs },
+            kvm_sregs more { interrupt_bitmap: [0; 4] }
+        )
     }
 }
 

@@ -14,12 +14,7 @@ fn guest() -> Guest<'static> {
         interval: 20,
         ..Options::default()
     };
-    Guest {
-        image: VIRTIO,
-        append: options.to_string(),
-        memory: "128M",
-        smp: 1,
-    }
+    Guest::new(VIRTIO, "128M", options)
 }
 
 /// Waits for a status that `reached` takes; nothing may be wrong until then.

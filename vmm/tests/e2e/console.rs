@@ -17,12 +17,7 @@ fn guest(tick: u64, wait: Wait) -> Guest<'static> {
         wait,
         ..Options::default()
     };
-    Guest {
-        image: VIRTIO,
-        append: options.to_string(),
-        memory: "64M",
-        smp: 1,
-    }
+    Guest::new(VIRTIO, "64M", options)
 }
 
 /// Waits for a status that `reached` takes; nothing may be wrong until then.

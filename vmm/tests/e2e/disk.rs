@@ -8,7 +8,7 @@ mod locks;
 mod moving;
 mod options;
 mod snapshots;
-mod space;
+pub mod space;
 
 use std::io::{self, IoSliceMut, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -18,8 +18,9 @@ use guest_tests::disk::{Options, Report, command};
 use guest_tests::driver::process::Process;
 use guest_tests::{Size, image};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
-use crate::harness::{Ferry, Guest, PATIENCE, ferry};
+use crate::harness::{Ferry, Guest, PATIENCE, ferry, scratch};
 
 /// Bytes of the disks here.
 pub const CAPACITY: u64 = 32 << 20;
@@ -57,11 +58,58 @@ fn arguments(drives: &[String]) -> Vec<&str> {
 }
 
 fn guest(options: Options) -> Guest<'static> {
-    Guest {
-        image: guest_tests::DISK,
-        append: options.to_string(),
-        memory: "64M",
-        smp: 1,
+    Guest::new(guest_tests::DISK, "64M", options)
+}
+
+/// The guest of these tests, with images of its own: disk0, disk1, …
+struct DiskGuest {
+    dir: TempDir,
+    paths: Vec<PathBuf>,
+    drives: Vec<String>,
+}
+
+impl DiskGuest {
+    /// With a new image for each format and more of its option.
+    fn on(disks: &[(Format, &str)]) -> Self {
+        let dir = scratch();
+        let (paths, drives) = disks
+            .iter()
+            .enumerate()
+            .map(|(index, &(format, more))| {
+                let path = new_image(dir.path(), &format!("disk{index}"), format);
+                let drive = drive(&path, more);
+                (path, drive)
+            })
+            .unzip();
+        Self { dir, paths, drives }
+    }
+
+    fn run(&self, name: &str, options: Options) -> Ferry {
+        run(self.dir.path(), name, options, &self.drives)
+    }
+
+    fn incoming(&self, name: &str) -> (Ferry, String) {
+        incoming(self.dir.path(), name, &self.drives)
+    }
+
+    fn refused_start(&self, name: &str) -> String {
+        refused_start(self.dir.path(), name, &self.drives)
+    }
+
+    fn hop(&self, source: Ferry, name: &str) -> Ferry {
+        hop(source, self.dir.path(), name, &self.drives)
+    }
+
+    fn finish(&self, ferry: Ferry) {
+        let paths: Vec<_> = self.paths.iter().map(PathBuf::as_path).collect();
+        finish(ferry, &paths);
+    }
+
+    /// Moves the guest once more, has it do that many requests there, and finishes it.
+    fn last_hop(&self, source: Ferry, more: u64) {
+        let destination = self.hop(source, "last");
+        wait_progress(&destination, more);
+        self.finish(destination);
     }
 }
 
@@ -223,8 +271,7 @@ fn hop(mut source: Ferry, dir: &Path, name: &str, drives: &[String]) -> Ferry {
     allow_slow_flush(&mut source);
     source.migrate(&uri);
     source.wait_migrated("completed");
-    source.execute("quit", Value::Null);
-    source.wait_exit();
+    source.quit();
     destination
 }
 

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use guest_tests::{clock, echo, state};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::harness::{Ferry, Guest, require_kvm, scratch};
 
@@ -196,12 +196,7 @@ fn count(ferry: &mut Ferry) -> (u64, u64) {
 }
 
 fn run_echo(dir: &std::path::Path, name: &str, via: echo::Controller) -> Ferry {
-    let guest = Guest {
-        image: guest_tests::ECHO,
-        append: echo::Options { via }.to_string(),
-        memory: "64M",
-        smp: 1,
-    };
+    let guest = Guest::new(guest_tests::ECHO, "64M", echo::Options { via });
     let ferry = Ferry::run(dir, name, &guest, &[]);
     ferry.wait_line(|line| echo::Report::parse(line).map(|_| ()));
     ferry
@@ -239,8 +234,7 @@ fn input_is_neither_lost_nor_doubled_and_interrupts_go_on() {
             let (bytes, interrupts) = count(&mut there);
             assert_eq!(bytes, sent);
             assert!(interrupts > 0);
-            here.execute("quit", Value::Null);
-            here.wait_exit();
+            here.quit();
             here = there;
         }
     }

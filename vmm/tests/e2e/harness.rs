@@ -1,5 +1,6 @@
 //! Real `ferry` processes with real guests, for the tests of this folder.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -44,15 +45,20 @@ pub struct Guest<'a> {
     pub smp: u32,
 }
 
-impl Guest<'_> {
-    /// The dirtier with these options.
-    pub fn dirtier(memory: &str, options: Options) -> Guest<'_> {
-        Guest {
-            image: guest_tests::DIRTIER,
+impl<'a> Guest<'a> {
+    /// A guest with these options on its command line, and one vCPU.
+    pub fn new(image: &'a [u8], memory: &'a str, options: impl Display) -> Self {
+        Self {
+            image,
             append: options.to_string(),
             memory,
             smp: 1,
         }
+    }
+
+    /// The dirtier with these options.
+    pub fn dirtier(memory: &'a str, options: Options) -> Self {
+        Self::new(guest_tests::DIRTIER, memory, options)
     }
 }
 
@@ -179,9 +185,14 @@ impl Ferry {
         let (destination, uri) = Self::incoming(dir, name);
         self.migrate(&uri);
         let info = self.wait_migrated("completed");
+        self.quit();
+        (destination, info)
+    }
+
+    /// Ends the process, whatever has become of the guest.
+    pub fn quit(mut self) {
         self.execute("quit", Value::Null);
         self.wait_exit();
-        (destination, info)
     }
 
     /// Starts a destination that listens on a free port of loopback; returns its address too.

@@ -18,12 +18,7 @@ fn run(dir: &std::path::Path, balloon: &[&str]) -> Ferry {
         interval: 20,
         ..Options::default()
     };
-    let guest = Guest {
-        image: VIRTIO,
-        append: options.to_string(),
-        memory: "192M",
-        smp: 1,
-    };
+    let guest = Guest::new(VIRTIO, "192M", options);
     let ferry = Ferry::run(dir, "src", &guest, balloon);
     ferry.wait_line(|line| matches!(Report::parse(line), Some(Report::Ready { .. })).then_some(()));
     ferry
@@ -98,8 +93,7 @@ fn what_is_free_is_left_out_and_what_is_used_again_is_not() {
         // For a second it uses pages again while others are sent.
         limit(&mut here, 32 << 20);
         let info = here.wait_migrated("completed");
-        here.execute("quit", Value::Null);
-        here.wait_exit();
+        here.quit();
         let bytes = transferred(&info);
         assert!(bytes < HOLD / 2, "{bytes} bytes were sent");
         wait_over(&mut there, hop);

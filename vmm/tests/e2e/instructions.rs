@@ -10,12 +10,7 @@ use serde_json::Value;
 use crate::harness::{Ferry, Guest, PATIENCE, require_kvm, scratch, skip};
 
 fn run(dir: &std::path::Path, then: Then) -> Ferry {
-    let guest = Guest {
-        image: guest_tests::BOOT,
-        append: Options { then, cpus: 1 }.to_string(),
-        memory: "64M",
-        smp: 1,
-    };
+    let guest = Guest::new(guest_tests::BOOT, "64M", Options { then, cpus: 1 });
     Ferry::run(dir, &then.to_string(), &guest, &["--no-shutdown"])
 }
 

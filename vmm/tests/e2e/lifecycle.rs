@@ -78,8 +78,7 @@ fn it_can_be_reset_where_it_moved_to() {
     let mut source = Ferry::run_dirtier(dir.path(), "src", "128M", busy());
     source.migrate(&uri);
     source.wait_migrated("completed");
-    source.execute("quit", Value::Null);
-    source.wait_exit();
+    source.quit();
     // Its kernel's file was the source's, and is gone.
     std::fs::remove_file(dir.path().join("src.elf")).unwrap();
     destination.wait_heartbeats(20);

@@ -79,8 +79,7 @@ fn to_and_fro_twenty_times_without_a_leak() {
             // The very same, however often the guest has moved.
             Some(first) => assert_eq!(resources, *first, "hop {hop}"),
         }
-        here.execute("quit", Value::Null);
-        here.wait_exit();
+        here.quit();
         here = there;
     }
     here.verify();

@@ -17,7 +17,7 @@ use guest_tests::NET;
 use guest_tests::net::{Mac, Numbered, Options, Report};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, eth, socket_with, sockopt};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::harness::{Ferry, Guest, PATIENCE, ferry, require_kvm, scratch, skip};
 
@@ -84,17 +84,26 @@ fn announced(rarp: &mut File) -> String {
 }
 
 pub fn net_guest(options: &Options) -> Guest<'static> {
-    Guest {
-        image: NET,
-        append: options.to_string(),
-        memory: "64M",
-        smp: 1,
-    }
+    Guest::new(NET, "64M", options)
 }
 
 pub fn with_tap(ifname: &str) -> [String; 2] {
     let net = format!("tap,ifname={ifname},mac={MAC}");
     ["--net".to_owned(), net]
+}
+
+/// Starts the guest with a card on this tap.
+fn run_on(ifname: &str, dir: &Path, name: &str, more: &[&str]) -> Ferry {
+    let [option, tap] = with_tap(ifname);
+    let arguments = [&[&*option, &*tap], more].concat();
+    Ferry::run(dir, name, &net_guest(&Options::default()), &arguments)
+}
+
+/// The same, and waits until its driver works.
+fn run_ready(ifname: &str, dir: &Path, name: &str) -> Ferry {
+    let ferry = run_on(ifname, dir, name, &[]);
+    ferry.wait_line(|line| matches!(Report::parse(line), Some(Report::Ready { .. })).then_some(()));
+    ferry
 }
 
 fn monitor(ferry: &mut Ferry, line: &str) -> String {
@@ -109,9 +118,7 @@ fn what_is_wrong_with_a_tap_is_said() {
         return;
     }
     let dir = scratch();
-    let [option, tap0] = with_tap("tap0");
-    let guest = net_guest(&Options::default());
-    let holder = Ferry::run(dir.path(), "holder", &guest, &[&option, &tap0, "--paused"]);
+    let holder = run_on("tap0", dir.path(), "holder", &["--paused"]);
     let kernel = dir.path().join("holder.elf");
     for (ifname, expected) in [
         ("tap0", "the tap tap0 is in use by another process"),
@@ -140,14 +147,8 @@ fn a_guest_is_announced_on_demand() {
     }
     let dir = scratch();
     let mut rarp = hear_rarp();
-    let [option, tap0] = with_tap("tap0");
-    let guest = net_guest(&Options::default());
-    let mut ferry = Ferry::run(
-        dir.path(),
-        "a",
-        &guest,
-        &[&option, &tap0, "--net", "tap,ifname=new%d"],
-    );
+    let more = ["--net", "tap,ifname=new%d"];
+    let mut ferry = run_on("tap0", dir.path(), "a", &more);
     let ready = ferry.wait_line(|line| match Report::parse(line) {
         Some(Report::Ready { mac, .. }) => Some(mac),
         _ => None,
@@ -183,7 +184,7 @@ fn a_guest_is_announced_on_demand() {
 }
 
 /// Sends a numbered datagram to the guest every 10 ms and collects what comes back.
-fn echo(until: &AtomicBool, answers: &dyn Fn(u64)) -> u64 {
+pub fn echo(until: &AtomicBool, answers: &dyn Fn(u64)) -> u64 {
     let socket = UdpSocket::bind((HOST, 0)).unwrap();
     socket.connect((GUEST, 7)).unwrap();
     socket.set_nonblocking(true).unwrap();
@@ -209,11 +210,7 @@ fn a_guest_keeps_its_connections_when_it_moves() {
         return;
     }
     let dir = scratch();
-    let [option, tap0] = with_tap("tap0");
-    let guest = net_guest(&Options::default());
-    let mut source = Ferry::run(dir.path(), "source", &guest, &[&option, &tap0]);
-    source
-        .wait_line(|line| matches!(Report::parse(line), Some(Report::Ready { .. })).then_some(()));
+    let mut source = run_ready("tap0", dir.path(), "source");
 
     let over = Arc::new(AtomicBool::new(false));
     let (answer, answers) = std::sync::mpsc::channel();
@@ -253,8 +250,7 @@ fn a_guest_keeps_its_connections_when_it_moves() {
     destination.wait_line(|line| {
         matches!(Report::parse(line), Some(Report::Announced { .. })).then_some(())
     });
-    source.execute("quit", Value::Null);
-    source.wait_exit();
+    source.quit();
     let answered = wait_answers(50);
     over.store(true, Ordering::Relaxed);
     echo.join().unwrap();

@@ -41,8 +41,7 @@ fn move_to(mut source: Ferry, uri: &str, more: &Value) {
     }
     source.execute("migrate", arguments);
     source.wait_migrated("completed");
-    source.execute("quit", Value::Null);
-    source.wait_exit();
+    source.quit();
 }
 
 /// rng, console and balloon.
@@ -53,12 +52,7 @@ pub fn virtio_guest(tick: u64) -> Guest<'static> {
         wait: Wait::Irq,
         ..virtio::Options::default()
     };
-    Guest {
-        image: VIRTIO,
-        append: options.to_string(),
-        memory: "64M",
-        smp: 1,
-    }
+    Guest::new(VIRTIO, "64M", options)
 }
 
 /// What a status says that a test looks at.
@@ -166,8 +160,7 @@ fn rng_console_and_balloon() {
     until(&ferry, |seen| {
         seen.console_sent + 200 > sent.len() as u64 + ticks(seen)
     });
-    ferry.execute("quit", Value::Null);
-    ferry.wait_exit();
+    ferry.quit();
     heard += &end.hears.join().unwrap();
     let is_ours = |byte: &char| !byte.is_ascii_digit() && !"tick \n".contains(*byte);
     let (echoed, ticked): (String, String) = heard.chars().partition(is_ours);
@@ -217,12 +210,7 @@ fn a_disk_that_travels_along() {
         wait: Wait::Irq,
         ..disk::Options::default()
     };
-    let guest = Guest {
-        image: guest_tests::DISK,
-        append: options.to_string(),
-        memory: "64M",
-        smp: 1,
-    };
+    let guest = Guest::new(guest_tests::DISK, "64M", options);
     let mut ferry = Ferry::run(dir.path(), &host(0), &guest, &["--disk", &drive(0)]);
     let mut done = 0;
     let more = |ferry: &Ferry, than: u64| {

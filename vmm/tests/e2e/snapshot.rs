@@ -100,12 +100,7 @@ fn a_disk_is_as_the_guest_left_it() {
         interval: 20,
         ..disk::Options::default()
     };
-    let guest = Guest {
-        image: guest_tests::DISK,
-        append: options.to_string(),
-        memory: "64M",
-        smp: 1,
-    };
+    let guest = Guest::new(guest_tests::DISK, "64M", options);
     let option = format!("file={},format=raw", path.display());
     let mut source = Ferry::run(dir.path(), "src", &guest, &["--disk", &option]);
     let wrote = |ferry: &Ferry, enough| {
@@ -220,8 +215,7 @@ fn a_guest_that_cannot_be_saved_runs_on() {
     source.wait_migrated("cancelled");
     source.wait_heartbeats(50);
     source.verify();
-    source.execute("quit", Value::Null);
-    source.wait_exit();
+    source.quit();
     let left = std::fs::read_dir(dir.path()).unwrap();
     let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
     assert!(

@@ -51,12 +51,8 @@ impl SaveRestore for Balloon {
             hint_command,
             last_hint_request,
         } = decode(NAME, body)?;
-        let field = |name: &str, value: u32, valid: bool, expected: &str| {
-            if valid {
-                Ok(())
-            } else {
-                Err(StateError::field(NAME, name, value.into(), expected))
-            }
+        let field = |name, value: u32, valid, expected| {
+            StateError::unless(valid, NAME, name, value.into(), expected)
         };
         for (name, pages) in [
             ("target_pages", target_pages),

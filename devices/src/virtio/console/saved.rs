@@ -31,19 +31,17 @@ impl SaveRestore for Console {
 
     fn restore(&self, _version: u32, body: &[u8]) -> Result<(), StateError> {
         let SavedConsole { input, transmitted } = decode(NAME, body)?;
-        if input.len() > INPUT {
-            let len = input.len() as u64;
-            return Err(StateError::field(NAME, "input", len, "at most 4096 bytes"));
-        }
+        let field =
+            |name, value, valid, expected| StateError::unless(valid, NAME, name, value, expected);
+        let len = input.len();
+        field("input", len as u64, len <= INPUT, "at most 4096 bytes")?;
         // Longer than that no request is (section 2.7.4.2).
-        if transmitted > 1 << 32 {
-            return Err(StateError::field(
-                NAME,
-                "transmitted",
-                transmitted,
-                "at most the length of a request, 2^32 bytes",
-            ));
-        }
+        field(
+            "transmitted",
+            transmitted,
+            transmitted <= 1 << 32,
+            "at most the length of a request, 2^32 bytes",
+        )?;
         *self.shared.input() = input.into();
         self.shared.transmitted.store(transmitted, Ordering::SeqCst);
         Ok(())

@@ -46,13 +46,8 @@ impl SavedNet {
             mtu,
             guest_offloads,
         } = self;
-        let field = |name: &str, value: u64, valid: bool, expected: &str| {
-            if valid {
-                Ok(())
-            } else {
-                Err(StateError::field(device, name, value, expected))
-            }
-        };
+        let field =
+            |name, value, valid, expected| StateError::unless(valid, device, name, value, expected);
         let [a, b, c, d, e, f] = mac;
         field(
             "mac",

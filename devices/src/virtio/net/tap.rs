@@ -161,10 +161,10 @@ impl Tap {
             .map(|guard| piece(guard.as_ptr(), guard.len()))
             .collect();
         pieces.push(piece(rest.as_mut_ptr(), rest.len()));
+        let fd = self.fd.as_raw_fd();
         // SAFETY: the pieces are guest memory, mapped while `slices` borrows it, and `rest`.
         // Guest memory may change at any time, so nobody has a reference to it.
-        let count =
-            unsafe { libc::readv(self.fd.as_raw_fd(), pieces.as_ptr(), pieces.len() as i32) };
+        let count = unsafe { libc::readv(fd, pieces.as_ptr(), pieces.len() as i32) };
         let transfer = transferred(count);
         if let Transfer::Done(mut left) = transfer {
             for slice in &slices {
@@ -192,9 +192,9 @@ impl Tap {
                 .iter()
                 .map(|guard| piece(guard.as_ptr().cast_mut(), guard.len())),
         );
+        let fd = self.fd.as_raw_fd();
         // SAFETY: as in `read`; these pieces are only read.
-        let count =
-            unsafe { libc::writev(self.fd.as_raw_fd(), pieces.as_ptr(), pieces.len() as i32) };
+        let count = unsafe { libc::writev(fd, pieces.as_ptr(), pieces.len() as i32) };
         transferred(count)
     }
 

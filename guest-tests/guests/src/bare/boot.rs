@@ -105,6 +105,9 @@ impl Boot {
         Ok(boot)
     }
 
+    /// # Safety
+    /// At `info` there must be mapped memory: PVH's information, or anything else without its magic
+    /// number.
     unsafe fn read_pvh(&mut self, info: u64) -> Result<(), Unreadable> {
         const MAGIC: u32 = 0x336e_c578;
         // SAFETY: hvm_start_info of version 1, its memory map, and the first module.
@@ -135,6 +138,9 @@ impl Boot {
         Ok(())
     }
 
+    /// # Safety
+    /// At `params` there must be mapped memory: `boot_params`, or anything else without its magic
+    /// number.
     unsafe fn read_linux(&mut self, params: u64) -> Result<(), Unreadable> {
         const HDRS: u32 = 0x5372_6448;
         // SAFETY: boot_params, the "zero page".

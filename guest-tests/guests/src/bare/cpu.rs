@@ -2,6 +2,7 @@
 //! stack for CPL 3. `entry.s` lays it out.
 #![allow(unsafe_code, reason = "reads what the trap handlers write")]
 
+// SAFETY: `entry.s` defines it. Only its address is used.
 unsafe extern "C" {
     static vcpu_blocks: u8;
 }

@@ -39,6 +39,7 @@ pub fn start(info: u64, entry: u64, block: u64, main: fn(&Boot) -> !) -> ! {
 }
 
 /// Called at CPL 3 by `traps.s`, with what it noted down.
+// SAFETY: nothing else has this name.
 #[unsafe(no_mangle)]
 extern "C" fn fault_start(_record: u64, _: u64, block: u64) -> ! {
     let cpu = Cpu::at(block);

@@ -24,6 +24,7 @@ unsafe impl<const N: usize> Sync for Tables<N> {}
 
 static TABLES: Tables<DIRECTORIES> = Tables(UnsafeCell::new([[0; 512]; DIRECTORIES]));
 
+// SAFETY: `entry.s`, `traps.s` and the linker script define them, the tables with these sizes.
 unsafe extern "C" {
     static mut pdpt: [u64; 512];
     static mut idt: [[u64; 2]; 256];

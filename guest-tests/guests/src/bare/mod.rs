@@ -57,6 +57,7 @@ macro_rules! guest {
         $crate::guest!(linux64, $main);
     };
     (linux64, $main:path) => {
+        // SAFETY: nothing else has this name.
         #[unsafe(no_mangle)]
         extern "C" fn user_start(info: u64, entry: u64, block: u64) -> ! {
             $crate::bare::start(info, entry, block, $main)
@@ -69,6 +70,7 @@ macro_rules! guest {
 
         // What compiled code calls without naming it. In the bin, since a library that is also
         // built for the host must not define them.
+        // SAFETY: each is what C says of that name, and defined nowhere else.
         #[unsafe(no_mangle)]
         unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
             // SAFETY: as the caller promises.

@@ -7,6 +7,8 @@
 
 use core::arch::asm;
 
+// SAFETY: `traps.s` defines them. They take their arguments in registers, as `call` passes them,
+// and nothing here calls one directly.
 unsafe extern "C" {
     fn privileged_gate();
     fn privileged_rdmsr();

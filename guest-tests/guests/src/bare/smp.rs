@@ -10,6 +10,7 @@ use super::{intrinsics, lapic, privileged, tsc};
 /// there; `Boot` has a copy.
 const TRAMPOLINE: u64 = 0x8000;
 
+// SAFETY: `entry.s` defines them; of the first two only the address is used.
 unsafe extern "C" {
     static trampoline: u8;
     static trampoline_end: u8;

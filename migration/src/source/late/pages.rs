@@ -4,17 +4,13 @@ use crate::bitmap::PageRun;
 use crate::channel::{Channel, ChannelError};
 use crate::frame::{Kind, MAX_PAGES};
 use crate::guest_io::GuestPages;
-use crate::layout::PAGE_SIZE;
-use crate::message::{AddressRun, encode_pages, encode_zero};
+use crate::memory_frames::{PagesFrame, ZeroFrame};
 
-/// Sends runs of pages; its buffers are reused.
+/// Sends runs of pages on one connection; its buffers are reused.
 #[derive(Debug, Default)]
 pub(super) struct Frames {
-    runs: Vec<PageRun>,
-    wire: Vec<AddressRun>,
-    crcs: Vec<u32>,
-    zero: Vec<AddressRun>,
-    body: Vec<u8>,
+    data: PagesFrame,
+    zero: ZeroFrame,
 }
 
 impl Frames {
@@ -26,62 +22,41 @@ impl Frames {
         run: PageRun,
     ) -> Result<u64, ChannelError> {
         let before = channel.sent_bytes();
-        self.zero.clear();
-        let mut at = run.first;
-        while at < run.end() {
-            let count = (run.end() - at).min(MAX_PAGES);
-            let part = pages.within_region(PageRun { first: at, count });
-            at = part.end();
-            self.send_part(channel, pages, part)?;
-        }
-        if !self.zero.is_empty() {
-            encode_zero(&self.zero, &mut self.body);
-            channel.send(Kind::Zero, &self.body)?;
-        }
-        Ok(channel.sent_bytes() - before)
-    }
-
-    /// At most [`MAX_PAGES`] pages within one region.
-    fn send_part(
-        &mut self,
-        channel: &mut Channel,
-        pages: &GuestPages,
-        part: PageRun,
-    ) -> Result<(), ChannelError> {
-        self.runs.clear();
-        self.wire.clear();
-        self.crcs.clear();
-        for page in part.first..part.end() {
-            let one = PageRun {
-                first: page,
-                count: 1,
-            };
-            let address = pages.addresses(one);
+        for page in run.first..run.end() {
             if pages.is_zero(page) {
-                match self.zero.last_mut() {
-                    Some(last) if last.address + last.pages * PAGE_SIZE == address.address => {
-                        last.pages += 1;
-                    }
-                    _ => self.zero.push(address),
+                let one = PageRun {
+                    first: page,
+                    count: 1,
+                };
+                self.zero.add(pages, one);
+                if self.zero.is_full() {
+                    self.send_zero(channel, pages)?;
                 }
                 continue;
             }
-            self.crcs.push(pages.crc(page));
-            match (self.runs.last_mut(), self.wire.last_mut()) {
-                (Some(run), Some(wire)) if run.end() == page => {
-                    run.count += 1;
-                    wire.pages += 1;
-                }
-                _ => {
-                    self.runs.push(one);
-                    self.wire.push(address);
-                }
+            self.data.add(pages, page);
+            if self.data.pages() >= MAX_PAGES {
+                self.send_data(channel, pages)?;
             }
         }
-        if self.runs.is_empty() {
-            return Ok(());
+        self.send_data(channel, pages)?;
+        self.send_zero(channel, pages)?;
+        Ok(channel.sent_bytes() - before)
+    }
+
+    fn send_data(&mut self, channel: &mut Channel, pages: &GuestPages) -> Result<(), ChannelError> {
+        if self.data.pages() > 0 {
+            let (body, runs) = self.data.encode(pages);
+            channel.send_pages(body, pages, runs)?;
+            self.data.clear();
         }
-        encode_pages(&self.wire, &self.crcs, &mut self.body);
-        channel.send_pages(&self.body, pages, &self.runs)
+        Ok(())
+    }
+
+    fn send_zero(&mut self, channel: &mut Channel, pages: &GuestPages) -> Result<(), ChannelError> {
+        match self.zero.take(pages) {
+            Some(body) => channel.send(Kind::Zero, body),
+            None => Ok(()),
+        }
     }
 }

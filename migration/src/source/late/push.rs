@@ -9,6 +9,7 @@ use crate::channel::{Channel, ChannelError};
 use crate::codec::Reader;
 use crate::frame::Kind;
 use crate::pacing::{Pacing, pages_per_frame};
+use crate::priority::Background;
 
 /// How many pages go at a time: a request changes where the stream goes on after as many at most.
 const RUN: u64 = 64;
@@ -59,6 +60,7 @@ impl Source<'_> {
         let mut frames = Frames::default();
         let mut pacing = Pacing::default();
         let mut told_at = Instant::now();
+        let mut background = Background::new();
         // However slow it is to be, the destination must not take this side for dead.
         let longest = self.job.deadlines.progress / 3;
         loop {
@@ -83,6 +85,7 @@ impl Source<'_> {
                 }
             }
             pacing.sent(frames.send(channel, &late.pages, run)?);
+            background.give_way();
             if let Some(kind) = channel.next_kind()? {
                 return over(kind, channel, late);
             }

@@ -15,6 +15,7 @@ use crate::codec::DecodeError;
 use crate::frame::{Kind, MAX_PAGES};
 use crate::guest_io::GuestPages;
 use crate::message::{AddressRun, Request};
+use crate::priority;
 use crate::protocol::OutOfOrder;
 
 /// How many pages that follow one that was asked for go with it, if they are left: a guest that
@@ -65,6 +66,7 @@ impl Server {
         let thread = thread::Builder::new()
             .name("postcopy-serve".to_owned())
             .spawn(move || {
+                priority::urgent();
                 let Err(error) = serving.serve();
                 tracing::debug!("the fault channel ends: {error}");
                 let _ = breaker.cancel(&format!("the fault channel broke: {error}"));

@@ -81,7 +81,8 @@ fn cut(which: Which, at: At, load_reads: bool) -> super::Ended {
                 their_job.deadlines.handshake = Duration::from_secs(1);
             }
             if at == At::Held {
-                let soon = Duration::from_secs(1);
+                // Long enough for all that is not held, also where many tests run at once.
+                let soon = Duration::from_secs(4);
                 let deadlines = Deadlines {
                     handshake: soon,
                     progress: soon,

@@ -128,21 +128,11 @@ pub(crate) struct RunOptions {
     pub(crate) balloon: Option<BalloonOptions>,
     /// Give the guest a console (virtio-console, hvc0 in Linux), connected as --serial can be; on
     /// stdio the serial port is not connected unless --serial says where
-    #[arg(
-        long,
-        value_name = "WHERE",
-        value_parser = values::serial,
-        help_heading = "Devices"
-    )]
+    #[arg(long, value_name = "WHERE", value_parser = values::serial, help_heading = "Devices")]
     pub(crate) console: Option<SerialBackend>,
 
     /// The guest's serial port: stdio, file:PATH, unix:PATH, pty or none [default: stdio]
-    #[arg(
-        long,
-        value_name = "WHERE",
-        value_parser = values::serial,
-        help_heading = "Connections"
-    )]
+    #[arg(long, value_name = "WHERE", value_parser = values::serial, help_heading = "Connections")]
     pub(crate) serial: Option<SerialBackend>,
     /// A monitor: stdio, unix:PATH or none; can be given several times [default: none]
     #[arg(long, value_name = "WHERE", help_heading = "Connections")]

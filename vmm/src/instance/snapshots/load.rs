@@ -18,7 +18,7 @@ use migration::vm::{DestinationVm, Offer, Start, VmError};
 use tracing::{error, info};
 
 use super::super::Shared;
-use super::super::incoming::Destination;
+use super::super::arriving::Destination;
 use super::replace::Replacement;
 use super::store::{Store, StoreError, check_file, image_file};
 use super::tag::Tag;

@@ -76,12 +76,18 @@ fn migrate(source: &mut Ferry, uri: &str, copy: &str) {
     source.execute("migrate", arguments);
 }
 
-fn quit(mut ferry: Ferry) {
-    ferry.execute("quit", Value::Null);
-    ferry.wait_exit();
+/// The guest has come and waits: both disks are the same, and it finds nothing wrong afterwards.
+fn arrived(source: Ferry, mut destination: Ferry, here: &Path, there: &Path) {
+    destination.wait_status("paused");
+    assert!(!there.with_extension("before").exists());
+    assert_equal(here, there);
+    source.quit();
+    destination.execute("cont", Value::Null);
+    wait_progress(&destination, 500);
+    finish(destination, &[there]);
 }
 
-/// At the stop both disks are the same, and the guest finds nothing wrong afterwards.
+/// A whole disk goes, with its guest stopped at the end of it.
 fn moves_whole(from: Format, to: &str, given: bool) {
     let dir = scratch();
     let here = new_image(dir.path(), "here", from);
@@ -106,13 +112,7 @@ fn moves_whole(from: Format, to: &str, given: bool) {
     assert_eq!(info["disk"]["remaining"], 0, "{info:#}");
     assert!(info["disk"]["transferred"].as_u64() > Some(0), "{info:#}");
     assert_eq!(destination.query_migrate()["disk"]["remaining"], 0);
-    destination.wait_status("paused");
-    assert!(!there.with_extension("before").exists());
-    assert_equal(&here, &there);
-    quit(source);
-    destination.execute("cont", Value::Null);
-    wait_progress(&destination, 500);
-    finish(destination, &[&there]);
+    arrived(source, destination, &here, &there);
 }
 
 #[test]
@@ -152,18 +152,13 @@ fn of_an_overlay_only_what_is_above_the_backing_file_travels() {
     // What is written meanwhile is sent again: here it is only about what is there.
     source.execute("stop", Value::Null);
     let held = open(&here).allocated().unwrap();
-    let (mut destination, uri) = incoming(dir.path(), "dst", &[drive(&there, "")]);
+    let (destination, uri) = incoming(dir.path(), "dst", &[drive(&there, "")]);
     migrate(&mut source, &uri, "inc");
     let info = source.wait_migrated("completed");
     let sent = info["disk"]["transferred"].as_u64().unwrap();
     assert!(sent <= AREA + AREA / 10, "{sent} of {AREA} bytes: {info:#}");
     assert!(sent >= held / 4, "{sent} of {held} bytes");
-    destination.wait_status("paused");
-    assert_equal(&here, &there);
-    quit(source);
-    destination.execute("cont", Value::Null);
-    wait_progress(&destination, 500);
-    finish(destination, &[&there]);
+    arrived(source, destination, &here, &there);
 }
 
 #[test]
@@ -189,7 +184,7 @@ fn overlays_with_traffic_travel_and_can_again() {
             wait_progress(&source, 500);
         } else {
             source.wait_migrated("completed");
-            quit(source);
+            source.quit();
             wait_progress(&destination, 500);
             return finish(destination, &[&there]);
         }
@@ -309,12 +304,7 @@ fn fails_at_any_phase(then: Then) {
     destination.execute("stop", Value::Null);
     migrate(&mut source, &uri, "blk");
     source.wait_migrated("completed");
-    destination.wait_status("paused");
-    assert_equal(&here, &there);
-    quit(source);
-    destination.execute("cont", Value::Null);
-    wait_progress(&destination, 200);
-    finish(destination, &[&there]);
+    arrived(source, destination, &here, &there);
 }
 
 #[test]
@@ -355,7 +345,7 @@ fn a_disk_that_the_guest_only_reads_does_not_travel() {
     wait_report(&filling, |report| {
         matches!(report, Report::Filled { .. }).then_some(())
     });
-    quit(filling);
+    filling.quit();
     let drives = [drive(&path, ",readonly=on")];
     let mut source = run(dir.path(), "src", options(Mode::Read), &drives);
     wait_progress(&source, 100);

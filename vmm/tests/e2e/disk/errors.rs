@@ -6,27 +6,25 @@ use devices::image::Format;
 use guest_tests::disk::{Mode, Options, Report, command};
 use serde_json::Value;
 
-use super::{
-    CAPACITY, busy, drive, finish, hop, new_image, run, wait_error_event, wait_progress,
-    wait_report,
-};
-use crate::harness::{PATIENCE, require_kvm, scratch};
+use super::{CAPACITY, DiskGuest, busy, wait_error_event, wait_progress, wait_report};
+use crate::harness::{PATIENCE, require_kvm};
 
 #[test]
 fn reads_beyond_a_truncated_file_fail_and_the_rest_goes_on() {
     require_kvm!();
-    let dir = scratch();
-    let path = new_image(dir.path(), "disk", Format::Raw);
-    let drives = [drive(&path, ",format=raw")];
+    let guest = DiskGuest::on(&[(Format::Raw, ",format=raw")]);
     let options = Options {
         mode: Mode::Fill,
         ..busy()
     };
-    let mut ferry = run(dir.path(), "a", options, &drives);
+    let mut ferry = guest.run("a", options);
     wait_report(&ferry, |report| {
         matches!(report, Report::Filled { .. }).then_some(())
     });
-    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    let file = OpenOptions::new()
+        .write(true)
+        .open(&guest.paths[0])
+        .unwrap();
     file.set_len(CAPACITY / 2).unwrap();
     let sector = ferry.wait_line(|line| match Report::parse(line) {
         Some(Report::IoError { sector, status, .. }) => {
@@ -49,11 +47,8 @@ fn reads_beyond_a_truncated_file_fail_and_the_rest_goes_on() {
 #[test]
 fn resets_under_load_leave_a_disk_that_works() {
     require_kvm!();
-    let dir = scratch();
-    let raw = new_image(dir.path(), "raw", Format::Raw);
-    let other = new_image(dir.path(), "other", Format::Qcow2);
-    let drives = [drive(&raw, ",format=raw"), drive(&other, "")];
-    let mut ferry = run(dir.path(), "a", busy(), &drives);
+    let guest = DiskGuest::on(&[(Format::Raw, ",format=raw"), (Format::Qcow2, "")]);
+    let mut ferry = guest.run("a", busy());
     for round in 0..6 {
         wait_progress(&ferry, 100);
         if round % 2 == 0 {
@@ -67,12 +62,12 @@ fn resets_under_load_leave_a_disk_that_works() {
         });
     }
     // Also where it has arrived.
-    let mut there = hop(ferry, dir.path(), "b", &drives);
+    let mut there = guest.hop(ferry, "b");
     wait_progress(&there, 100);
     there.execute("system_reset", Value::Null);
     wait_report(&there, |report| {
         matches!(report, Report::Ready { .. }).then_some(())
     });
     wait_progress(&there, 100);
-    finish(there, &[&raw, &other]);
+    guest.finish(there);
 }

@@ -5,9 +5,9 @@ use guest_tests::disk::Options;
 use guest_tests::mmio::Wait;
 use serde_json::Value;
 
-use super::{busy, drive, finish, hop, incoming, new_image, refused_start, run, wait_progress};
+use super::{DiskGuest, busy, drive, incoming, new_image, wait_progress};
 use crate::frames::{FrameProxy, Then, kind};
-use crate::harness::{require_kvm, scratch};
+use crate::harness::require_kvm;
 
 fn open(path: &std::path::Path) -> Image {
     Image::open(&ImageConfig {
@@ -22,15 +22,12 @@ fn open(path: &std::path::Path) -> Image {
 #[test]
 fn cut_before_any_frame_up_to_ready_the_source_keeps_its_disks() {
     require_kvm!();
-    let dir = scratch();
-    let raw = new_image(dir.path(), "raw", Format::Raw);
-    let qcow2 = new_image(dir.path(), "qcow2", Format::Qcow2);
-    let drives = [drive(&raw, ",format=raw"), drive(&qcow2, "")];
+    let guest = DiskGuest::on(&[(Format::Raw, ",format=raw"), (Format::Qcow2, "")]);
     let options = Options {
         wait: Wait::Irq,
         ..busy()
     };
-    let mut source = run(dir.path(), "src", options, &drives);
+    let mut source = guest.run("src", options);
     let places = [
         (kind::HELLO, 0),
         (kind::ACCEPT, 0),
@@ -41,7 +38,7 @@ fn cut_before_any_frame_up_to_ready_the_source_keeps_its_disks() {
         (kind::READY, 0),
     ];
     for (index, (kind, nth)) in places.into_iter().enumerate() {
-        let (mut destination, uri) = incoming(dir.path(), &format!("d{index}"), &drives);
+        let (mut destination, uri) = guest.incoming(&format!("d{index}"));
         let proxy = FrameProxy::to(&uri, Some((kind, nth, Then::Cut)));
         source.migrate(&proxy.uri);
         proxy.wait_reached();
@@ -49,48 +46,40 @@ fn cut_before_any_frame_up_to_ready_the_source_keeps_its_disks() {
         assert_eq!(source.status(), "running", "cut at {kind:#x}, {nth}");
         destination.wait_exit();
         wait_progress(&source, 50);
-        let output = refused_start(dir.path(), &format!("x{index}"), &drives);
+        let output = guest.refused_start(&format!("x{index}"));
         assert!(output.contains("is another process"), "{output}");
     }
-    let destination = hop(source, dir.path(), "last", &drives);
-    wait_progress(&destination, 200);
-    finish(destination, &[&raw, &qcow2]);
+    guest.last_hop(source, 200);
 }
 
 #[test]
 fn a_destination_killed_with_all_of_the_guest_never_had_its_disks() {
     require_kvm!();
-    let dir = scratch();
-    let path = new_image(dir.path(), "disk", Format::Qcow2);
-    let drives = [drive(&path, "")];
-    let mut source = run(dir.path(), "src", busy(), &drives);
-    let (mut destination, uri) = incoming(dir.path(), "d0", &drives);
+    let guest = DiskGuest::on(&[(Format::Qcow2, "")]);
+    let mut source = guest.run("src", busy());
+    let (mut destination, uri) = guest.incoming("d0");
     let proxy = FrameProxy::to(&uri, Some((kind::READY, 0, Then::Hold)));
     source.migrate(&proxy.uri);
     proxy.wait_reached();
     // Until GO they are the source's.
-    assert!(open(&path).lock().is_err());
+    assert!(open(&guest.paths[0]).lock().is_err());
     destination.process.kill().unwrap();
     source.wait_migrated("failed");
     assert_eq!(source.status(), "running");
     wait_progress(&source, 200);
-    let destination = hop(source, dir.path(), "last", &drives);
-    wait_progress(&destination, 200);
-    finish(destination, &[&path]);
+    guest.last_hop(source, 200);
 }
 
 #[test]
 fn a_destination_that_can_t_lock_gives_the_guest_back() {
     require_kvm!();
-    let dir = scratch();
-    let path = new_image(dir.path(), "disk", Format::Raw);
+    let guest = DiskGuest::on(&[(Format::Raw, ",format=raw")]);
     // The destination has another file, which somebody else uses.
-    let other = new_image(dir.path(), "other", Format::Raw);
+    let other = new_image(guest.dir.path(), "other", Format::Raw);
     let theirs = open(&other);
-    let drives = [drive(&path, ",format=raw")];
-    let mut source = run(dir.path(), "src", busy(), &drives);
+    let mut source = guest.run("src", busy());
     let there = [drive(&other, ",format=raw")];
-    let (mut destination, uri) = incoming(dir.path(), "d0", &there);
+    let (mut destination, uri) = incoming(guest.dir.path(), "d0", &there);
     let proxy = FrameProxy::to(&uri, Some((kind::GO, 0, Then::Wait)));
     source.migrate(&proxy.uri);
     proxy.wait_reached();
@@ -108,22 +97,19 @@ fn a_destination_that_can_t_lock_gives_the_guest_back() {
         !success && output.contains("is another process"),
         "{output}"
     );
-    assert!(open(&path).lock().is_err(), "the source has its locks back");
+    let again = open(&guest.paths[0]).lock();
+    assert!(again.is_err(), "the source has its locks back");
     wait_progress(&source, 200);
-    let destination = hop(source, dir.path(), "last", &drives);
-    wait_progress(&destination, 200);
-    finish(destination, &[&path]);
+    guest.last_hop(source, 200);
 }
 
 #[test]
 fn a_source_that_can_t_take_its_locks_back_waits_for_cont() {
     require_kvm!();
-    let dir = scratch();
-    let path = new_image(dir.path(), "disk", Format::Raw);
-    let drives = [drive(&path, ",format=raw")];
-    let thief = open(&path);
-    let mut source = run(dir.path(), "src", busy(), &drives);
-    let (mut destination, uri) = incoming(dir.path(), "d0", &drives);
+    let guest = DiskGuest::on(&[(Format::Raw, ",format=raw")]);
+    let thief = open(&guest.paths[0]);
+    let mut source = guest.run("src", busy());
+    let (mut destination, uri) = guest.incoming("d0");
     let proxy = FrameProxy::to(&uri, Some((kind::GO, 0, Then::Wait)));
     source.migrate(&proxy.uri);
     proxy.wait_reached();
@@ -144,7 +130,5 @@ fn a_source_that_can_t_take_its_locks_back_waits_for_cont() {
     drop(thief);
     source.execute("cont", Value::Null);
     wait_progress(&source, 200);
-    let destination = hop(source, dir.path(), "last", &drives);
-    wait_progress(&destination, 200);
-    finish(destination, &[&path]);
+    guest.last_hop(source, 200);
 }

@@ -7,35 +7,33 @@ use devices::image::Format;
 use guest_tests::driver::skip;
 use serde_json::Value;
 
-use super::{busy, drive, finish, incoming, new_image, refused_start, run, slowly, wait_progress};
+use super::{DiskGuest, busy, slowly, wait_progress};
 use crate::frames::{FrameProxy, Then, kind};
-use crate::harness::{Ferry, require_kvm, scratch};
+use crate::harness::require_kvm;
 
 const IN_USE: &str = "is another process using the image?";
 
 #[test]
 fn nobody_else_gets_the_image_before_during_and_after_a_migration() {
     require_kvm!();
-    let dir = scratch();
-    let path = new_image(dir.path(), "disk", Format::Raw);
-    let drives = [drive(&path, ",format=raw,id=root")];
+    let guest = DiskGuest::on(&[(Format::Raw, ",format=raw,id=root")]);
     let mut count = 0;
     let mut nobody = |when: &str| {
         count += 1;
-        let output = refused_start(dir.path(), &format!("x{count}"), &drives);
+        let output = guest.refused_start(&format!("x{count}"));
         assert!(
             output.contains(IN_USE) && output.contains("disk 'root'"),
             "{when}: {output}"
         );
-        qemu_is_refused(&path, when);
+        qemu_is_refused(&guest.paths[0], when);
     };
-    let mut source = run(dir.path(), "src", busy(), &drives);
+    let mut source = guest.run("src", busy());
     nobody("while the guest runs");
     source.execute("stop", Value::Null);
     nobody("while it is stopped");
     source.execute("cont", Value::Null);
 
-    let (mut destination, uri) = incoming(dir.path(), "dst", &drives);
+    let (mut destination, uri) = guest.incoming("dst");
     nobody("while a destination waits");
     slowly(&mut source);
     let proxy = FrameProxy::to(&uri, Some((kind::PAGES, 1, Then::Wait)));
@@ -48,21 +46,18 @@ fn nobody_else_gets_the_image_before_during_and_after_a_migration() {
     let refusal = source.refused("cont", Value::Null);
     assert!(refusal.contains("never run twice"), "{refusal}");
     wait_progress(&destination, 200);
-    source.execute("quit", Value::Null);
-    source.wait_exit();
+    source.quit();
     nobody("at the destination");
     destination.execute("query-status", Value::Null);
-    finish(destination, &[&path]);
+    guest.finish(destination);
 }
 
 #[test]
 fn a_source_that_does_not_know_can_t_take_the_image_from_the_destination() {
     require_kvm!();
-    let dir = scratch();
-    let path = new_image(dir.path(), "disk", Format::Qcow2);
-    let drives = [drive(&path, "")];
-    let mut source = run(dir.path(), "src", busy(), &drives);
-    let (destination, uri) = incoming(dir.path(), "dst", &drives);
+    let guest = DiskGuest::on(&[(Format::Qcow2, "")]);
+    let mut source = guest.run("src", busy());
+    let (destination, uri) = guest.incoming("dst");
     let proxy = FrameProxy::to(&uri, Some((kind::RUNNING, 0, Then::Cut)));
     source.migrate(&proxy.uri);
     proxy.wait_reached();
@@ -73,17 +68,15 @@ fn a_source_that_does_not_know_can_t_take_the_image_from_the_destination() {
     assert!(refusal.contains(IN_USE), "{refusal}");
     assert_eq!(source.status(), "postmigrate");
     wait_progress(&destination, 200);
-    finish(destination, &[&path]);
+    guest.finish(destination);
 }
 
 #[test]
 fn the_image_is_free_for_whoever_is_told_to_go() {
     require_kvm!();
-    let dir = scratch();
-    let path = new_image(dir.path(), "disk", Format::Raw);
-    let drives = [drive(&path, ",format=raw")];
-    let mut source = run(dir.path(), "src", busy(), &drives);
-    let (mut destination, uri) = incoming(dir.path(), "dst", &drives);
+    let guest = DiskGuest::on(&[(Format::Raw, ",format=raw")]);
+    let mut source = guest.run("src", busy());
+    let (mut destination, uri) = guest.incoming("dst");
     let proxy = FrameProxy::to(&uri, Some((kind::GO, 0, Then::Hold)));
     source.migrate(&proxy.uri);
     proxy.wait_reached();
@@ -94,12 +87,8 @@ fn the_image_is_free_for_whoever_is_told_to_go() {
     source.wait_status("postmigrate");
     source.wait_migrated("failed");
     source.execute("cont", Value::Null);
-    still_works(source, &path);
-}
-
-fn still_works(source: Ferry, path: &Path) {
     wait_progress(&source, 200);
-    finish(source, &[path]);
+    guest.finish(source);
 }
 
 /// QEMU's tools respect the same locks.

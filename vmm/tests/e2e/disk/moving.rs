@@ -7,24 +7,22 @@ use guest_tests::driver::skip;
 use guest_tests::mmio::Wait;
 use serde_json::Value;
 
-use super::{CAPACITY, busy, drive, finish, hop, new_image, run, wait_progress, wait_report};
+use super::{
+    CAPACITY, DiskGuest, busy, drive, finish, hop, new_image, run, wait_progress, wait_report,
+};
 use crate::harness::{require_kvm, scratch};
 
 fn there_and_verified(format: Format, wait: Wait, more: &str) {
-    let dir = scratch();
-    let path = new_image(dir.path(), "disk", format);
-    let drives = [drive(&path, more)];
+    let guest = DiskGuest::on(&[(format, more)]);
     let options = Options {
         wait,
         holds: Holds::Zero,
         discarded: Holds::Zero,
         ..busy()
     };
-    let source = run(dir.path(), "src", options, &drives);
+    let source = guest.run("src", options);
     wait_progress(&source, 500);
-    let destination = hop(source, dir.path(), "dst", &drives);
-    wait_progress(&destination, 500);
-    finish(destination, &[&path]);
+    guest.last_hop(source, 500);
 }
 
 #[test]
@@ -69,20 +67,17 @@ fn without_the_page_cache_too() {
 #[test]
 fn two_disks_of_which_each_keeps_its_own() {
     require_kvm!();
-    let dir = scratch();
-    let first = new_image(dir.path(), "first", Format::Raw);
-    let second = new_image(dir.path(), "second", Format::Qcow2);
-    let drives = [
-        drive(&first, ",format=raw,id=root"),
-        drive(&second, ",id=data"),
-    ];
-    let source = run(dir.path(), "src", busy(), &drives);
+    let guest = DiskGuest::on(&[
+        (Format::Raw, ",format=raw,id=root"),
+        (Format::Qcow2, ",id=data"),
+    ]);
+    let source = guest.run("src", busy());
     wait_progress(&source, 500);
     // In another order: they are found by name.
-    let turned = [drives[1].clone(), drives[0].clone()];
-    let destination = hop(source, dir.path(), "dst", &turned);
+    let turned = [guest.drives[1].clone(), guest.drives[0].clone()];
+    let destination = hop(source, guest.dir.path(), "dst", &turned);
     wait_progress(&destination, 500);
-    finish(destination, &[&first, &second]);
+    guest.finish(destination);
 }
 
 #[test]
@@ -120,31 +115,26 @@ fn a_disk_that_is_only_read() {
 #[test]
 fn to_and_fro_twenty_times() {
     require_kvm!();
-    let dir = scratch();
-    let raw = new_image(dir.path(), "raw", Format::Raw);
-    let qcow2 = new_image(dir.path(), "qcow2", Format::Qcow2);
-    let drives = [drive(&raw, ",format=raw"), drive(&qcow2, "")];
+    let guest = DiskGuest::on(&[(Format::Raw, ",format=raw"), (Format::Qcow2, "")]);
     let options = Options {
         wait: Wait::Irq,
         area: Size(16 << 20),
         ..busy()
     };
-    let mut here = run(dir.path(), "m0", options, &drives);
+    let mut here = guest.run("m0", options);
     for number in 1..=20 {
         wait_progress(&here, 50);
-        here = hop(here, dir.path(), &format!("m{number}"), &drives);
+        here = guest.hop(here, &format!("m{number}"));
     }
     wait_progress(&here, 200);
-    finish(here, &[&raw, &qcow2]);
+    guest.finish(here);
 }
 
 #[test]
 fn stopped_before_it_moves_and_continued_there() {
     require_kvm!();
-    let dir = scratch();
-    let path = new_image(dir.path(), "disk", Format::Qcow2);
-    let drives = [drive(&path, "")];
-    let mut source = run(dir.path(), "src", busy(), &drives);
+    let guest = DiskGuest::on(&[(Format::Qcow2, "")]);
+    let mut source = guest.run("src", busy());
     for _ in 0..50 {
         wait_report(&source, super::done);
         source.execute("stop", Value::Null);
@@ -152,9 +142,9 @@ fn stopped_before_it_moves_and_continued_there() {
     }
     wait_progress(&source, 100);
     source.execute("stop", Value::Null);
-    let mut destination = hop(source, dir.path(), "dst", &drives);
+    let mut destination = guest.hop(source, "dst");
     destination.wait_status("paused");
     destination.execute("cont", Value::Null);
     wait_progress(&destination, 200);
-    finish(destination, &[&path]);
+    guest.finish(destination);
 }

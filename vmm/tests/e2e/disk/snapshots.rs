@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::space::Small;
 use super::{
-    CAPACITY, arguments, busy, drive, finish, guest, incoming, new_image, run, slowly,
+    CAPACITY, DiskGuest, arguments, busy, drive, finish, guest, incoming, new_image, run, slowly,
     wait_progress, wait_report,
 };
 use crate::harness::{Ferry, PATIENCE, require_kvm, scratch};
@@ -140,10 +140,8 @@ fn qcow2_disks_go_back_with_their_guest() {
 #[test]
 fn a_guest_runs_after_loading_only_if_it_ran_before() {
     require_kvm!();
-    let dir = scratch();
-    let path = new_image(dir.path(), "disk", Format::Raw);
-    let drives = [drive(&path, ",format=raw")];
-    let mut ferry = run(dir.path(), "src", busy(), &drives);
+    let guest = DiskGuest::on(&[(Format::Raw, ",format=raw")]);
+    let mut ferry = guest.run("src", busy());
     wait_progress(&ferry, 100);
     ferry.execute("stop", Value::Null);
     // A name is made up.
@@ -163,7 +161,7 @@ fn a_guest_runs_after_loading_only_if_it_ran_before() {
     assert_eq!(ferry.status(), "paused");
     ferry.execute("cont", Value::Null);
     wait_progress(&ferry, 100);
-    finish(ferry, &[&path]);
+    guest.finish(ferry);
 }
 
 #[test]
@@ -190,14 +188,13 @@ fn the_network_card_keeps_its_tap() {
 #[test]
 fn what_is_no_snapshot_any_more_is_refused_and_the_guest_runs_on() {
     require_kvm!();
-    let dir = scratch();
-    let path = new_image(dir.path(), "disk", Format::Raw);
-    let drives = [drive(&path, ",format=raw")];
-    let mut ferry = run(dir.path(), "src", busy(), &drives);
+    let guest = DiskGuest::on(&[(Format::Raw, ",format=raw")]);
+    let dir = guest.dir.path();
+    let mut ferry = guest.run("src", busy());
     wait_progress(&ferry, 100);
     does(&mut ferry, "savevm a");
     let kinds = ["a.snapshot", ".state", ".disk"];
-    let paths = kinds.map(|end| file(dir.path(), end));
+    let paths = kinds.map(|end| file(dir, end));
     let refused = |ferry: &mut Ferry, why: &str| {
         let answer = monitor(ferry, "loadvm a");
         assert!(
@@ -225,7 +222,7 @@ fn what_is_no_snapshot_any_more_is_refused_and_the_guest_runs_on() {
     ] {
         let open = || File::options().read(true).write(true).open(path).unwrap();
         // A copy, so that the whole file comes back.
-        let whole = dir.path().join("whole");
+        let whole = dir.join("whole");
         fs::copy(path, &whole).unwrap();
         let len = open().metadata().unwrap().len();
         open().set_len(len - 1).unwrap();
@@ -262,14 +259,14 @@ fn what_is_no_snapshot_any_more_is_refused_and_the_guest_runs_on() {
         file.write_all_at(&byte, at).unwrap();
     }
     does(&mut ferry, "savevm b");
-    let other = files(dir.path())
+    let other = files(dir)
         .into_iter()
         .find(|path| {
             let name = path.file_name().unwrap().to_string_lossy();
             name.contains(".b.") && name.ends_with(".state")
         })
         .unwrap();
-    let whole = dir.path().join("whole");
+    let whole = dir.join("whole");
     fs::rename(&paths[1], &whole).unwrap();
     fs::copy(&other, &paths[1]).unwrap();
     refused(&mut ferry, "is not the file that was saved");
@@ -277,10 +274,10 @@ fn what_is_no_snapshot_any_more_is_refused_and_the_guest_runs_on() {
     fs::rename(&whole, &paths[1]).unwrap();
     does(&mut ferry, "delvm b");
 
-    assert_eq!(files(dir.path()).len(), 3, "{:?}", files(dir.path()));
+    assert_eq!(files(dir).len(), 3, "{:?}", files(dir));
     does(&mut ferry, "loadvm a");
     wait_progress(&ferry, 100);
-    finish(ferry, &[&path]);
+    guest.finish(ferry);
 }
 
 #[test]
@@ -351,7 +348,7 @@ fn what_cannot_be_saved_is_refused() {
         let answer = monitor(&mut none, line);
         assert_eq!(answer, "Error: No block device can accept snapshots\n");
     }
-    none.execute("quit", Value::Null);
+    none.quit();
 
     let path = new_image(dir.path(), "disk", Format::Raw);
     let drives = [drive(&path, ",format=raw")];

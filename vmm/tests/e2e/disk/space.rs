@@ -15,11 +15,11 @@ use super::{
 use crate::harness::{Ferry, PATIENCE, require_kvm, scratch};
 
 /// A file system in memory that is too small at first.
-pub(super) struct Small(pub(super) PathBuf);
+pub struct Small(pub PathBuf);
 
 impl Small {
     /// `None`, with a word about it, where it can't be mounted.
-    pub(super) fn mount(dir: &Path) -> Option<Self> {
+    pub fn mount(dir: &Path) -> Option<Self> {
         let at = dir.join("small");
         std::fs::create_dir(&at).unwrap();
         if mount(&["-t", "tmpfs", "-o", "size=12M", "tmpfs"], &at) {
@@ -30,7 +30,7 @@ impl Small {
         }
     }
 
-    pub(super) fn make_room(&self) {
+    pub fn make_room(&self) {
         assert!(mount(&["-o", "remount,size=80M"], &self.0));
     }
 }
@@ -55,7 +55,7 @@ fn fill() -> Options {
 }
 
 /// Starts the guest and waits until there is no space left for it.
-fn run_full(dir: &Path, drives: &[String]) -> Ferry {
+pub fn run_full(dir: &Path, drives: &[String]) -> Ferry {
     let mut ferry = Ferry::run(dir, "src", &guest(fill()), &super::arguments(drives));
     let error = wait_error_event(&mut ferry);
     assert_eq!(error["action"], "stop", "{error}");
@@ -75,7 +75,7 @@ fn io_status(ferry: &mut Ferry) -> String {
     disks[0]["io-status"].as_str().unwrap().to_owned()
 }
 
-fn wait_filled(ferry: &Ferry) {
+pub fn wait_filled(ferry: &Ferry) {
     wait_report(ferry, |report| {
         matches!(report, Report::Filled { .. }).then_some(())
     });

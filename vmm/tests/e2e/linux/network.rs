@@ -4,8 +4,6 @@
 use std::path::Path;
 use std::time::Duration;
 
-use serde_json::Value;
-
 use super::small::{boot, echoes, wait_passes};
 use super::{BOOT, wait_said};
 use crate::bridge::{CLIENT, HOSTS, Network, TAP};
@@ -92,8 +90,7 @@ fn moves_while_it_is_pinged(word: &str, said: &[&str]) {
     let uri = destination.listening_at();
     source.migrate(&uri);
     let info = source.wait_migrated("completed");
-    source.execute("quit", Value::Null);
-    source.wait_exit();
+    source.quit();
     pinger.wait_answers(10);
 
     wait_passes(&mut destination, passes + 10);

@@ -82,8 +82,7 @@ fn move_to(mut source: Ferry, dir: &Path, name: &str) -> Ferry {
     assert!(refusal.contains("postmigrate"), "{refusal}");
     let output = source.process.output();
     assert!(!output.contains(BUTTON_SEEN), "{output}");
-    source.execute("quit", Value::Null);
-    source.wait_exit();
+    source.quit();
     destination
 }
 

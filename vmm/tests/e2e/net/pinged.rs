@@ -2,10 +2,7 @@
 
 use std::time::Duration;
 
-use guest_tests::net::{Options, Report};
-use serde_json::Value;
-
-use super::{GUEST, net_guest, with_tap};
+use super::{GUEST, run_ready};
 use crate::bridge::{HOSTS, Network, TAP};
 use crate::harness::{Ferry, require_kvm, scratch};
 use crate::ping::{Pinger, check_lost};
@@ -18,11 +15,7 @@ fn a_guest_that_moves_loses_what_the_downtime_explains() {
     };
     let [here, there] = &network.hosts;
     let dir = scratch();
-    let [option, tap] = with_tap(TAP);
-    let guest = net_guest(&Options::default());
-    let mut source = here.within(|| Ferry::run(dir.path(), "source", &guest, &[&option, &tap]));
-    source
-        .wait_line(|line| matches!(Report::parse(line), Some(Report::Ready { .. })).then_some(()));
+    let mut source = here.within(|| run_ready(TAP, dir.path(), "source"));
     let pinger = Pinger::start(
         &network.client,
         GUEST.parse().unwrap(),
@@ -35,8 +28,7 @@ fn a_guest_that_moves_loses_what_the_downtime_explains() {
     let uri = destination.listening_at();
     source.migrate(&uri);
     let info = source.wait_migrated("completed");
-    source.execute("quit", Value::Null);
-    source.wait_exit();
+    source.quit();
     pinger.wait_answers(100);
     let every = pinger.every;
     let pings = pinger.finish();

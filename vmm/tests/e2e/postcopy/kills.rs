@@ -50,6 +50,7 @@ fn a_killed_destination_takes_the_guest_with_it() {
         "{output}"
     );
     assert_eq!(source.status(), "postmigrate");
+    assert!(super::memory::has_memory(&source), "it is gone");
     for command in ["cont", "system_reset", "quit"] {
         source.refused(command, Value::Null);
     }

@@ -4,8 +4,12 @@ mod commands;
 mod crossing;
 mod disks;
 mod kills;
+mod memory;
 mod moving;
+mod network;
 mod recovery;
+mod sockets;
+mod waiting;
 
 use std::path::Path;
 

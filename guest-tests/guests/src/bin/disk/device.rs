@@ -244,9 +244,11 @@ impl Disk {
             return Err(token);
         };
         let queue = &mut self.queue;
-        // SAFETY: the request was in the slot of this token, with the same buffers.
         let length = request
-            .with_buffers(|inputs, outputs| unsafe { queue.take(token, inputs, outputs) })
+            .with_buffers(|inputs, outputs| {
+                // SAFETY: the request was in the slot of this token, with the same buffers.
+                unsafe { queue.take(token, inputs, outputs) }
+            })
             .map_err(|_| token)?;
         self.pending -= 1;
         // SAFETY: a byte of our own, that the device wrote behind the compiler's back.

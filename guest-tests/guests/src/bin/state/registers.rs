@@ -9,6 +9,7 @@ use crate::Log;
 
 global_asm!(include_str!("registers.s"), options(raw));
 
+// SAFETY: `registers.s` defines them, with these arguments and the layout of `Registers`.
 unsafe extern "C" {
     fn round_sse(load: *const Registers, store: *mut Registers, keep: u64);
     fn round_avx(load: *const Registers, store: *mut Registers, keep: u64);

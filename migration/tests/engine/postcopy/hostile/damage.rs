@@ -63,9 +63,13 @@ fn damaged(seed: u64, repair: bool) -> Moving {
         },
         |_| {},
     );
-    if moving.wait_for_both(Status::PostcopyActive) {
-        let _ = moving.leaving.pause();
-    }
+    // The damage may have broken it before.
+    let broken = |status: Status| status.is_over() || status == Status::PostcopyPaused;
+    moving.wait(|left, came| {
+        let active = left == Status::PostcopyActive && came == Status::PostcopyActive;
+        (active || broken(left) || broken(came)).then_some(())
+    });
+    let _ = moving.leaving.pause();
     moving
 }
 

@@ -1,6 +1,12 @@
-use super::*;
-use crate::disk::Disk;
 use proptest::prelude::*;
+
+use super::*;
+use crate::codec::DecodeError;
+use crate::disk::Disk;
+use crate::frame::MAX_REASON;
+use crate::layout::{Layout, Region};
+use crate::section::Section;
+use crate::vm::{Blob, Offer};
 
 fn hello() -> Hello {
     Hello {
