@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::bitmap::BlockBitmap;
 use crate::channel::ChannelError;
 use crate::disk::{BLOCK_SIZE, SourceDisk};
+use crate::frame::Kind;
 use crate::layout::PAGE_SIZE;
 use crate::message::{BlockRun, RunKind, encode_blocks};
 use crate::progress::Progress;
@@ -207,7 +208,7 @@ impl Disks {
                 .filter(|data| !data.is_empty())
                 .collect();
             encode_blocks(batch.disk as u16, &runs, &mut self.body);
-            session.send_blocks(&self.body, &data, round)?;
+            session.send_data(Kind::Blocks, &self.body, &data, round)?;
             self.count(&runs, session, progress, sent);
         }
         Ok(())

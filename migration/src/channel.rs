@@ -54,6 +54,8 @@ pub(crate) struct Channel {
     received: Bytes,
     /// Of `received_bytes`, those of BLOCKS frames.
     received_blocks: u64,
+    /// How long the link had no room.
+    waited: Duration,
     /// Whether a frame was begun and not finished: nothing more can be sent.
     torn: bool,
     inbox: Vec<u8>,
@@ -81,6 +83,7 @@ impl Channel {
             received_bytes: 0,
             received: Bytes::default(),
             received_blocks: 0,
+            waited: Duration::ZERO,
             torn: false,
             inbox: Vec::with_capacity(INBOX),
             inbox_start: 0,
@@ -126,6 +129,11 @@ impl Channel {
 
     pub(crate) fn sent_bytes(&self) -> u64 {
         self.sent_bytes
+    }
+
+    /// How long sending has waited for room in the link so far.
+    pub(crate) fn waited(&self) -> Duration {
+        self.waited
     }
 
     /// What was sent in BLOCKS frames, in bytes.

@@ -88,6 +88,17 @@ pub enum DecodeError {
         /// The length of the data.
         len: u32,
     },
+    /// A way of compressing that this version doesn't have.
+    #[error("unknown compression method {0}")]
+    Method(u8),
+    /// What pages are compressed to, or their differences, is not as long as the body says.
+    #[error("the pages take {stated} bytes, but {len} follow")]
+    EncodedPayload {
+        /// What the body says.
+        stated: u64,
+        /// The length of the data.
+        len: u32,
+    },
     /// The page data is not as long as the runs say.
     #[error("the runs have {pages} pages, but {len} bytes of data follow")]
     Payload {

@@ -9,6 +9,9 @@ use crate::layout::PAGE_SIZE;
 /// What a page costs on the wire: its data, its checksum and its share of a frame.
 const PAGE_ON_WIRE: u64 = PAGE_SIZE + 17;
 
+/// From this many pages on, what they took says what others will take.
+const ENOUGH_PAGES: u64 = 64;
+
 /// From this many bytes on, a delivery says how fast the link is; a shorter one says more about
 /// its latency.
 pub const STRONG: u64 = 256 << 10;
@@ -205,6 +208,7 @@ pub struct Convergence {
     releases: Vec<Duration>,
     dirty_rate: f64,
     dirty_block_rate: f64,
+    page_bytes: Option<f64>,
 }
 
 impl Convergence {
@@ -242,6 +246,14 @@ impl Convergence {
         }
     }
 
+    /// Records that the pages with contents of a round took `bytes`: less than they have if they
+    /// were compressed, or sent as differences. The next round's are taken to be like them.
+    pub fn pages_took(&mut self, pages: u64, bytes: u64) {
+        if pages >= ENOUGH_PAGES {
+            self.page_bytes = Some(bytes as f64 / pages as f64);
+        }
+    }
+
     /// Pages that the guest dirties a second, from the last round.
     pub fn dirty_rate(&self) -> f64 {
         self.dirty_rate
@@ -269,7 +281,8 @@ impl Convergence {
         };
         let pages = at_stop(rest.pages, self.dirty_rate);
         let blocks = at_stop(rest.block_bytes, self.dirty_block_rate);
-        let bytes = pages * PAGE_ON_WIRE as f64 + costs.state_bytes as f64;
+        let page_bytes = self.page_bytes.unwrap_or(PAGE_ON_WIRE as f64);
+        let bytes = pages * page_bytes + costs.state_bytes as f64;
         let transfer = seconds(bytes / bandwidth);
         // Blocks are read while others are on their way, and all before the first page.
         let move_blocks = seconds(blocks / bandwidth).max(self.disks.read_time(blocks));

@@ -31,12 +31,12 @@ use crate::message::{
     Accept, BlobChunk, CAPABILITIES, End, Flush, Flushed, Go, Hello, Id, Missing, REQUIRABLE,
     Ready, Running, Sync, SyncAck, decode_pages, decode_state, decode_zero, encode_reason,
 };
-use crate::placement::{Incomplete, Placement};
+use crate::placement::{EncodedError, Incomplete, Placement, Unpacker};
 use crate::postcopy::Control;
 use crate::progress::{Progress, Status};
 use crate::protocol::{NEWEST_VERSION, OLDEST_VERSION, common_version};
 use crate::section::{Section, SectionError};
-use crate::vm::{DestinationVm, Offer, Start, VmError};
+use crate::vm::{DestinationVm, Start, VmError};
 
 /// The most bytes of all state sections together: 64 MiB.
 pub const MAX_STATE: usize = 4 * MAX_SECTION;
@@ -131,6 +131,9 @@ pub enum DestinationError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// Pages that don't come as they are.
+    #[error(transparent)]
+    Encoded(#[from] EncodedError),
     /// Memory is not whole.
     #[error(transparent)]
     Incomplete(#[from] Incomplete),
@@ -301,7 +304,7 @@ impl Destination<'_> {
         Accept {
             id: hello.id,
             version,
-            capabilities: hello.optional & CAPABILITIES,
+            capabilities: picked(&hello),
         }
         .encode(&mut self.body);
         channel.send(Kind::Accept, &self.body)?;
@@ -318,7 +321,7 @@ impl Destination<'_> {
 
         let mut arriving = Arriving::Early(Box::new(placement));
         let (sections, end) =
-            self.take_in(channel, &hello.offer, &mut disks, &mut arriving, &mut late)?;
+            self.take_in(channel, &hello, &mut disks, &mut arriving, &mut late)?;
         self.job.progress.set_status(Status::Device);
         let began = self.clock.now();
         if let Arriving::Early(placement) = &arriving {
@@ -348,7 +351,7 @@ impl Destination<'_> {
     fn take_in(
         &mut self,
         channel: &mut Channel,
-        offer: &Offer,
+        hello: &Hello,
         disks: &mut Disks,
         arriving: &mut Arriving,
         late: &mut Option<Late>,
@@ -357,6 +360,8 @@ impl Destination<'_> {
         let mut sections: Vec<Section> = Vec::new();
         let mut state_bytes = 0;
         let (mut runs, mut crcs) = (Vec::new(), Vec::new());
+        let mut unpacker = Unpacker::new(picked(hello));
+        let offer = &hello.offer;
         loop {
             let arrived = channel.receive()?;
             if arrived.kind != Kind::Blob && !blobs.complete(offer) {
@@ -394,6 +399,10 @@ impl Destination<'_> {
                     arriving
                         .early(channel, Kind::Pages)?
                         .receive(channel, &runs, &crcs)?;
+                }
+                kind @ (Kind::Compressed | Kind::Xbzrle) => {
+                    let placement = arriving.early(channel, kind)?;
+                    unpacker.receive(arrived, channel, placement)?;
                 }
                 Kind::Zero => {
                     channel.decode(Kind::Zero, |body| decode_zero(body, &mut runs))?;
@@ -583,6 +592,11 @@ impl Arriving {
             Self::Late => Err(out_of_order(channel, kind)),
         }
     }
+}
+
+/// The capabilities that the source may use.
+fn picked(hello: &Hello) -> u32 {
+    hello.optional & CAPABILITIES
 }
 
 fn out_of_order(channel: &Channel, kind: Kind) -> DestinationError {

@@ -1,6 +1,8 @@
 //! Frames: what every message on the wire is wrapped in. See docs/protocol.md.
 
+use crate::compression::BLOCK_PAGES;
 use crate::layout::PAGE_SIZE;
+use crate::xbzrle::delta;
 
 /// The length of a frame's header in bytes.
 pub const HEADER_LEN: usize = 24;
@@ -10,6 +12,9 @@ pub const FRAME_MAGIC: [u8; 2] = *b"FY";
 
 /// The most pages in one [`Kind::Pages`] frame: 2 MiB of data.
 pub const MAX_PAGES: u64 = 512;
+
+/// The most blocks in one [`Kind::Compressed`] frame.
+pub const MAX_COMPRESSED_BLOCKS: usize = (MAX_PAGES / BLOCK_PAGES) as usize;
 
 /// The most runs in one [`Kind::Zero`] frame.
 pub const MAX_ZERO_RUNS: usize = 4096;
@@ -76,6 +81,10 @@ pub enum Kind {
     Continue = 0x11,
     /// Source: knows that all has arrived, and forgets the guest.
     Done = 0x12,
+    /// Source: pages, compressed.
+    Compressed = 0x13,
+    /// Source: pages, as differences to what was sent before.
+    Xbzrle = 0x14,
     /// Destination: the offer is accepted.
     Accept = 0x81,
     /// Destination: the offer is not accepted.
@@ -104,7 +113,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 32] = [
         Self::Hello,
         Self::Blob,
         Self::Pages,
@@ -123,6 +132,8 @@ impl Kind {
         Self::Resume,
         Self::Continue,
         Self::Done,
+        Self::Compressed,
+        Self::Xbzrle,
         Self::Accept,
         Self::Refuse,
         Self::SyncAck,
@@ -169,6 +180,8 @@ impl Kind {
             Self::Resume => "RESUME",
             Self::Continue => "CONTINUE",
             Self::Done => "DONE",
+            Self::Compressed => "COMPRESSED",
+            Self::Xbzrle => "XBZRLE",
             Self::Request => "REQUEST",
             Self::Complete => "COMPLETE",
             Self::Gone => "GONE",
@@ -183,6 +196,8 @@ impl Kind {
             Self::Hello => 1 << 20,
             Self::Blob => 10 + MAX_CHUNK,
             Self::Pages => 4 + 16 * MAX_PAGES as usize,
+            Self::Compressed => 5 + 16 * MAX_PAGES as usize + 4 * MAX_COMPRESSED_BLOCKS,
+            Self::Xbzrle => 4 + 18 * MAX_PAGES as usize,
             Self::Zero => 4 + 16 * MAX_ZERO_RUNS,
             Self::Blocks => 6 + 21 * MAX_BLOCK_RUNS,
             Self::State => 128 + MAX_SECTION,
@@ -213,7 +228,9 @@ impl Kind {
     /// The most bytes that may follow its body.
     pub fn max_payload(self) -> usize {
         match self {
-            Self::Pages => (MAX_PAGES * PAGE_SIZE) as usize,
+            // A block that would be longer than its pages is not compressed.
+            Self::Pages | Self::Compressed => (MAX_PAGES * PAGE_SIZE) as usize,
+            Self::Xbzrle => MAX_PAGES as usize * delta::MAX_LEN,
             Self::Blocks => MAX_BLOCK_DATA,
             _ => 0,
         }

@@ -13,6 +13,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use crate::bitmap::PageRun;
 use crate::layout::{GuestRam, Layout, LayoutError, PAGE_SIZE};
 use crate::message::AddressRun;
+use crate::xbzrle::Page;
 use crate::zero;
 
 /// Guest memory, by page number.
@@ -164,6 +165,23 @@ impl GuestPages {
     pub fn is_zero(&self, page: u64) -> bool {
         // SAFETY: `host` points to a whole, mapped, aligned page of guest memory.
         unsafe { zero::is_zero(self.host(page)) }
+    }
+
+    /// Copies a page out.
+    pub fn read(&self, page: u64, copy: &mut Page) {
+        // SAFETY: `host` points to a whole, mapped page of guest memory, in which nothing of this
+        // process lies, so that it does not overlap with `copy`. A guest that writes meanwhile
+        // makes it a mix of old and new.
+        unsafe { std::ptr::copy_nonoverlapping(self.host(page), copy.as_mut_ptr(), copy.len()) };
+    }
+
+    /// Replaces a page's contents.
+    pub fn write(&self, page: u64, contents: &Page) {
+        // SAFETY: as for `read`; no reference to the page exists in this process.
+        unsafe {
+            let host = self.host(page);
+            std::ptr::copy_nonoverlapping(contents.as_ptr(), host, contents.len());
+        };
     }
 
     /// The page's CRC32.

@@ -7,7 +7,8 @@
 //! - What the machines and the engine share: [`vm`], [`disk`], [`layout`], [`section`],
 //!   [`bitmap`], [`clock`].
 //! - What users see and set: [`uri`], [`parameters`], [`progress`], [`cancel`].
-//! - The source: [`source`], with its passes over memory (`rounds`, [`pagemap`], `zero`) and over
+//! - The source: [`source`], with its passes over memory (`rounds`, `outgoing`, [`pagemap`],
+//!   `zero`), what it does to pages on their way ([`compression`], [`xbzrle`]), its passes over
 //!   disks (`blocks`, `read_ahead`), its side of the connection (`session`), and arithmetic
 //!   ([`convergence`], [`pacing`]).
 //! - The destination: [`listener`], [`destination`], and the arriving memory: `placement` before
@@ -22,6 +23,7 @@ pub mod cancel;
 pub mod channel;
 pub mod clock;
 pub mod codec;
+pub mod compression;
 pub mod connect;
 pub mod convergence;
 pub mod destination;
@@ -33,6 +35,7 @@ pub mod link;
 pub mod listener;
 mod memory_frames;
 pub mod message;
+mod outgoing;
 pub mod pacing;
 pub mod pagemap;
 pub mod parameters;
@@ -50,4 +53,5 @@ pub mod source;
 pub mod uri;
 pub mod userfault;
 pub mod vm;
+pub mod xbzrle;
 mod zero;

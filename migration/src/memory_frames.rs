@@ -1,4 +1,5 @@
-//! The two kinds of frame that carry memory, while they are filled: PAGES, and ZERO.
+//! The two plain kinds of frame that carry memory, while they are filled: PAGES, and ZERO. For
+//! the others see `outgoing`.
 
 use crate::bitmap::PageRun;
 use crate::frame::MAX_ZERO_RUNS;
@@ -7,14 +8,14 @@ use crate::message::{AddressRun, encode_pages, encode_zero};
 
 /// Pages in as few runs as there can be, each within one region.
 #[derive(Debug, Default)]
-struct Runs {
+pub(crate) struct Runs {
     runs: Vec<PageRun>,
     addresses: Vec<AddressRun>,
 }
 
 impl Runs {
     /// Adds a run within one region.
-    fn add(&mut self, pages: &GuestPages, run: PageRun) {
+    pub(crate) fn add(&mut self, pages: &GuestPages, run: PageRun) {
         match self.runs.last_mut() {
             // Regions that touch in the guest need not touch in this process.
             Some(last) if last.end() == run.first && !pages.begins_region(run.first) => {
@@ -24,11 +25,20 @@ impl Runs {
         }
     }
 
-    fn addresses(&mut self, pages: &GuestPages) -> &[AddressRun] {
+    pub(crate) fn as_slice(&self) -> &[PageRun] {
+        &self.runs
+    }
+
+    /// The same on the wire.
+    pub(crate) fn addresses(&mut self, pages: &GuestPages) -> &[AddressRun] {
         self.addresses.clear();
         let addresses = self.runs.iter().map(|run| pages.addresses(*run));
         self.addresses.extend(addresses);
         &self.addresses
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.runs.clear();
     }
 }
 

@@ -4,6 +4,7 @@
 mod bits;
 mod blob;
 mod disks;
+mod encoded;
 mod fixed;
 mod gone;
 mod hello;
@@ -16,13 +17,14 @@ pub(crate) use self::bits::MAX_BIT_PAGES;
 pub use self::bits::{decode_bits, encode_bits};
 pub use self::blob::BlobChunk;
 pub use self::disks::{BlockRun, MAX_DISK, MAX_DISKS, RunKind, decode_blocks, encode_blocks};
+pub use self::encoded::{Compressed, Differences};
 pub use self::fixed::{
     Accept, End, Flush, Flushed, Go, Missing, Ready, Request, Return, Running, Sync, SyncAck,
 };
 pub use self::gone::{Gone, GoneCause};
 pub use self::hello::{
-    BLOCK_MIGRATION, CAPABILITIES, Hello, MAX_BLOB, MAX_BLOBS, MAX_CONFIGURATION, POSTCOPY,
-    REQUIRABLE,
+    BLOCK_MIGRATION, CAPABILITIES, Hello, LZ4, MAX_BLOB, MAX_BLOBS, MAX_CONFIGURATION, POSTCOPY,
+    REQUIRABLE, XBZRLE, ZSTD,
 };
 pub use self::pages::{AddressRun, decode_pages, decode_zero, encode_pages, encode_zero};
 pub use self::preamble::{MAGIC, PREAMBLE_LEN, Preamble};

@@ -1,13 +1,22 @@
 //! What a user may change at any time, also while a migration runs.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
+
+use crate::compression::{Method, Setting, ZstdLevel};
+use crate::xbzrle::DEFAULT_CACHE_SIZE;
+use crate::xbzrle::cache::{Cache, SizeError};
 
 /// The longest downtime limit: 2000 s, as in QEMU.
 pub const MAX_DOWNTIME_LIMIT: Duration = Duration::from_millis(2_000_000);
 
 /// The downtime limit that nobody has changed.
 pub const DEFAULT_DOWNTIME_LIMIT: Duration = Duration::from_millis(30);
+
+/// Codes of [`Parameters::compression`].
+const OFF: u8 = 0;
+const LZ4: u8 = 1;
+const ZSTD: u8 = 2;
 
 /// A value out of range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -25,6 +34,10 @@ pub struct Parameters {
     postcopy_after_rounds: AtomicU64,
     postcopy_after_ms: AtomicU64,
     postcopy_no_convergence: AtomicBool,
+    compression: AtomicU8,
+    zstd_level: AtomicU8,
+    xbzrle: AtomicBool,
+    xbzrle_cache_size: AtomicU64,
 }
 
 impl Default for Parameters {
@@ -37,6 +50,10 @@ impl Default for Parameters {
             postcopy_after_rounds: AtomicU64::new(0),
             postcopy_after_ms: AtomicU64::new(0),
             postcopy_no_convergence: AtomicBool::new(false),
+            compression: AtomicU8::new(OFF),
+            zstd_level: AtomicU8::new(ZstdLevel::default().get()),
+            xbzrle: AtomicBool::new(false),
+            xbzrle_cache_size: AtomicU64::new(DEFAULT_CACHE_SIZE),
         }
     }
 }
@@ -125,6 +142,60 @@ impl Parameters {
     /// Sets [`postcopy_no_convergence`](Self::postcopy_no_convergence).
     pub fn set_postcopy_no_convergence(&self, on: bool) {
         self.postcopy_no_convergence.store(on, Ordering::Relaxed);
+    }
+
+    /// How pages are compressed where that pays.
+    pub fn compression(&self) -> Setting {
+        match self.compression.load(Ordering::Relaxed) {
+            LZ4 => Setting::Lz4,
+            ZSTD => Setting::Zstd(self.zstd_level()),
+            _ => Setting::Off,
+        }
+    }
+
+    /// Sets [`compression`](Self::compression); for zstd, with the level that is set.
+    pub fn set_compression(&self, method: Option<Method>) {
+        let code = match method {
+            None => OFF,
+            Some(Method::Lz4) => LZ4,
+            Some(Method::Zstd) => ZSTD,
+        };
+        self.compression.store(code, Ordering::Relaxed);
+    }
+
+    /// The level of zstd.
+    pub fn zstd_level(&self) -> ZstdLevel {
+        let level = self.zstd_level.load(Ordering::Relaxed);
+        ZstdLevel::new(level.into()).unwrap_or_default()
+    }
+
+    /// Sets [`zstd_level`](Self::zstd_level).
+    pub fn set_zstd_level(&self, level: ZstdLevel) {
+        self.zstd_level.store(level.get(), Ordering::Relaxed);
+    }
+
+    /// The size of the XBZRLE cache in bytes; `None` if XBZRLE is off.
+    pub fn xbzrle(&self) -> Option<u64> {
+        let on = self.xbzrle.load(Ordering::Relaxed);
+        on.then(|| self.xbzrle_cache_size())
+    }
+
+    /// Switches XBZRLE on or off.
+    pub fn set_xbzrle(&self, on: bool) {
+        self.xbzrle.store(on, Ordering::Relaxed);
+    }
+
+    /// The size of the XBZRLE cache in bytes, whether it is used or not.
+    pub fn xbzrle_cache_size(&self) -> u64 {
+        self.xbzrle_cache_size.load(Ordering::Relaxed)
+    }
+
+    /// Sets [`xbzrle_cache_size`](Self::xbzrle_cache_size): a power of two that holds a page. What
+    /// is in the cache is given up.
+    pub fn set_xbzrle_cache_size(&self, size: u64) -> Result<(), SizeError> {
+        Cache::check_size(size)?;
+        self.xbzrle_cache_size.store(size, Ordering::Relaxed);
+        Ok(())
     }
 }
 

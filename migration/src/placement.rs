@@ -1,5 +1,9 @@
 //! Guest memory at the destination: what has come, and whether it is whole and undamaged.
 
+mod encoded;
+
+pub(crate) use self::encoded::{EncodedError, Unpacker};
+
 use crate::bitmap::{PageBitmap, PageRun};
 use crate::channel::Channel;
 use crate::destination::DestinationError;
@@ -94,11 +98,7 @@ impl Placement {
         crcs: &[u32],
     ) -> Result<(), DestinationError> {
         self.resolve(runs)?;
-        for &run in &self.runs {
-            if !self.written.test(run.first) && run.count > 1 {
-                self.memory.populate(run);
-            }
-        }
+        self.populate();
         channel.receive_pages(&self.memory, &self.runs)?;
         let pages = self.runs.iter().flat_map(|run| run.first..run.end());
         for (page, crc) in pages.zip(crcs) {
@@ -114,6 +114,23 @@ impl Placement {
         }
         self.counts.pages += crcs.len() as u64;
         Ok(())
+    }
+
+    /// Backs the runs that are to be written for the first time with memory.
+    fn populate(&self) {
+        for &run in &self.runs {
+            if !self.written.test(run.first) && run.count > 1 {
+                self.memory.populate(run);
+            }
+        }
+    }
+
+    fn address(&self, page: u64) -> u64 {
+        let run = PageRun {
+            first: page,
+            count: 1,
+        };
+        self.memory.addresses(run).address
     }
 
     /// Makes runs zero: what has not been written is so already, and stays untouched.
@@ -145,13 +162,8 @@ impl Placement {
     /// Whether every page has come and none is damaged.
     pub(crate) fn check_complete(&self) -> Result<(), Incomplete> {
         let first = |set: &PageBitmap| {
-            set.next_set(0).map(|page| {
-                let first = self.memory.addresses(PageRun {
-                    first: page,
-                    count: 1,
-                });
-                (set.count(), first.address)
-            })
+            set.next_set(0)
+                .map(|page| (set.count(), self.address(page)))
         };
         if let Some((count, address)) = first(&self.missing) {
             return Err(Incomplete::Missing { count, address });

@@ -9,6 +9,7 @@ use crate::disk::BLOCK_SIZE;
 use crate::frame::Kind;
 use crate::layout::PAGE_SIZE;
 use crate::message::BlobChunk;
+use crate::xbzrle;
 
 /// How many rounds are kept for [`Snapshot::rounds`].
 pub const KEPT_ROUNDS: usize = 256;
@@ -167,7 +168,7 @@ impl Bytes {
     pub(crate) fn count(&mut self, kind: Kind, body_len: u32, payload_len: u32) {
         let body = u64::from(body_len);
         match kind {
-            Kind::Pages => self.pages += u64::from(payload_len),
+            Kind::Pages | Kind::Compressed | Kind::Xbzrle => self.pages += u64::from(payload_len),
             Kind::Zero => self.zero += body,
             Kind::State => self.state += body,
             Kind::Blob => self.files += body.saturating_sub(BlobChunk::LEN as u64),
@@ -183,6 +184,17 @@ impl Bytes {
             ..self
         }
     }
+}
+
+/// What went compressed; only at the source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Compression {
+    /// Whether pages are compressed at present, because it pays.
+    pub active: bool,
+    /// Pages that went compressed.
+    pub pages: u64,
+    /// The bytes that they took.
+    pub bytes: u64,
 }
 
 /// How long the guest stood still, and what for.
@@ -289,6 +301,10 @@ pub struct Snapshot {
     pub downtime: Option<Downtime>,
     /// Post-copy, from the moment that pages may be missing at the destination.
     pub postcopy: Option<Postcopy>,
+    /// XBZRLE; `None` if it is off.
+    pub xbzrle: Option<xbzrle::Figures>,
+    /// Compression; `None` if it is off and never was on.
+    pub compression: Option<Compression>,
     /// Pages that were never touched, and so never read.
     pub skipped: u64,
     /// Rounds begun so far, the last one with the guest stopped included.

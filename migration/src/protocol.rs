@@ -69,6 +69,7 @@ impl Phase {
             (Start | Offered, Kind::Refuse) => Over,
             (Blobs, Kind::Blob) => Blobs,
             (Blobs | Ram, Kind::Pages | Kind::Zero | Kind::Sync) => Ram,
+            (Blobs | Ram, Kind::Compressed | Kind::Xbzrle) => Ram,
             (Blobs | Ram, Kind::Blocks | Kind::Flush) => Ram,
             (Ram, Kind::Flushed) => Ram,
             (Blobs | Ram | Switching, Kind::Missing) => Switching,
@@ -229,6 +230,8 @@ mod tests {
         for kind in [
             Kind::Pages,
             Kind::Zero,
+            Kind::Compressed,
+            Kind::Xbzrle,
             Kind::Sync,
             Kind::Blob,
             Kind::Blocks,
@@ -236,6 +239,12 @@ mod tests {
             Kind::Flushed,
         ] {
             for phase in [Start, Offered, State, Ended, Ready, Going] {
+                assert!(phase.after(kind).is_err(), "{kind:?} in {phase:?}");
+            }
+        }
+        // After the guest has moved pages come as they are.
+        for kind in [Kind::Compressed, Kind::Xbzrle] {
+            for phase in [Switching, Late, Faults, Resuming, Resumed] {
                 assert!(phase.after(kind).is_err(), "{kind:?} in {phase:?}");
             }
         }

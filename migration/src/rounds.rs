@@ -5,7 +5,8 @@ use crate::channel::ChannelError;
 use crate::frame::Kind;
 use crate::guest_io::GuestPages;
 use crate::layout::PAGE_SIZE;
-use crate::memory_frames::{PagesFrame, ZeroFrame};
+use crate::memory_frames::ZeroFrame;
+use crate::outgoing::Outgoing;
 use crate::pagemap::Pagemap;
 use crate::progress::Progress;
 use crate::session::Session;
@@ -47,6 +48,8 @@ impl From<ChannelError> for PassError {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Sent {
     pub(crate) pages: u64,
+    /// Of all passes, and among `pages`: those that went as differences.
+    differences: u64,
     pub(crate) zero: u64,
     pub(crate) skipped: u64,
 }
@@ -56,9 +59,7 @@ pub(crate) struct Memory {
     pub(crate) pages: GuestPages,
     pub(crate) pending: PageBitmap,
     pagemap: Pagemap,
-    data: PagesFrame,
-    /// How many pages to put in it.
-    limit: u64,
+    data: Outgoing,
     zero: ZeroFrame,
     touched: Vec<PageRun>,
     sent: Sent,
@@ -72,8 +73,7 @@ impl Memory {
             pending: PageBitmap::full(pages.layout().pages()),
             pages,
             pagemap: Pagemap::open(),
-            data: PagesFrame::default(),
-            limit: 0,
+            data: Outgoing::new(),
             zero: ZeroFrame::default(),
             touched: Vec::new(),
             sent: Sent::default(),
@@ -92,9 +92,12 @@ impl Memory {
         progress: &Progress,
         stop: &dyn Fn() -> bool,
     ) -> Result<Sent, PassError> {
-        self.sent = Sent::default();
-        self.told = Sent::default();
-        self.limit = session.frame_pages();
+        self.sent = Sent {
+            differences: self.data.differences(),
+            ..Sent::default()
+        };
+        self.told = self.sent;
+        self.data.begin(pass, self.pending.pages(), session);
         let mut next = 0;
         while !stop() {
             if pass == Pass::First {
@@ -113,7 +116,8 @@ impl Memory {
             self.pending.clear_range(chunk.first, chunk.count);
             session.look_at_answers()?;
         }
-        self.flush_pages(round, session, progress)?;
+        self.data.flush(&self.pages, round, session)?;
+        self.data.end(session);
         self.flush_zero(round, session)?;
         self.tell(session, progress);
         Ok(self.sent)
@@ -240,29 +244,11 @@ impl Memory {
                 )?;
                 continue;
             }
-            self.data.add(&self.pages, page);
-            if self.data.pages() >= self.limit {
-                self.flush_pages(round, session, progress)?;
+            self.sent.pages += 1;
+            if self.data.add(&self.pages, page, round, session)? {
+                self.tell(session, progress);
             }
         }
-        Ok(())
-    }
-
-    fn flush_pages(
-        &mut self,
-        round: u64,
-        session: &mut Session,
-        progress: &Progress,
-    ) -> Result<(), ChannelError> {
-        if self.data.pages() == 0 {
-            return Ok(());
-        }
-        let (body, runs) = self.data.encode(&self.pages);
-        session.send_pages(body, &self.pages, runs, round)?;
-        self.sent.pages += self.data.pages();
-        self.data.clear();
-        self.limit = session.frame_pages();
-        self.tell(session, progress);
         Ok(())
     }
 
@@ -273,6 +259,7 @@ impl Memory {
         session: &mut Session,
     ) -> Result<(), ChannelError> {
         self.sent.zero += run.count;
+        self.data.forget(run);
         self.zero.add(&self.pages, run);
         if self.zero.is_full() {
             self.flush_zero(round, session)?;
@@ -289,14 +276,17 @@ impl Memory {
     }
 
     fn tell(&mut self, session: &Session, progress: &Progress) {
+        self.sent.differences = self.data.differences();
         let (sent, told) = (self.sent, self.told);
         self.told = sent;
+        let differences = sent.differences - told.differences;
         let data = sent.pages - told.pages;
         let zero = sent.zero - told.zero;
         progress.update(|snapshot| {
             session.tell(snapshot);
+            self.data.tell(snapshot);
             let ram = &mut snapshot.ram;
-            ram.normal += data;
+            ram.normal += data - differences;
             ram.normal_bytes = ram.normal * PAGE_SIZE;
             ram.duplicate += zero;
             snapshot.skipped += sent.skipped - told.skipped;

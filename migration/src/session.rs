@@ -58,6 +58,10 @@ pub(crate) struct Session {
     acked_bytes: u64,
     began: Option<Duration>,
     starved: Duration,
+    /// How long the pace has held it back.
+    held_back: Duration,
+    /// Capabilities that the destination has picked.
+    picked: u32,
     body: Vec<u8>,
 }
 
@@ -83,6 +87,8 @@ impl Session {
             acked_bytes: 0,
             began: None,
             starved: Duration::ZERO,
+            held_back: Duration::ZERO,
+            picked: 0,
             body: Vec::new(),
         }
     }
@@ -95,6 +101,26 @@ impl Session {
     /// Whether the guest may still run.
     pub(crate) fn is_paced(&self) -> bool {
         self.paced
+    }
+
+    /// What the user wants, which may change at any time.
+    pub(crate) fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    /// The destination picked these capabilities.
+    pub(crate) fn set_picked(&mut self, capabilities: u32) {
+        self.picked = capabilities;
+    }
+
+    /// Whether it picked this one.
+    pub(crate) fn picked(&self, capability: u32) -> bool {
+        self.picked & capability != 0
+    }
+
+    /// How long it has waited for the link, or for the limit of its bandwidth, so far.
+    pub(crate) fn waited(&self) -> Duration {
+        self.held_back + self.channel.waited()
     }
 
     /// How many pages to put in a frame.
@@ -125,9 +151,10 @@ impl Session {
         self.sent(before, round)
     }
 
-    /// Sends a BLOCKS frame with its data, in time.
-    pub(crate) fn send_blocks(
+    /// Sends a frame with its data, in time.
+    pub(crate) fn send_data(
         &mut self,
+        kind: Kind,
         body: &[u8],
         data: &[&[u8]],
         round: u64,
@@ -135,7 +162,7 @@ impl Session {
         self.pace(round)?;
         self.begin();
         let before = self.channel.sent_bytes();
-        self.channel.send_data(Kind::Blocks, body, data)?;
+        self.channel.send_data(kind, body, data)?;
         self.sent(before, round)
     }
 
@@ -181,7 +208,9 @@ impl Session {
                 return Ok(());
             }
             self.show_life(round)?;
+            let began = self.clock.now();
             self.idle(wait.min(PACE_STEP))?;
+            self.held_back += self.clock.now().saturating_sub(began);
         }
         Ok(())
     }

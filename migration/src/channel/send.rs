@@ -105,10 +105,10 @@ impl Channel {
             read: self.duplex && self.waiting.len() < MAX_WAITING,
             write: true,
         };
-        let ready = self
-            .link
-            .wait(wanted, since)
-            .map_err(|error| self.broken(error))?;
+        let began = Instant::now();
+        let ready = self.link.wait(wanted, since);
+        self.waited += began.elapsed();
+        let ready = ready.map_err(|error| self.broken(error))?;
         if ready.read {
             self.take_in()?;
         }

@@ -25,7 +25,8 @@ pub struct Hello {
     /// Bits of what the source cannot do without; unknown ones are refused. The offer's disks
     /// are part of the body if [`BLOCK_MIGRATION`] is set.
     pub required: u32,
-    /// Bits of what the source offers beyond the version; the destination picks. None in version 1.
+    /// Bits of what the source offers beyond the version; the destination picks, and the source
+    /// uses of that what it likes.
     pub optional: u32,
     /// The guest.
     pub offer: Offer,
@@ -40,8 +41,17 @@ pub const POSTCOPY: u32 = 1 << 1;
 /// What a source may require of this build; see [`Hello::required`].
 pub const REQUIRABLE: u32 = BLOCK_MIGRATION | POSTCOPY;
 
+/// Offered: COMPRESSED frames with lz4.
+pub const LZ4: u32 = 1 << 0;
+
+/// Offered: COMPRESSED frames with zstd.
+pub const ZSTD: u32 = 1 << 1;
+
+/// Offered: XBZRLE frames.
+pub const XBZRLE: u32 = 1 << 2;
+
 /// What this build can leave alone; see [`Hello::optional`].
-pub const CAPABILITIES: u32 = 0;
+pub const CAPABILITIES: u32 = LZ4 | ZSTD | XBZRLE;
 
 impl Hello {
     /// The body. What the offer holds beyond the limits is an error that says so.

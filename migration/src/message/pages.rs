@@ -16,6 +16,11 @@ pub struct AddressRun {
 /// The body of a PAGES frame, which is built in place: the runs, then a CRC32 for each page.
 pub fn encode_pages(runs: &[AddressRun], crcs: &[u32], out: &mut Vec<u8>) {
     out.clear();
+    put_pages(runs, crcs, out);
+}
+
+/// What the body of a frame with pages begins with: the runs, then a CRC32 for each page.
+pub(super) fn put_pages(runs: &[AddressRun], crcs: &[u32], out: &mut Vec<u8>) {
     out.extend((runs.len() as u32).to_le_bytes());
     for run in runs {
         out.extend(run.address.to_le_bytes());
@@ -34,9 +39,25 @@ pub fn decode_pages(
     runs: &mut Vec<AddressRun>,
     crcs: &mut Vec<u32>,
 ) -> Result<(), DecodeError> {
+    let mut reader = Reader::new(body);
+    let pages = take_pages(&mut reader, runs, crcs)?;
+    if u64::from(payload_len) != pages * PAGE_SIZE {
+        return Err(DecodeError::Payload {
+            pages,
+            len: payload_len,
+        });
+    }
+    reader.end()
+}
+
+/// Takes what [`put_pages`] writes; returns how many pages.
+pub(super) fn take_pages(
+    reader: &mut Reader<'_>,
+    runs: &mut Vec<AddressRun>,
+    crcs: &mut Vec<u32>,
+) -> Result<u64, DecodeError> {
     runs.clear();
     crcs.clear();
-    let mut reader = Reader::new(body);
     let count = reader.count_u32("runs", MAX_PAGES as usize)?;
     let mut pages = 0;
     for _ in 0..count {
@@ -54,13 +75,7 @@ pub fn decode_pages(
     for _ in 0..pages {
         crcs.push(reader.u32()?);
     }
-    if u64::from(payload_len) != pages * PAGE_SIZE {
-        return Err(DecodeError::Payload {
-            pages,
-            len: payload_len,
-        });
-    }
-    reader.end()
+    Ok(pages)
 }
 
 /// The body of a ZERO frame.

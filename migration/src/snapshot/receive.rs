@@ -13,8 +13,8 @@ use crate::frame::Kind;
 use crate::link::{Deadlines, Link, Stream};
 use crate::listener::Incoming;
 use crate::message::{
-    Accept, BlobChunk, CAPABILITIES, Go, Hello, Ready, Running, Sync, SyncAck, decode_pages,
-    decode_state, decode_zero, encode_reason,
+    Accept, BlobChunk, Go, Hello, Ready, Running, Sync, SyncAck, decode_pages, decode_state,
+    decode_zero, encode_reason,
 };
 use crate::protocol::{NEWEST_VERSION, OutOfOrder};
 
@@ -57,7 +57,8 @@ fn converse(path: &Path, channel: &mut Channel, clock: &dyn Clock) -> Result<(),
     Accept {
         id: hello.id,
         version: NEWEST_VERSION,
-        capabilities: hello.optional & CAPABILITIES,
+        // Each page has a place in the file, as it is.
+        capabilities: 0,
     }
     .encode(&mut body);
     channel.send(Kind::Accept, &body)?;

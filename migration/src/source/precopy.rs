@@ -51,6 +51,7 @@ impl Source<'_> {
         {
             return Err(SourceError::Accept(format!("{accept:?}")));
         }
+        session.set_picked(capabilities);
         Ok(())
     }
 

@@ -13,6 +13,7 @@ mod cancelling;
 mod cuts;
 mod damage;
 mod disks;
+mod encoded;
 mod handover;
 mod hints;
 mod hostile;

@@ -15,17 +15,20 @@ pub enum MigrationCapability {
     Events,
     /// The guest may move ahead of its memory.
     PostcopyRam,
+    /// Pages that are sent again go as differences to what was sent before.
+    Xbzrle,
 }
 
 impl MigrationCapability {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::Events, Self::PostcopyRam];
+    pub const ALL: [Self; 3] = [Self::Events, Self::PostcopyRam, Self::Xbzrle];
 
     /// The name in QMP and in the monitor.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Events => "events",
             Self::PostcopyRam => "postcopy-ram",
+            Self::Xbzrle => "xbzrle",
         }
     }
 }
@@ -65,6 +68,8 @@ pub struct Capabilities {
     pub events: bool,
     /// [`MigrationCapability::PostcopyRam`].
     pub postcopy_ram: bool,
+    /// [`MigrationCapability::Xbzrle`].
+    pub xbzrle: bool,
 }
 
 impl Default for Capabilities {
@@ -72,6 +77,7 @@ impl Default for Capabilities {
         Self {
             events: true,
             postcopy_ram: false,
+            xbzrle: false,
         }
     }
 }
@@ -82,12 +88,14 @@ impl Capabilities {
         let Self {
             events,
             postcopy_ram,
+            xbzrle,
         } = self;
         let status = |capability| MigrationCapabilityStatus {
             capability,
             state: match capability {
                 MigrationCapability::Events => events,
                 MigrationCapability::PostcopyRam => postcopy_ram,
+                MigrationCapability::Xbzrle => xbzrle,
             },
         };
         MigrationCapability::ALL.map(status).to_vec()
@@ -99,6 +107,7 @@ impl Capabilities {
             match change.capability {
                 MigrationCapability::Events => self.events = change.state,
                 MigrationCapability::PostcopyRam => self.postcopy_ram = change.state,
+                MigrationCapability::Xbzrle => self.xbzrle = change.state,
             }
         }
         self

@@ -10,6 +10,7 @@ pub use super::address::SocketAddress;
 pub use super::balloon::{BalloonInfo, FerryBalloonInfo};
 pub use super::block::BlockInfo;
 pub use super::capability::{Capabilities, MigrationCapability, MigrationCapabilityStatus};
+pub use super::compression::{CompressionInfo, MultifdCompression, XbzrleCacheStats};
 pub use super::event::{Event, EventKind, ShutdownCause};
 pub use super::migrate_request::{MigrateRequest, StorageCopy};
 pub use super::migration::{

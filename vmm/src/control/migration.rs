@@ -8,6 +8,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::address::SocketAddress;
+use super::compression::{CompressionInfo, XbzrleCacheStats};
 use super::postcopy::PostcopyInfo;
 
 /// QAPI's `MigrationStatus`, as far as Ferry has the states.
@@ -100,6 +101,9 @@ pub struct MigrationInfo {
     /// The same of the disks that travel.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk: Option<MigrationStats>,
+    /// Pages that went as differences; left out without the capability `xbzrle`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub xbzrle_cache: Option<XbzrleCacheStats>,
     /// Milliseconds since it began, or that it took.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub total_time: Option<u64>,
@@ -201,6 +205,9 @@ pub struct FerryMigrationInfo {
     /// The link's shortest round trip as measured, in microseconds; only at the source.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub round_trip: Option<u64>,
+    /// What went compressed; only at the source, and left out if nothing was to be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compression: Option<CompressionInfo>,
     /// What happened after the guest had moved ahead of its memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub postcopy: Option<PostcopyInfo>,

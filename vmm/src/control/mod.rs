@@ -10,6 +10,7 @@ pub mod balloon;
 pub mod block;
 pub mod capability;
 pub mod command;
+pub mod compression;
 pub mod event;
 pub mod migrate_request;
 pub mod migration;

@@ -4,6 +4,7 @@
 use serde::Serialize;
 
 use super::command::{AnnounceChange, AnnounceParameters, CommandError, CommandResult};
+use super::compression::MultifdCompression;
 
 /// QAPI's `MigrationParameters`, as far as Ferry has them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -17,6 +18,12 @@ pub struct MigrationParameters {
     pub downtime_limit: u64,
     /// Bytes a second that are pushed after the guest has moved ahead of its memory; 0 is no limit.
     pub max_postcopy_bandwidth: u64,
+    /// How pages are compressed, where it pays.
+    pub multifd_compression: MultifdCompression,
+    /// The level of zstd, 1 to 20.
+    pub multifd_zstd_level: u64,
+    /// Bytes of pages that are remembered for the capability `xbzrle`.
+    pub xbzrle_cache_size: u64,
     /// Ours: after how many rounds a migration goes over into post-copy by itself; 0 is never.
     #[serde(rename = "x-postcopy-after-rounds")]
     pub postcopy_after_rounds: u64,
@@ -38,6 +45,9 @@ impl Default for MigrationParameters {
             avail_switchover_bandwidth: 0,
             downtime_limit: 30,
             max_postcopy_bandwidth: 0,
+            multifd_compression: MultifdCompression::None,
+            multifd_zstd_level: 1,
+            xbzrle_cache_size: 64 << 20,
             postcopy_after_rounds: 0,
             postcopy_after_time: 0,
             postcopy_no_convergence: false,
@@ -57,6 +67,12 @@ pub struct ParameterChange {
     pub downtime_limit: Option<u64>,
     /// See [`MigrationParameters::max_postcopy_bandwidth`].
     pub max_postcopy_bandwidth: Option<u64>,
+    /// See [`MigrationParameters::multifd_compression`].
+    pub multifd_compression: Option<MultifdCompression>,
+    /// See [`MigrationParameters::multifd_zstd_level`].
+    pub multifd_zstd_level: Option<u64>,
+    /// See [`MigrationParameters::xbzrle_cache_size`].
+    pub xbzrle_cache_size: Option<u64>,
     /// See [`MigrationParameters::postcopy_after_rounds`].
     pub postcopy_after_rounds: Option<u64>,
     /// See [`MigrationParameters::postcopy_after_time`].
@@ -71,9 +87,27 @@ impl ParameterChange {
     /// The longest downtime limit in milliseconds, as in QEMU.
     pub const MAX_DOWNTIME_LIMIT: u64 = 2_000_000;
 
+    const PAGE_SIZE: u64 = 4096;
+
     /// Refuses values out of range, in QEMU's words.
     pub fn check(&self) -> CommandResult<()> {
         self.announce.check()?;
+        if let Some(level) = self.multifd_zstd_level
+            && !(1..=20).contains(&level)
+        {
+            return Err(CommandError::generic(format!(
+                "Parameter 'multifd-zstd-level' expects a value between 1 and 20, got {level}"
+            )));
+        }
+        if let Some(size) = self.xbzrle_cache_size
+            && (size < Self::PAGE_SIZE || !size.is_power_of_two())
+        {
+            return Err(CommandError::generic(format!(
+                "Parameter 'xbzrle-cache-size' expects a power of two no less than the target \
+                 page size of {} bytes, got {size}",
+                Self::PAGE_SIZE
+            )));
+        }
         match self.downtime_limit {
             Some(limit) if limit > Self::MAX_DOWNTIME_LIMIT => Err(CommandError::generic(format!(
                 "Parameter 'downtime-limit' expects an integer in the range of 0 to {} ms, \
@@ -91,6 +125,9 @@ impl ParameterChange {
             avail_switchover_bandwidth,
             downtime_limit,
             max_postcopy_bandwidth,
+            multifd_compression,
+            multifd_zstd_level,
+            xbzrle_cache_size,
             postcopy_after_rounds,
             postcopy_after_time,
             postcopy_no_convergence,
@@ -108,6 +145,15 @@ impl ParameterChange {
         }
         if let Some(value) = max_postcopy_bandwidth {
             parameters.max_postcopy_bandwidth = value;
+        }
+        if let Some(value) = multifd_compression {
+            parameters.multifd_compression = value;
+        }
+        if let Some(value) = multifd_zstd_level {
+            parameters.multifd_zstd_level = value;
+        }
+        if let Some(value) = xbzrle_cache_size {
+            parameters.xbzrle_cache_size = value;
         }
         if let Some(value) = postcopy_after_rounds {
             parameters.postcopy_after_rounds = value;
@@ -140,6 +186,32 @@ mod tests {
                 ..Default::default()
             }
         );
+    }
+
+    #[test]
+    fn compression_has_bounds() {
+        for (level, fits) in [(0, false), (1, true), (20, true), (21, false)] {
+            let multifd_zstd_level = Some(level);
+            let change = ParameterChange {
+                multifd_zstd_level,
+                ..Default::default()
+            };
+            assert_eq!(change.check().is_ok(), fits, "level {level}");
+        }
+        for (size, fits) in [
+            (0, false),
+            (2048, false),
+            (4096, true),
+            (5000, false),
+            (1 << 30, true),
+        ] {
+            let xbzrle_cache_size = Some(size);
+            let change = ParameterChange {
+                xbzrle_cache_size,
+                ..Default::default()
+            };
+            assert_eq!(change.check().is_ok(), fits, "{size} bytes");
+        }
     }
 
     #[test]

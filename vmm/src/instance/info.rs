@@ -1,13 +1,18 @@
 //! The engine's figures in the form of the commands.
 
+use migration::compression::{Method, ZstdLevel};
 use migration::parameters::Parameters;
-use migration::progress::{Bytes, Disk, Downtime, Postcopy, Ram, Round, Snapshot, Status};
+use migration::progress::{
+    Bytes, Compression, Disk, Downtime, Postcopy, Ram, Round, Snapshot, Status,
+};
 use migration::uri::Uri;
+use migration::xbzrle::Figures;
 
 use crate::control::command::{
-    AnnounceParameters, BytesByKind, CommandError, CommandResult, DowntimeParts,
+    AnnounceParameters, BytesByKind, CommandError, CommandResult, CompressionInfo, DowntimeParts,
     FerryMigrationInfo, MigrationInfo, MigrationParameters, MigrationRound, MigrationStats,
-    MigrationStatus, ParameterChange, PostcopyInfo, SocketAddress,
+    MigrationStatus, MultifdCompression, ParameterChange, PostcopyInfo, SocketAddress,
+    XbzrleCacheStats,
 };
 
 /// QAPI's status. Clients of QEMU know no hand-over without an answer: to them it is a failure,
@@ -68,6 +73,7 @@ pub(super) fn outgoing(snapshot: &Snapshot) -> MigrationInfo {
             .disk
             .filter(|_| begun)
             .map(|disk| disk_stats(&disk)),
+        xbzrle_cache: snapshot.xbzrle.map(xbzrle),
         total_time: Some(ms(snapshot.total_time)),
         downtime: snapshot.downtime.map(|downtime| ms(downtime.total)),
         expected_downtime: snapshot.expected_downtime.map(ms),
@@ -170,7 +176,42 @@ fn ferry(snapshot: &Snapshot) -> FerryMigrationInfo {
         downtime: snapshot.downtime.map(parts),
         bandwidth: snapshot.bandwidth.map(|rate| rate as u64),
         round_trip: snapshot.round_trip.map(us),
+        compression: snapshot.compression.map(compression),
         postcopy: snapshot.postcopy.as_ref().map(postcopy),
+    }
+}
+
+fn compression(figures: Compression) -> CompressionInfo {
+    let Compression {
+        active,
+        pages,
+        bytes,
+    } = figures;
+    CompressionInfo {
+        active,
+        pages,
+        bytes,
+    }
+}
+
+fn xbzrle(figures: Figures) -> XbzrleCacheStats {
+    let Figures {
+        cache_size,
+        bytes,
+        pages,
+        cache_miss,
+        cache_miss_rate,
+        encoding_rate,
+        overflow,
+    } = figures;
+    XbzrleCacheStats {
+        cache_size,
+        bytes,
+        pages,
+        cache_miss,
+        cache_miss_rate,
+        encoding_rate,
+        overflow,
     }
 }
 
@@ -266,6 +307,13 @@ pub(super) fn parameters(
         avail_switchover_bandwidth: parameters.avail_switchover_bandwidth(),
         downtime_limit: u64::try_from(parameters.downtime_limit().as_millis()).unwrap_or(u64::MAX),
         max_postcopy_bandwidth: parameters.max_postcopy_bandwidth(),
+        multifd_compression: match parameters.compression().method() {
+            None => MultifdCompression::None,
+            Some(Method::Lz4) => MultifdCompression::Lz4,
+            Some(Method::Zstd) => MultifdCompression::Zstd,
+        },
+        multifd_zstd_level: parameters.zstd_level().get().into(),
+        xbzrle_cache_size: parameters.xbzrle_cache_size(),
         postcopy_after_rounds: parameters.postcopy_after_rounds(),
         postcopy_after_time: parameters.postcopy_after_time().map_or(0, |time| {
             u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
@@ -282,15 +330,34 @@ pub(super) fn change(parameters: &Parameters, change: ParameterChange) -> Comman
         avail_switchover_bandwidth,
         downtime_limit,
         max_postcopy_bandwidth,
+        multifd_compression,
+        multifd_zstd_level,
+        xbzrle_cache_size,
         postcopy_after_rounds,
         postcopy_after_time,
         postcopy_no_convergence,
         announce: _,
     } = change;
+    let refused = |err: &dyn std::error::Error| CommandError::generic(err.to_string());
     if let Some(limit) = downtime_limit {
         parameters
             .set_downtime_limit_ms(limit)
-            .map_err(|err| CommandError::generic(err.to_string()))?;
+            .map_err(|err| refused(&err))?;
+    }
+    if let Some(size) = xbzrle_cache_size {
+        parameters
+            .set_xbzrle_cache_size(size)
+            .map_err(|err| refused(&err))?;
+    }
+    if let Some(level) = multifd_zstd_level {
+        parameters.set_zstd_level(ZstdLevel::new(level).map_err(|err| refused(&err))?);
+    }
+    if let Some(compression) = multifd_compression {
+        parameters.set_compression(match compression {
+            MultifdCompression::None => None,
+            MultifdCompression::Lz4 => Some(Method::Lz4),
+            MultifdCompression::Zstd => Some(Method::Zstd),
+        });
     }
     if let Some(bandwidth) = max_bandwidth {
         parameters.set_max_bandwidth(bandwidth);

@@ -190,6 +190,7 @@ impl Instance {
         if after.postcopy_ram && state.run == RunState::Inmigrate {
             check_userfaultfd()?;
         }
+        self.0.parameters.set_xbzrle(after.xbzrle);
         state.capabilities = after;
         Ok(())
     }

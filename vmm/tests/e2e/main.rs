@@ -15,6 +15,7 @@ mod bridge;
 mod console;
 mod control;
 mod disk;
+mod encoded;
 mod failure;
 mod frames;
 mod guests;

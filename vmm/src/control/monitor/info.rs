@@ -278,6 +278,9 @@ fn parameters(session: &Session, _: &mut Words) -> Result<String, Failure> {
          avail-switchover-bandwidth: {} bytes/second\n\
          downtime-limit: {} ms\n\
          max-postcopy-bandwidth: {} bytes/second\n\
+         multifd-compression: {}\n\
+         multifd-zstd-level: {}\n\
+         xbzrle-cache-size: {} bytes\n\
          x-postcopy-after-rounds: {}\n\
          x-postcopy-after-time: {} ms\n\
          x-postcopy-no-convergence: {}\n\
@@ -289,6 +292,9 @@ fn parameters(session: &Session, _: &mut Words) -> Result<String, Failure> {
         parameters.avail_switchover_bandwidth,
         parameters.downtime_limit,
         parameters.max_postcopy_bandwidth,
+        parameters.multifd_compression,
+        parameters.multifd_zstd_level,
+        parameters.xbzrle_cache_size,
         parameters.postcopy_after_rounds,
         parameters.postcopy_after_time,
         on_off(parameters.postcopy_no_convergence),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::control::command::{MigrationInfo, MigrationStats, MigrationStatus};
+use crate::control::command::{MigrationInfo, MigrationStats, MigrationStatus, XbzrleCacheStats};
 use crate::control::size::format_size;
 
 /// A migration, as `info migrate` shows it.
@@ -39,6 +39,9 @@ fn write_migration(text: &mut String, info: &MigrationInfo) -> std::fmt::Result 
     if let Some(ram) = &info.ram {
         write_ram(text, ram)?;
     }
+    if let Some(xbzrle) = &info.xbzrle_cache {
+        write_xbzrle(text, xbzrle)?;
+    }
     write_postcopy(text, info)?;
     if let Some(disk) = &info.disk {
         write_disk(text, disk)?;
@@ -46,6 +49,19 @@ fn write_migration(text: &mut String, info: &MigrationInfo) -> std::fmt::Result 
     let Some(ferry) = &info.ferry else {
         return Ok(());
     };
+    if let Some(compression) = &ferry.compression {
+        writeln!(
+            text,
+            "compressed: {} pages in {} kbytes ({})",
+            compression.pages,
+            compression.bytes >> 10,
+            if compression.active {
+                "it pays"
+            } else {
+                "off, as it doesn't pay"
+            }
+        )?;
+    }
     if let Some(parts) = &ferry.downtime {
         writeln!(
             text,
@@ -127,6 +143,20 @@ fn in_unit(us: u64) -> String {
         1001..=1_000_999 => format!("{} ms", us / 1000),
         _ => format!("{} sec", us / 1_000_000),
     }
+}
+
+fn write_xbzrle(text: &mut String, xbzrle: &XbzrleCacheStats) -> std::fmt::Result {
+    writeln!(text, "cache size: {} bytes", xbzrle.cache_size)?;
+    writeln!(text, "xbzrle transferred: {} kbytes", xbzrle.bytes >> 10)?;
+    writeln!(text, "xbzrle pages: {} pages", xbzrle.pages)?;
+    writeln!(text, "xbzrle cache miss: {} pages", xbzrle.cache_miss)?;
+    writeln!(
+        text,
+        "xbzrle cache miss rate: {:.2}",
+        xbzrle.cache_miss_rate
+    )?;
+    writeln!(text, "xbzrle encoding rate: {:.2}", xbzrle.encoding_rate)?;
+    writeln!(text, "xbzrle overflow: {}", xbzrle.overflow)
 }
 
 fn write_disk(text: &mut String, disk: &MigrationStats) -> std::fmt::Result {

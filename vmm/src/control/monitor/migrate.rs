@@ -9,7 +9,7 @@ use crate::control::command::{
 use crate::control::size::parse_size;
 
 /// The migration parameters that `migrate_set_parameter` knows.
-pub const PARAMETERS: [&str; 11] = [
+pub const PARAMETERS: [&str; 14] = [
     "announce-initial",
     "announce-max",
     "announce-rounds",
@@ -18,9 +18,12 @@ pub const PARAMETERS: [&str; 11] = [
     "downtime-limit",
     "max-bandwidth",
     "max-postcopy-bandwidth",
+    "multifd-compression",
+    "multifd-zstd-level",
     "x-postcopy-after-rounds",
     "x-postcopy-after-time",
     "x-postcopy-no-convergence",
+    "xbzrle-cache-size",
 ];
 
 /// Starts a migration, or goes on with one that is paused in post-copy.
@@ -86,6 +89,9 @@ pub fn set_parameter(session: &mut Session, mut words: Words) -> Result<Reply, F
         }
         "downtime-limit" => set.downtime_limit = Some(milliseconds(&value)?),
         "max-postcopy-bandwidth" => set.max_postcopy_bandwidth = Some(bandwidth(&value)?),
+        "multifd-compression" => set.multifd_compression = Some(value.parse()?),
+        "multifd-zstd-level" => set.multifd_zstd_level = Some(whole(&value)?),
+        "xbzrle-cache-size" => set.xbzrle_cache_size = Some(bytes(&value)?),
         "x-postcopy-after-rounds" => set.postcopy_after_rounds = Some(whole(&value)?),
         "x-postcopy-after-time" => set.postcopy_after_time = Some(milliseconds(&value)?),
         "x-postcopy-no-convergence" => set.postcopy_no_convergence = Some(on_or_off(&value)?),
@@ -136,6 +142,11 @@ fn change(session: &Session, change: ParameterChange) -> Result<Reply, Failure> 
 /// Bytes a second; a bare number is MiB a second.
 fn bandwidth(text: &str) -> Result<u64, Failure> {
     parse_size(text, 1 << 20).map_err(|error| CommandError::generic(error.to_string()).into())
+}
+
+/// A bare number is bytes, as in QEMU.
+fn bytes(text: &str) -> Result<u64, Failure> {
+    parse_size(text, 1).map_err(|error| CommandError::generic(error.to_string()).into())
 }
 
 fn whole(text: &str) -> Result<u64, Failure> {

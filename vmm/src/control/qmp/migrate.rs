@@ -126,11 +126,15 @@ pub fn set_parameters(
     machine: &Arc<dyn Control>,
     mut arguments: Arguments,
 ) -> CommandResult<Value> {
+    let compression = arguments.string("multifd-compression")?;
     let change = ParameterChange {
         max_bandwidth: arguments.unsigned("max-bandwidth")?,
         avail_switchover_bandwidth: arguments.unsigned("avail-switchover-bandwidth")?,
         downtime_limit: arguments.unsigned("downtime-limit")?,
         max_postcopy_bandwidth: arguments.unsigned("max-postcopy-bandwidth")?,
+        multifd_compression: compression.map(|name| name.parse()).transpose()?,
+        multifd_zstd_level: arguments.unsigned("multifd-zstd-level")?,
+        xbzrle_cache_size: arguments.unsigned("xbzrle-cache-size")?,
         postcopy_after_rounds: arguments.unsigned("x-postcopy-after-rounds")?,
         postcopy_after_time: arguments.unsigned("x-postcopy-after-time")?,
         postcopy_no_convergence: arguments.boolean("x-postcopy-no-convergence")?,

@@ -260,7 +260,7 @@ fn info_shows_the_machine() {
     );
     assert_eq!(
         done(&mut session, "info migrate_capabilities"),
-        "events: on\npostcopy-ram: off\n"
+        "events: on\npostcopy-ram: off\nxbzrle: off\n"
     );
 }
 
@@ -335,10 +335,29 @@ fn migration_parameters_have_qemus_units() {
         done(&mut session, "info migrate_parameters"),
         "max-bandwidth: 0 bytes/second\navail-switchover-bandwidth: 2097152 bytes/second\n\
          downtime-limit: 7 ms\nmax-postcopy-bandwidth: 0 bytes/second\n\
+         multifd-compression: none\nmultifd-zstd-level: 1\n\
+         xbzrle-cache-size: 67108864 bytes\n\
          x-postcopy-after-rounds: 0\nx-postcopy-after-time: 0 ms\n\
          x-postcopy-no-convergence: off\nannounce-initial: 50 ms\nannounce-max: 550 ms\n\
          announce-rounds: 5\nannounce-step: 100 ms\n"
     );
+    for line in [
+        "migrate_set_parameter multifd-compression zstd",
+        "migrate_set_parameter multifd-zstd-level 7",
+        "migrate_set_parameter xbzrle-cache-size 128M",
+    ] {
+        assert_eq!(done(&mut session, line), "");
+    }
+    let p = machine.parameters();
+    assert_eq!(p.multifd_compression, MultifdCompression::Zstd);
+    assert_eq!((p.multifd_zstd_level, p.xbzrle_cache_size), (7, 128 << 20));
+    for line in [
+        "migrate_set_parameter multifd-compression zlib",
+        "migrate_set_parameter multifd-zstd-level 0",
+        "migrate_set_parameter xbzrle-cache-size 100M",
+    ] {
+        assert!(is_failure(&done(&mut session, line)), "{line}");
+    }
     done(&mut session, "migrate_set_parameter announce-rounds 3");
     assert_eq!(machine.parameters().announce.rounds, 3);
     assert!(is_failure(&done(

@@ -25,6 +25,8 @@ async fn queries_answer_in_the_shape_of_the_schema() {
                 "announce-initial": 50, "announce-max": 550, "announce-rounds": 5,
                 "announce-step": 100, "max-postcopy-bandwidth": 0, "x-postcopy-after-rounds": 0,
                 "x-postcopy-after-time": 0, "x-postcopy-no-convergence": false,
+                "multifd-compression": "none", "multifd-zstd-level": 1,
+                "xbzrle-cache-size": 64 << 20,
             }),
         ),
         (
@@ -32,6 +34,7 @@ async fn queries_answer_in_the_shape_of_the_schema() {
             json!([
                 {"capability": "events", "state": true},
                 {"capability": "postcopy-ram", "state": false},
+                {"capability": "xbzrle", "state": false},
             ]),
         ),
     ] {
@@ -276,7 +279,8 @@ async fn parameters_and_capabilities_are_checked_and_set() {
     let mut client = setup.client().await;
     let set = json!({"downtime-limit": 50, "max-bandwidth": u64::MAX, "announce-rounds": 2,
         "max-postcopy-bandwidth": 5, "x-postcopy-after-rounds": 3, "x-postcopy-after-time": 1500,
-        "x-postcopy-no-convergence": true});
+        "x-postcopy-no-convergence": true, "multifd-compression": "zstd",
+        "multifd-zstd-level": 3, "xbzrle-cache-size": 8192});
     client.execute("migrate-set-parameters", set).await.unwrap();
     assert_eq!(
         client
@@ -288,12 +292,27 @@ async fn parameters_and_capabilities_are_checked_and_set() {
             "announce-initial": 50, "announce-max": 550, "announce-rounds": 2,
             "announce-step": 100, "max-postcopy-bandwidth": 5, "x-postcopy-after-rounds": 3,
             "x-postcopy-after-time": 1500, "x-postcopy-no-convergence": true,
+            "multifd-compression": "zstd", "multifd-zstd-level": 3, "xbzrle-cache-size": 8192,
         })
     );
     for (arguments, desc) in [
         (
             json!({"max-bandwidth": "5"}),
             "Invalid parameter type for 'max-bandwidth', expected: integer",
+        ),
+        (
+            json!({"multifd-compression": "zlib"}),
+            "Parameter 'multifd-compression' does not accept value 'zlib': it is none, lz4 \
+             (fast), or zstd (smaller)",
+        ),
+        (
+            json!({"multifd-zstd-level": 21}),
+            "Parameter 'multifd-zstd-level' expects a value between 1 and 20, got 21",
+        ),
+        (
+            json!({"xbzrle-cache-size": 5000}),
+            "Parameter 'xbzrle-cache-size' expects a power of two no less than the target page \
+             size of 4096 bytes, got 5000",
         ),
         (
             json!({"max-bandwidth": 1.5}),
@@ -339,8 +358,9 @@ async fn parameters_and_capabilities_are_checked_and_set() {
     let Capabilities {
         events,
         postcopy_ram,
+        xbzrle,
     } = setup.machine.capabilities();
-    assert!(!events && postcopy_ram);
+    assert!(!events && postcopy_ram && !xbzrle);
     for (arguments, desc) in [
         (json!({}), "Parameter 'capabilities' is missing"),
         (

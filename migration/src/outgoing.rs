@@ -1,0 +1,389 @@
+//! Pages with contents on their way out: as they are, compressed, or as differences to what was
+//! sent before.
+//!
+//! Pages that go as they are go straight from guest memory, unless the XBZRLE cache is to remember
+//! them. Whatever is compressed, remembered or compared is copied out of guest memory first,
+//! and the copy is also what is checksummed: so a guest that writes meanwhile can't make
+//! them disagree.
+
+use std::time::{Duration, Instant};
+
+use crate::bitmap::PageRun;
+use crate::channel::ChannelError;
+use crate::compression::decision::{Decision, Plan, Sample};
+use crate::compression::{Compressor, MAX_BLOCK, Method, Setting};
+use crate::frame::{Kind, MAX_PAGES};
+use crate::guest_io::GuestPages;
+use crate::layout::PAGE_SIZE;
+use crate::memory_frames::Runs;
+use crate::message::{Compressed, Differences, LZ4, XBZRLE, ZSTD, encode_pages};
+use crate::progress::{self, Snapshot};
+use crate::rounds::Pass;
+use crate::session::Session;
+use crate::xbzrle::cache::{Cache, Exchange};
+use crate::xbzrle::{Figures, Page};
+
+/// How many pages are compressed to see whether it would pay.
+const TRY_PAGES: u64 = 64;
+
+/// What a page costs in an XBZRLE frame beside its difference: a checksum, a length, and a run.
+const PAGE_OVERHEAD: u64 = 18;
+
+/// The frames that are being filled, and what they are filled with.
+pub(crate) struct Outgoing {
+    whole: Whole,
+    changed: Changed,
+    page: Box<Page>,
+    body: Vec<u8>,
+    pass: Pass,
+    /// Pages for [`Whole`], at most.
+    limit: u64,
+    compressor: Option<Compressor>,
+    decision: Decision,
+    compressed: progress::Compression,
+    cache: Option<Cache>,
+    xbzrle: Figures,
+    xbzrle_before: Figures,
+    /// Of this pass.
+    pages: u64,
+    bytes: u64,
+    /// The end of the last sample, and how long the session had waited until then.
+    sampled: (Instant, Duration),
+}
+
+/// A PAGES or COMPRESSED frame that is being filled.
+#[derive(Default)]
+struct Whole {
+    plan: Option<Plan>,
+    runs: Runs,
+    crcs: Vec<u32>,
+    /// What follows the body, if it doesn't come from guest memory.
+    data: Vec<u8>,
+    /// Pages of a block that is not compressed yet.
+    block: Vec<u8>,
+    blocks: Vec<u32>,
+    compressing: Duration,
+}
+
+/// An XBZRLE frame that is being filled.
+#[derive(Default)]
+struct Changed {
+    runs: Runs,
+    crcs: Vec<u32>,
+    lengths: Vec<u16>,
+    data: Vec<u8>,
+}
+
+impl Outgoing {
+    pub(crate) fn new() -> Self {
+        Self {
+            whole: Whole::default(),
+            changed: Changed::default(),
+            page: Box::new([0; PAGE_SIZE as usize]),
+            body: Vec::new(),
+            pass: Pass::First,
+            limit: 1,
+            compressor: None,
+            decision: Decision::default(),
+            compressed: progress::Compression::default(),
+            cache: None,
+            xbzrle: Figures::default(),
+            xbzrle_before: Figures::default(),
+            pages: 0,
+            bytes: 0,
+            sampled: (Instant::now(), Duration::ZERO),
+        }
+    }
+
+    /// A pass begins over a guest of `pages` pages: what the user wants may have changed.
+    pub(crate) fn begin(&mut self, pass: Pass, pages: u64, session: &Session) {
+        self.pass = pass;
+        self.limit = session.frame_pages();
+        (self.pages, self.bytes) = (0, 0);
+        self.sampled = (Instant::now(), session.waited());
+        self.prepare_compressor(session);
+        self.prepare_cache(pages, session);
+    }
+
+    fn prepare_compressor(&mut self, session: &Session) {
+        let wanted = session.parameters().compression();
+        let setting = match wanted.method() {
+            Some(Method::Lz4) if session.picked(LZ4) => wanted,
+            Some(Method::Zstd) if session.picked(ZSTD) => wanted,
+            _ => Setting::Off,
+        };
+        let now = self.compressor.as_ref().map(Compressor::setting);
+        if now.unwrap_or_default() == setting {
+            return;
+        }
+        self.decision = Decision::default();
+        self.compressor = Compressor::new(setting).unwrap_or_else(|error| {
+            tracing::warn!(?setting, "pages are sent as they are: {error}");
+            None
+        });
+    }
+
+    fn prepare_cache(&mut self, pages: u64, session: &Session) {
+        let wanted = session.parameters().xbzrle();
+        let size = wanted.filter(|_| session.picked(XBZRLE));
+        if self.cache.as_ref().map(Cache::size) != size {
+            self.cache = size.and_then(|size| Cache::new(size, pages).ok());
+        }
+        if let Some(cache) = &mut self.cache {
+            cache.begin_round();
+        }
+        self.xbzrle.cache_size = size.unwrap_or(0);
+        self.xbzrle_before = self.xbzrle;
+    }
+
+    /// Adds a page as it is now. Says whether a frame was sent.
+    pub(crate) fn add(
+        &mut self,
+        memory: &GuestPages,
+        page: u64,
+        round: u64,
+        session: &mut Session,
+    ) -> Result<bool, ChannelError> {
+        self.pages += 1;
+        // The first pass is over more than the cache holds; what is written again is worth it.
+        if self.pass != Pass::First && self.cache.is_some() {
+            memory.read(page, &mut self.page);
+            if self.add_difference(memory, page) {
+                let Changed { crcs, data, .. } = &self.changed;
+                let full = crcs.len() as u64 >= MAX_PAGES;
+                return if full || data.len() as u64 >= self.limit * PAGE_SIZE {
+                    self.flush_changed(memory, round, session)?;
+                    Ok(true)
+                } else {
+                    Ok(false)
+                };
+            }
+            self.begin_whole();
+            self.whole.crcs.push(crc32fast::hash(&*self.page));
+            let to = match self.whole.plan {
+                Some(Plan::Plain) => &mut self.whole.data,
+                _ => &mut self.whole.block,
+            };
+            to.extend(&*self.page);
+        } else {
+            self.begin_whole();
+            let crc = match self.whole.plan {
+                Some(Plan::Plain) => memory.crc(page),
+                _ => {
+                    memory.read(page, &mut self.page);
+                    self.whole.block.extend(&*self.page);
+                    crc32fast::hash(&*self.page)
+                }
+            };
+            self.whole.crcs.push(crc);
+        }
+        self.whole.runs.add(memory, only(page));
+        if self.whole.block.len() >= MAX_BLOCK {
+            self.compress_block();
+        }
+        let limit = match self.whole.plan {
+            Some(Plan::Try) => self.limit.min(TRY_PAGES),
+            _ => self.limit,
+        };
+        if self.whole.crcs.len() as u64 >= limit {
+            self.flush_whole(memory, round, session)?;
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    /// The destination has been told something else of these pages.
+    pub(crate) fn forget(&mut self, run: PageRun) {
+        if let Some(cache) = &mut self.cache {
+            cache.forget(run.first, run.count);
+        }
+    }
+
+    /// Sends what has been added.
+    pub(crate) fn flush(
+        &mut self,
+        memory: &GuestPages,
+        round: u64,
+        session: &mut Session,
+    ) -> Result<(), ChannelError> {
+        self.flush_changed(memory, round, session)?;
+        self.flush_whole(memory, round, session)
+    }
+
+    /// The pass has ended, and all of it is sent.
+    pub(crate) fn end(&mut self, session: &mut Session) {
+        if self.pages > 0 {
+            session.convergence.pages_took(self.pages, self.bytes);
+        }
+        if self.pass != Pass::First {
+            self.xbzrle.rate_since(&self.xbzrle_before, self.pages);
+        }
+    }
+
+    /// How many pages have gone as differences.
+    pub(crate) fn differences(&self) -> u64 {
+        self.xbzrle.pages
+    }
+
+    pub(crate) fn tell(&self, snapshot: &mut Snapshot) {
+        snapshot.xbzrle = self.cache.as_ref().map(|_| self.xbzrle);
+        if self.compressor.is_some() || self.compressed.pages > 0 {
+            snapshot.compression = Some(progress::Compression {
+                active: self.compressor.is_some() && self.decision.compresses(),
+                ..self.compressed
+            });
+        }
+    }
+
+    /// Adds `self.page` to the differences, if it can be one.
+    fn add_difference(&mut self, memory: &GuestPages, page: u64) -> bool {
+        let Some(cache) = &mut self.cache else {
+            return false;
+        };
+        let frame = &mut self.changed;
+        match cache.exchange(page, &self.page, &mut frame.data) {
+            Exchange::Delta(len) => {
+                frame.runs.add(memory, only(page));
+                frame.crcs.push(crc32fast::hash(&*self.page));
+                frame.lengths.push(len as u16);
+                self.xbzrle.pages += 1;
+                self.xbzrle.bytes += len as u64 + PAGE_OVERHEAD;
+                true
+            }
+            Exchange::Miss => {
+                self.xbzrle.cache_miss += 1;
+                false
+            }
+            Exchange::Overflow => {
+                self.xbzrle.overflow += 1;
+                false
+            }
+        }
+    }
+
+    /// Decides, before the first page of a frame, what kind it is.
+    fn begin_whole(&mut self) {
+        if self.whole.plan.is_some() {
+            return;
+        }
+        let plan = match &self.compressor {
+            None => Plan::Plain,
+            // With the guest stopped nothing is tried.
+            Some(_) if self.pass == Pass::Last && !self.decision.compresses() => Plan::Plain,
+            Some(_) => self.decision.plan(),
+        };
+        self.whole.plan = Some(plan);
+    }
+
+    fn compress_block(&mut self) {
+        let Some(compressor) = &mut self.compressor else {
+            return;
+        };
+        let began = Instant::now();
+        let frame = &mut self.whole;
+        let len = compressor.compress(&frame.block, &mut frame.data);
+        frame.blocks.push(len as u32);
+        frame.block.clear();
+        frame.compressing += began.elapsed();
+    }
+
+    fn flush_whole(
+        &mut self,
+        memory: &GuestPages,
+        round: u64,
+        session: &mut Session,
+    ) -> Result<(), ChannelError> {
+        if self.whole.crcs.is_empty() {
+            return Ok(());
+        }
+        if !self.whole.block.is_empty() {
+            self.compress_block();
+        }
+        let frame = &mut self.whole;
+        let pages = frame.crcs.len() as u64;
+        let method = self.compressor.as_ref().and_then(|c| c.setting().method());
+        let before = session.channel.sent_bytes();
+        match method.filter(|_| frame.plan != Some(Plan::Plain)) {
+            Some(method) => {
+                let runs = frame.runs.addresses(memory);
+                Compressed::encode(method, runs, &frame.crcs, &frame.blocks, &mut self.body);
+                session.send_data(Kind::Compressed, &self.body, &[&frame.data], round)?;
+                self.compressed.pages += pages;
+                self.compressed.bytes += frame.data.len() as u64;
+            }
+            None => {
+                encode_pages(frame.runs.addresses(memory), &frame.crcs, &mut self.body);
+                if frame.data.is_empty() {
+                    session.send_pages(&self.body, memory, frame.runs.as_slice(), round)?;
+                } else {
+                    session.send_data(Kind::Pages, &self.body, &[&frame.data], round)?;
+                }
+            }
+        }
+        let bytes = session.channel.sent_bytes() - before;
+        self.bytes += bytes;
+        let (since, waited) = self.sampled;
+        self.sampled = (Instant::now(), session.waited());
+        if self.compressor.is_some() && self.pass != Pass::Last {
+            self.decision.sent(&Sample {
+                input: pages * PAGE_SIZE,
+                output: bytes,
+                total: self.sampled.0 - since,
+                compressing: self.whole.compressing,
+                waiting: self.sampled.1.saturating_sub(waited),
+            });
+        }
+        self.whole.clear();
+        self.limit = session.frame_pages();
+        Ok(())
+    }
+
+    fn flush_changed(
+        &mut self,
+        memory: &GuestPages,
+        round: u64,
+        session: &mut Session,
+    ) -> Result<(), ChannelError> {
+        let frame = &mut self.changed;
+        if frame.crcs.is_empty() {
+            return Ok(());
+        }
+        let runs = frame.runs.addresses(memory);
+        Differences::encode(runs, &frame.crcs, &frame.lengths, &mut self.body);
+        let before = session.channel.sent_bytes();
+        session.send_data(Kind::Xbzrle, &self.body, &[&frame.data], round)?;
+        self.bytes += session.channel.sent_bytes() - before;
+        frame.clear();
+        // It says nothing about pages that are sent whole.
+        self.sampled = (Instant::now(), session.waited());
+        Ok(())
+    }
+}
+
+fn only(page: u64) -> PageRun {
+    PageRun {
+        first: page,
+        count: 1,
+    }
+}
+
+impl Whole {
+    fn clear(&mut self) {
+        self.plan = None;
+        self.runs.clear();
+        self.crcs.clear();
+        self.data.clear();
+        self.block.clear();
+        self.blocks.clear();
+        self.compressing = Duration::ZERO;
+    }
+}
+
+impl Changed {
+    fn clear(&mut self) {
+        self.runs.clear();
+        self.crcs.clear();
+        self.lengths.clear();
+        self.data.clear();
+    }
+}
