@@ -3,6 +3,7 @@
 mod outcome;
 pub mod plots;
 mod rounds;
+pub mod waits;
 
 use std::path::Path;
 use std::thread::sleep;

@@ -68,6 +68,11 @@ pub(super) fn migration(
             section.notes.push(note);
         }
     }
+    for (vmm, runs) in vmms.iter().zip(&runs) {
+        if let Some(waits) = migration::waits::distribution(runs) {
+            section.notes.push(format!("{}: {waits}", vmm.name()));
+        }
+    }
     let verified = "Memory verified at the destination in every run.";
     section.notes.push(verified.to_owned());
     Ok(section)

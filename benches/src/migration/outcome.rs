@@ -9,7 +9,7 @@ use crate::figure::{Figure, Measured, Unit};
 use crate::vmm::Reported;
 
 /// What one migration was like. Times are in milliseconds.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Outcome {
     /// From the command to the event that it is completed.
     pub total: f64,
@@ -52,7 +52,7 @@ pub struct Outcome {
 }
 
 /// Post-copy as the destination says. Times are in milliseconds.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Postcopy {
     /// From the guest's move to its last page.
     pub time: f64,
@@ -66,6 +66,9 @@ pub struct Postcopy {
     pub longest: f64,
     /// How long all vCPUs waited at once.
     pub blocked: f64,
+    /// How many waits lasted how long: the entry `n` counts those of 2^n up to and without 2^(n+1)
+    /// microseconds.
+    pub waits: Vec<u64>,
 }
 
 impl Postcopy {
@@ -93,6 +96,7 @@ impl Postcopy {
             median_below: median.map_or(0.0, |n| f64::from(2u32 << n.min(30)) / 1e3),
             longest: ferry["latency-max"].as_f64().unwrap_or_default() / 1e3,
             blocked: ferry["blocktime"].as_f64().unwrap_or_default() / 1e3,
+            waits: counts,
         }
     }
 }
@@ -139,21 +143,23 @@ impl Measured for Outcome {
             Some(o.gap_before)
         }),
         figure("longest gap after", Milliseconds, 2, |o| Some(o.gap_after)),
-        figure("post-copy", Milliseconds, 1, |o| o.postcopy.map(|p| p.time)),
+        figure("post-copy", Milliseconds, 1, |o| {
+            o.postcopy.as_ref().map(|p| p.time)
+        }),
         figure("  pages asked for", Count, 0, |o| {
-            o.postcopy.map(|p| p.requests as f64)
+            o.postcopy.as_ref().map(|p| p.requests as f64)
         }),
         figure("  wait, average", Milliseconds, 3, |o| {
-            o.postcopy.map(|p| p.average)
+            o.postcopy.as_ref().map(|p| p.average)
         }),
         figure("  wait, median at most", Milliseconds, 3, |o| {
-            o.postcopy.map(|p| p.median_below)
+            o.postcopy.as_ref().map(|p| p.median_below)
         }),
         figure("  wait, longest", Milliseconds, 3, |o| {
-            o.postcopy.map(|p| p.longest)
+            o.postcopy.as_ref().map(|p| p.longest)
         }),
         figure("  all vCPUs waited", Milliseconds, 1, |o| {
-            o.postcopy.map(|p| p.blocked)
+            o.postcopy.as_ref().map(|p| p.blocked)
         }),
         figure("sent", Mebibytes, 1, |o| {
             o.wire.map(|bytes| bytes as f64 / MIB)
