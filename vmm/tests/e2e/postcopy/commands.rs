@@ -1,5 +1,6 @@
 //! What users can and can't do about a post-copy.
 
+use std::path::Path;
 use std::process::Command;
 
 use guest_tests::dirtier::{Report, command};
@@ -195,17 +196,23 @@ fn a_guest_that_powers_off_ends_the_migration() {
     assert!(source.wait_exit().0);
 }
 
-#[test]
-fn with_no_shutdown_the_process_stays_after_a_power_off() {
-    require_postcopy!();
-    let dir = scratch();
-    let mut source = source(dir.path(), "src", idle());
-    let (mut destination, uri) = destination_with(dir.path(), "dst", &["--no-shutdown"]);
+/// The guest has shut down at its destination, which stays, while most of its memory is missing.
+fn shut_down_and_kept(dir: &Path) -> (Ferry, Ferry) {
+    let mut source = source(dir, "src", idle());
+    let (mut destination, uri) = destination_with(dir, "dst", &["--no-shutdown"]);
     push_slowly(&mut source);
     switch_at_once(&mut source, &uri);
     wait_state(&mut destination, "postcopy-active");
     destination.serial.send(&[command::QUIT]).unwrap();
     destination.wait_status("shutdown");
+    (source, destination)
+}
+
+#[test]
+fn with_no_shutdown_the_process_stays_after_a_power_off() {
+    require_postcopy!();
+    let dir = scratch();
+    let (mut source, mut destination) = shut_down_and_kept(dir.path());
     // Its memory goes on to come: it may be reset, and run again.
     wait_state(&mut destination, "postcopy-active");
     destination.execute("system_reset", Value::Null);
@@ -223,13 +230,7 @@ fn with_no_shutdown_the_process_stays_after_a_power_off() {
 fn a_guest_that_has_shut_down_holds_nobody_up() {
     require_postcopy!();
     let dir = scratch();
-    let mut source = source(dir.path(), "src", idle());
-    let (mut destination, uri) = destination_with(dir.path(), "dst", &["--no-shutdown"]);
-    push_slowly(&mut source);
-    switch_at_once(&mut source, &uri);
-    wait_state(&mut destination, "postcopy-active");
-    destination.serial.send(&[command::QUIT]).unwrap();
-    destination.wait_status("shutdown");
+    let (mut source, mut destination) = shut_down_and_kept(dir.path());
     destination.execute("quit", Value::Null);
     let (success, output) = destination.wait_exit();
     assert!(success, "{output}");

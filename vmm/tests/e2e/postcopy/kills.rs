@@ -70,23 +70,23 @@ fn a_killed_destination_takes_the_guest_with_it() {
     assert!(success, "{output}");
 }
 
+/// The frames of which one is on its way before the guest may run at the destination.
+const BEFORE_GO: [u8; 6] = [
+    kind::JOIN,
+    kind::MISSING,
+    kind::LATE,
+    kind::STATE,
+    kind::END,
+    kind::READY,
+];
+
 /// Until GO it is a migration like any other.
 #[test]
 fn a_destination_killed_before_go_never_had_the_guest() {
     require_postcopy!();
     let dir = scratch();
     let mut source = source(dir.path(), "src", idle());
-    for (index, kind) in [
-        kind::JOIN,
-        kind::MISSING,
-        kind::LATE,
-        kind::STATE,
-        kind::END,
-        kind::READY,
-    ]
-    .into_iter()
-    .enumerate()
-    {
+    for (index, kind) in BEFORE_GO.into_iter().enumerate() {
         let (mut destination, uri) = destination(dir.path(), &format!("d{index}"));
         let crossing = Crossing::to(&uri, Some((kind, 0, Then::Hold)));
         switch_at_once(&mut source, &crossing.uri);
@@ -106,17 +106,7 @@ fn a_connection_cut_before_go_leaves_the_guest_at_the_source() {
     require_postcopy!();
     let dir = scratch();
     let mut source = source(dir.path(), "src", idle());
-    for (index, kind) in [
-        kind::JOIN,
-        kind::MISSING,
-        kind::LATE,
-        kind::STATE,
-        kind::END,
-        kind::READY,
-    ]
-    .into_iter()
-    .enumerate()
-    {
+    for (index, kind) in BEFORE_GO.into_iter().enumerate() {
         for then in [Then::CutBefore, Then::CutAfter] {
             if matches!(kind, kind::END | kind::READY) && then == Then::CutAfter {
                 // GO may have left by then.
@@ -190,7 +180,5 @@ fn a_recovery_confirms_that_the_guest_is_there() {
     super::wait_paused(&mut source, &mut destination);
     let refusal = source.refused("cont", Value::Null);
     assert!(refusal.contains("never run twice"), "{refusal}");
-    super::push_fast(&mut source);
-    let _crossing = super::recover(&mut source, &mut destination, None);
-    super::arrived(&mut source, &mut destination);
+    super::recover_and_arrive(&mut source, &mut destination);
 }

@@ -147,6 +147,13 @@ fn resume(source: &mut Ferry, uri: &str) {
     source.execute("migrate", json!({ "uri": uri, "resume": true }));
 }
 
+/// Has both sides, which are paused, go on, and all of the guest arrive.
+fn recover_and_arrive(source: &mut Ferry, destination: &mut Ferry) {
+    push_fast(source);
+    let _crossing = recover(source, destination, None);
+    arrived(source, destination);
+}
+
 /// The migration ends, and the guest is whole and at the destination only; what both sides say.
 fn arrived(source: &mut Ferry, destination: &mut Ferry) -> (Value, Value) {
     let there = destination.wait_migrated("completed");

@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use super::crossing::{Crossing, Then};
 use super::{
-    arrived, destination, furious, idle, in_postcopy, push_fast, recover, require_postcopy, resume,
-    set, source, switch_at_once, wait_paused, wait_state,
+    arrived, destination, furious, idle, in_postcopy, push_fast, recover, recover_and_arrive,
+    require_postcopy, resume, set, source, switch_at_once, wait_paused, wait_state,
 };
 use crate::frames::kind;
 use crate::harness::{Ferry, scratch};
@@ -72,9 +72,7 @@ fn cut_twenty_times_nothing_is_lost() {
     }
     crossing.wait_reached();
     wait_paused(&mut source, &mut destination);
-    push_fast(&mut source);
-    let _crossing = recover(&mut source, &mut destination, None);
-    arrived(&mut source, &mut destination);
+    recover_and_arrive(&mut source, &mut destination);
 }
 
 #[test]
@@ -109,9 +107,7 @@ fn paused_by_either_side_and_recovered() {
     assert_eq!(destination.query_migrate()["status"], "postcopy-paused");
     let refusal = destination.refused("migrate-pause", Value::Null);
     assert!(refusal.contains("postcopy-active"), "{refusal}");
-    push_fast(&mut source);
-    let _crossing = recover(&mut source, &mut destination, None);
-    arrived(&mut source, &mut destination);
+    recover_and_arrive(&mut source, &mut destination);
 }
 
 #[test]
@@ -140,9 +136,7 @@ fn cut_at_each_frame_of_a_recovery() {
         }
     }
     wait_paused(&mut source, &mut destination);
-    push_fast(&mut source);
-    let _crossing = recover(&mut source, &mut destination, None);
-    arrived(&mut source, &mut destination);
+    recover_and_arrive(&mut source, &mut destination);
 }
 
 #[test]

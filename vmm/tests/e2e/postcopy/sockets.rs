@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::{
-    arrived, enable, idle, push_fast, push_slowly, recover, require_postcopy, resume, source,
+    enable, idle, push_slowly, recover_and_arrive, require_postcopy, resume, source,
     switch_at_once, wait_paused, wait_state,
 };
 use crate::harness::{Ferry, scratch};
@@ -52,9 +52,7 @@ fn a_guest_moves_by_unix_sockets() {
     wait_state(&mut destination, "postcopy-active");
     destination.execute("migrate-pause", Value::Null);
     wait_paused(&mut source, &mut destination);
-    push_fast(&mut source);
-    let _crossing = recover(&mut source, &mut destination, None);
-    arrived(&mut source, &mut destination);
+    recover_and_arrive(&mut source, &mut destination);
     for name in ["first", "second", "third"] {
         assert!(!dir.path().join(name).exists(), "the socket {name} is left");
     }
