@@ -45,6 +45,9 @@ pub enum DecodeError {
     /// A memory layout that is none.
     #[error(transparent)]
     Layout(#[from] LayoutError),
+    /// None of what there has to be some of.
+    #[error("no {0}")]
+    None(&'static str),
     /// A run of no pages.
     #[error("an empty run of pages at {0:#x}")]
     EmptyRun(u64),

@@ -16,6 +16,9 @@ pub const MAX_PAGES: u64 = 512;
 /// The most blocks in one [`Kind::Compressed`] frame.
 pub const MAX_COMPRESSED_BLOCKS: usize = (MAX_PAGES / BLOCK_PAGES) as usize;
 
+/// The most connections that carry pages beside the first one, as in QEMU.
+pub const MAX_CHANNELS: usize = 255;
+
 /// The most runs in one [`Kind::Zero`] frame.
 pub const MAX_ZERO_RUNS: usize = 4096;
 
@@ -85,6 +88,10 @@ pub enum Kind {
     Compressed = 0x13,
     /// Source: pages, as differences to what was sent before.
     Xbzrle = 0x14,
+    /// Source, at the beginning of a connection: carries pages beside the first connection.
+    Channel = 0x15,
+    /// Source: what follows has to wait for what was sent on all connections before.
+    Barrier = 0x16,
     /// Destination: the offer is accepted.
     Accept = 0x81,
     /// Destination: the offer is not accepted.
@@ -113,7 +120,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 32] = [
+    pub const ALL: [Self; 34] = [
         Self::Hello,
         Self::Blob,
         Self::Pages,
@@ -134,6 +141,8 @@ impl Kind {
         Self::Done,
         Self::Compressed,
         Self::Xbzrle,
+        Self::Channel,
+        Self::Barrier,
         Self::Accept,
         Self::Refuse,
         Self::SyncAck,
@@ -182,6 +191,8 @@ impl Kind {
             Self::Done => "DONE",
             Self::Compressed => "COMPRESSED",
             Self::Xbzrle => "XBZRLE",
+            Self::Channel => "CHANNEL",
+            Self::Barrier => "BARRIER",
             Self::Request => "REQUEST",
             Self::Complete => "COMPLETE",
             Self::Gone => "GONE",
@@ -205,6 +216,7 @@ impl Kind {
             Self::Gone => 1 + MAX_REASON,
             Self::Missing | Self::Arrived => 8 + MAX_BITS,
             Self::Sync => MAX_SYNC,
+            Self::Barrier => 2 + 8 * (1 + MAX_CHANNELS),
             Self::End
             | Self::Go
             | Self::Flush
@@ -216,6 +228,7 @@ impl Kind {
             | Self::Late
             | Self::Pushed
             | Self::Join
+            | Self::Channel
             | Self::Resume
             | Self::Continue
             | Self::Done

@@ -1,6 +1,7 @@
 //! The bodies of the frames: typed, explicit little-endian, every count and length bounded before
 //! it is believed. See docs/protocol.md.
 
+mod barrier;
 mod bits;
 mod blob;
 mod disks;
@@ -13,6 +14,7 @@ mod preamble;
 mod reason;
 mod section;
 
+pub use self::barrier::{decode_barrier, encode_barrier};
 pub(crate) use self::bits::MAX_BIT_PAGES;
 pub use self::bits::{decode_bits, encode_bits};
 pub use self::blob::BlobChunk;
@@ -23,8 +25,8 @@ pub use self::fixed::{
 };
 pub use self::gone::{Gone, GoneCause};
 pub use self::hello::{
-    BLOCK_MIGRATION, CAPABILITIES, Hello, LZ4, MAX_BLOB, MAX_BLOBS, MAX_CONFIGURATION, POSTCOPY,
-    REQUIRABLE, XBZRLE, ZSTD,
+    BLOCK_MIGRATION, CAPABILITIES, Hello, LZ4, MAX_BLOB, MAX_BLOBS, MAX_CONFIGURATION, MULTIFD,
+    POSTCOPY, REQUIRABLE, XBZRLE, ZSTD,
 };
 pub use self::pages::{AddressRun, decode_pages, decode_zero, encode_pages, encode_zero};
 pub use self::preamble::{MAGIC, PREAMBLE_LEN, Preamble};

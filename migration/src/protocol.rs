@@ -38,6 +38,8 @@ pub enum Phase {
     Closing,
     /// The fault channel.
     Faults,
+    /// A connection that carries pages beside the first one.
+    Data,
     /// A migration in post-copy is being resumed: the destination tells what has arrived.
     Resuming,
     /// All of that is told; the source has not agreed.
@@ -60,7 +62,7 @@ impl Phase {
     /// The phase after a frame of that kind.
     pub fn after(self, kind: Kind) -> Result<Self, OutOfOrder> {
         use Phase::{
-            Blobs, Closing, Ended, Faults, Going, Late, Offered, Over, Ram, Ready, Resumed,
+            Blobs, Closing, Data, Ended, Faults, Going, Late, Offered, Over, Ram, Ready, Resumed,
             Resuming, Start, State, Switching,
         };
         Ok(match (self, kind) {
@@ -70,6 +72,7 @@ impl Phase {
             (Blobs, Kind::Blob) => Blobs,
             (Blobs | Ram, Kind::Pages | Kind::Zero | Kind::Sync) => Ram,
             (Blobs | Ram, Kind::Compressed | Kind::Xbzrle) => Ram,
+            (Ram, Kind::Barrier) => Ram,
             (Blobs | Ram, Kind::Blocks | Kind::Flush) => Ram,
             (Ram, Kind::Flushed) => Ram,
             (Blobs | Ram | Switching, Kind::Missing) => Switching,
@@ -91,6 +94,8 @@ impl Phase {
             (Late, Kind::Gone) => Over,
             (Start, Kind::Join) => Faults,
             (Faults, Kind::Request | Kind::Pages | Kind::Zero) => Faults,
+            (Start, Kind::Channel) => Data,
+            (Data, Kind::Pages | Kind::Zero | Kind::Compressed | Kind::Barrier) => Data,
             (Start, Kind::Resume) => Resuming,
             (Resuming, Kind::Arrived) => Resuming,
             (Resuming, Kind::Left) => Resumed,
@@ -112,9 +117,9 @@ mod tests {
     use super::*;
     use Phase::*;
 
-    const PHASES: [Phase; 15] = [
+    const PHASES: [Phase; 16] = [
         Start, Offered, Blobs, Ram, Switching, State, Ended, Ready, Going, Late, Closing, Faults,
-        Resuming, Resumed, Over,
+        Data, Resuming, Resumed, Over,
     ];
 
     fn run(kinds: &[Kind]) -> Result<Phase, OutOfOrder> {
@@ -220,7 +225,10 @@ mod tests {
         for kind in Kind::ALL {
             assert!(Over.after(kind).is_err());
             // A version may be refused before HELLO is understood.
-            let first = matches!(kind, Kind::Hello | Kind::Refuse | Kind::Join | Kind::Resume);
+            let first = matches!(
+                kind,
+                Kind::Hello | Kind::Refuse | Kind::Join | Kind::Channel | Kind::Resume
+            );
             assert_eq!(Start.after(kind).is_ok(), first);
         }
     }
@@ -249,6 +257,19 @@ mod tests {
             }
         }
         assert!(Ram.after(Kind::Blob).is_err());
+    }
+
+    #[test]
+    fn other_connections_carry_pages_and_nothing_else() {
+        for kind in Kind::ALL {
+            let pages = [Kind::Pages, Kind::Zero, Kind::Compressed, Kind::Barrier];
+            assert_eq!(Data.after(kind).is_ok(), pages.contains(&kind), "{kind:?}");
+        }
+        for phase in PHASES {
+            assert_eq!(phase.after(Kind::Channel).is_ok(), phase == Start);
+            let here = matches!(phase, Ram | Data);
+            assert_eq!(phase.after(Kind::Barrier).is_ok(), here, "{phase:?}");
+        }
     }
 
     #[test]

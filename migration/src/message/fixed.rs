@@ -175,11 +175,12 @@ fixed! {
 }
 
 fixed! {
-    /// JOIN and RESUME: which migration the connection belongs to.
+    /// JOIN, CHANNEL and RESUME: which migration the connection belongs to.
     Return {
         /// The migration.
         id: Id,
-        /// Counts the connections of a migration: 0 for its first, one more for each recovery.
+        /// JOIN and RESUME: counts the attempts to recover, 0 being the first connection. CHANNEL:
+        /// which one it is, counting from 0.
         attempt: u32,
     }
 }

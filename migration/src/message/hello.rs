@@ -50,8 +50,11 @@ pub const ZSTD: u32 = 1 << 1;
 /// Offered: XBZRLE frames.
 pub const XBZRLE: u32 = 1 << 2;
 
+/// Offered: more connections, which begin with CHANNEL.
+pub const MULTIFD: u32 = 1 << 3;
+
 /// What this build can leave alone; see [`Hello::optional`].
-pub const CAPABILITIES: u32 = LZ4 | ZSTD | XBZRLE;
+pub const CAPABILITIES: u32 = LZ4 | ZSTD | XBZRLE | MULTIFD;
 
 impl Hello {
     /// The body. What the offer holds beyond the limits is an error that says so.

@@ -431,3 +431,27 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_format_of_other_connections_is_fixed() {
+    assert_eq!(MULTIFD, 8);
+    let body = encoded(|out| encode_barrier(&[0x0102, 3, u64::MAX], out));
+    let mut expected = vec![2, 0, 2, 1, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0];
+    expected.extend([0xff; 8]);
+    assert_eq!(body, expected);
+    let mut sent = vec![9];
+    decode_barrier(&body, &mut sent).unwrap();
+    assert_eq!(sent, [0x0102, 3, u64::MAX]);
+    for len in 0..body.len() {
+        assert!(decode_barrier(&body[..len], &mut sent).is_err());
+    }
+    let longer = [&body[..], &[0]].concat();
+    let trailing = DecodeError::Trailing(1);
+    assert_eq!(decode_barrier(&longer, &mut sent), Err(trailing));
+    // One to 255 of them.
+    assert!(decode_barrier(&encoded(|out| encode_barrier(&[1], out)), &mut sent).is_err());
+    let most = encoded(|out| encode_barrier(&[7; 256], out));
+    assert_eq!(most.len(), crate::frame::Kind::Barrier.max_body());
+    decode_barrier(&most, &mut sent).unwrap();
+    assert!(decode_barrier(&encoded(|out| encode_barrier(&[7; 257], out)), &mut sent).is_err());
+}
