@@ -31,7 +31,7 @@ mod serial;
 
 pub use guests::{
     Hex, Malformed, Maybe, Name, Size, block, boot, clock, dirtier, disk, echo, fault, mmio, net,
-    state, virtio,
+    page, state, virtio,
 };
 pub use serial::{Event, MAX_LINE, Reader};
 
