@@ -16,6 +16,7 @@ use crate::guest_io::PageIo;
 use crate::link::{Link, LinkError, Readiness};
 use crate::progress::Bytes;
 use crate::protocol::{OutOfOrder, Phase};
+use crate::zero_copy::{Sends, ZeroCopy};
 
 pub use self::error::ChannelError;
 
@@ -129,6 +130,18 @@ impl Channel {
 
     pub(crate) fn sent_bytes(&self) -> u64 {
         self.sent_bytes
+    }
+
+    /// From here on pages are sent without a copy into the kernel, if the connection can do that.
+    pub(crate) fn enable_zero_copy(&mut self) {
+        if let Err(error) = self.link.enable_zero_copy() {
+            tracing::warn!("pages are copied on their way into this connection: {error}");
+        }
+    }
+
+    /// What became of the sends without a copy, if there are any.
+    pub(crate) fn zero_copy(&self) -> Option<Sends> {
+        self.link.zero_copy().map(ZeroCopy::sends)
     }
 
     /// How long sending has waited for room in the link so far.

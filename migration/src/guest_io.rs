@@ -300,6 +300,19 @@ impl GuestPages {
     }
 }
 
+/// How bytes are handed to a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// Copied.
+    Copied,
+    /// Copied, and more follow at once: they may wait for those.
+    More,
+    /// Not copied: the pages are pinned until the socket is done with them, and says so on its
+    /// error queue; see [`crate::zero_copy`]. There are no parts then, as they may be gone by that
+    /// time.
+    Pinned,
+}
+
 /// Moves memory to and from sockets; its buffers are reused from call to call.
 #[derive(Debug, Default)]
 pub struct PageIo {
@@ -320,8 +333,13 @@ impl PageIo {
         memory: Option<&GuestPages>,
         runs: &[PageRun],
         skip: u64,
+        manner: Manner,
     ) -> io::Result<usize> {
         self.ranges.clear();
+        let parts = match manner {
+            Manner::Copied | Manner::More => parts,
+            Manner::Pinned => &[],
+        };
         let mut skip = skip as usize;
         for part in parts {
             let left = part.get(skip..).unwrap_or_default();
@@ -340,14 +358,20 @@ impl PageIo {
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_iov = self.ranges.as_mut_ptr();
         message.msg_iovlen = self.ranges.len();
+        let flags = match manner {
+            Manner::Copied => 0,
+            Manner::More => libc::MSG_MORE,
+            Manner::Pinned => libc::MSG_ZEROCOPY,
+        };
         // SAFETY: every range is memory that lives through the call: `parts`, which are
-        // borrowed, and mapped guest memory, which `memory` keeps. The kernel only reads them. A
-        // guest writing meanwhile tears the data, which the checksums show.
+        // borrowed, and mapped guest memory, which `memory` keeps. The kernel only reads them;
+        // pages that it reads later it holds itself, whatever becomes of the mapping. A guest
+        // writing meanwhile tears the data, which the checksums show.
         let sent = unsafe {
             libc::sendmsg(
                 socket.as_raw_fd(),
                 &raw const message,
-                libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
+                libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT | flags,
             )
         };
         self.ranges.clear();
@@ -513,7 +537,7 @@ mod tests {
         let mut sent = 0;
         while sent < total {
             sent += io
-                .send(a.as_fd(), &head, Some(&source), &runs, sent)
+                .send(a.as_fd(), &head, Some(&source), &runs, sent, Manner::Copied)
                 .unwrap() as u64;
         }
         let mut start = [0; 1010];

@@ -15,7 +15,8 @@
 //!   the switch, [`destination::late`] with [`userfault`] after it.
 //! - A guest in a file: [`snapshot`], described in docs/snapshot.md.
 //! - The wire, described in docs/protocol.md: [`protocol`], [`frame`], [`message`], [`codec`],
-//!   `channel`, [`link`], [`connect`], and `guest_io`, which moves memory.
+//!   `channel`, [`link`], [`zero_copy`], [`connect`], and `guest_io`, which moves
+//!   memory.
 
 pub mod bitmap;
 mod blocks;
@@ -55,3 +56,4 @@ pub mod userfault;
 pub mod vm;
 pub mod xbzrle;
 mod zero;
+pub mod zero_copy;

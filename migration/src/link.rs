@@ -10,6 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 
 use crate::cancel::Cancel;
+use crate::zero_copy::ZeroCopy;
 
 /// How long the engine waits for what.
 #[derive(Clone, Debug)]
@@ -172,6 +173,7 @@ pub(crate) struct Link {
     cancel: Option<Cancel>,
     patience: Duration,
     until: Option<Instant>,
+    zero_copy: Option<ZeroCopy>,
 }
 
 impl Link {
@@ -182,7 +184,37 @@ impl Link {
             cancel: Some(cancel),
             patience: deadlines.progress,
             until: None,
+            zero_copy: None,
         })
+    }
+
+    /// From here on pages are sent without a copy, if the socket can do that.
+    pub(crate) fn enable_zero_copy(&mut self) -> io::Result<()> {
+        if self.zero_copy.is_none() {
+            self.zero_copy = Some(ZeroCopy::enable(self.stream.as_fd())?);
+        }
+        Ok(())
+    }
+
+    /// A send without a copy went out, or was refused.
+    pub(crate) fn count_zero_copy(&mut self, refused: bool, sent: bool) {
+        let Some(zero_copy) = &mut self.zero_copy else {
+            return;
+        };
+        if sent {
+            zero_copy.sent();
+        }
+        if refused {
+            zero_copy.refused();
+            // What the kernel has to say takes room of the same kind.
+            zero_copy.reap(self.stream.as_fd());
+        }
+    }
+
+    /// What there is to know about sends without a copy, if pages are sent so, or were until that
+    /// turned out to be of no use.
+    pub(crate) fn zero_copy(&self) -> Option<&ZeroCopy> {
+        self.zero_copy.as_ref()
     }
 
     /// No wait goes past `until`, whatever moves.
@@ -223,7 +255,11 @@ impl Link {
     }
 
     /// Waits until the socket is ready for one of `wanted`. `since` is when something last moved.
-    pub(crate) fn wait(&self, wanted: Readiness, since: Instant) -> Result<Readiness, LinkError> {
+    pub(crate) fn wait(
+        &mut self,
+        wanted: Readiness,
+        since: Instant,
+    ) -> Result<Readiness, LinkError> {
         let stall = since + self.patience;
         let end = self.until.map_or(stall, |until| until.min(stall));
         match self.wait_until(wanted, end)? {
@@ -235,11 +271,16 @@ impl Link {
 
     /// As [`wait`](Self::wait), but only until `end`, which is no error: `None`.
     pub(crate) fn wait_until(
-        &self,
+        &mut self,
         wanted: Readiness,
         end: Instant,
     ) -> Result<Option<Readiness>, LinkError> {
-        wait_for(&self.stream, wanted, self.cancel.as_ref(), end)
+        let ready = wait_for(&self.stream, wanted, self.cancel.as_ref(), end)?;
+        // A socket with something on its error queue looks ready for everything.
+        if let Some(zero_copy) = &mut self.zero_copy {
+            zero_copy.reap(self.stream.as_fd());
+        }
+        Ok(ready)
     }
 
     /// Reads what is there: `None` if nothing is.

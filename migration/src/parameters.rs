@@ -38,6 +38,7 @@ pub struct Parameters {
     zstd_level: AtomicU8,
     xbzrle: AtomicBool,
     xbzrle_cache_size: AtomicU64,
+    zero_copy_send: AtomicBool,
 }
 
 impl Default for Parameters {
@@ -54,6 +55,7 @@ impl Default for Parameters {
             zstd_level: AtomicU8::new(ZstdLevel::default().get()),
             xbzrle: AtomicBool::new(false),
             xbzrle_cache_size: AtomicU64::new(DEFAULT_CACHE_SIZE),
+            zero_copy_send: AtomicBool::new(false),
         }
     }
 }
@@ -196,6 +198,16 @@ impl Parameters {
         Cache::check_size(size)?;
         self.xbzrle_cache_size.store(size, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Whether pages are sent without a copy where that is possible; see [`crate::zero_copy`].
+    pub fn zero_copy_send(&self) -> bool {
+        self.zero_copy_send.load(Ordering::Relaxed)
+    }
+
+    /// Switches [`zero_copy_send`](Self::zero_copy_send) on or off, for connections made later.
+    pub fn set_zero_copy_send(&self, on: bool) {
+        self.zero_copy_send.store(on, Ordering::Relaxed);
     }
 }
 

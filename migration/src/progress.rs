@@ -10,6 +10,7 @@ use crate::frame::Kind;
 use crate::layout::PAGE_SIZE;
 use crate::message::BlobChunk;
 use crate::xbzrle;
+use crate::zero_copy::Sends;
 
 /// How many rounds are kept for [`Snapshot::rounds`].
 pub const KEPT_ROUNDS: usize = 256;
@@ -305,6 +306,8 @@ pub struct Snapshot {
     pub xbzrle: Option<xbzrle::Figures>,
     /// Compression; `None` if it is off and never was on.
     pub compression: Option<Compression>,
+    /// Sends without a copy; `None` if they are off, or no connection can do it.
+    pub zero_copy: Option<Sends>,
     /// Pages that were never touched, and so never read.
     pub skipped: u64,
     /// Rounds begun so far, the last one with the guest stopped included.

@@ -320,6 +320,7 @@ impl Session {
         snapshot.bytes = self.channel.sent();
         snapshot.bandwidth = self.convergence.bandwidth.estimate();
         snapshot.round_trip = self.convergence.measured_round_trip();
+        snapshot.zero_copy = self.channel.zero_copy();
     }
 
     /// Measures the round trip; nothing else is on its way.

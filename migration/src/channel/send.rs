@@ -1,13 +1,15 @@
 //! The sending half of a channel.
 
+use std::io;
 use std::time::Instant;
 
 use super::{Channel, ChannelError, MAX_WAITING};
 use crate::bitmap::PageRun;
 use crate::frame::{HEADER_LEN, Header, Kind};
-use crate::guest_io::GuestPages;
+use crate::guest_io::{GuestPages, Manner};
 use crate::layout::PAGE_SIZE;
 use crate::link::{LinkError, Readiness, not_ready};
+use crate::zero_copy;
 
 impl Channel {
     /// Sends bytes that are no frame: the preamble.
@@ -84,7 +86,7 @@ impl Channel {
         let mut done = 0;
         let mut since = Instant::now();
         while done < total {
-            match self.io.send(self.link.fd(), parts, memory, runs, done) {
+            match self.send_some(parts, memory, runs, done, total) {
                 Ok(count) => {
                     done += count as u64;
                     self.sent_bytes += count as u64;
@@ -98,6 +100,34 @@ impl Channel {
         }
         self.torn = false;
         Ok(())
+    }
+
+    /// Hands the socket what it takes of all that without the first `done` bytes.
+    fn send_some(
+        &mut self,
+        parts: &[&[u8]],
+        memory: Option<&GuestPages>,
+        runs: &[PageRun],
+        done: u64,
+        total: u64,
+    ) -> io::Result<usize> {
+        let Self { io, link, .. } = self;
+        let head: u64 = parts.iter().map(|part| part.len() as u64).sum();
+        let worth = memory.is_some() && total - head >= zero_copy::WORTH;
+        if !worth || !link.zero_copy().is_some_and(|zero_copy| zero_copy.is_on()) {
+            return io.send(link.fd(), parts, memory, runs, done, Manner::Copied);
+        }
+        // The buffers of the parts are used again at once, so they are copied in any case.
+        if done < head {
+            return io.send(link.fd(), parts, None, &[], done, Manner::More);
+        }
+        let sent = io.send(link.fd(), &[], memory, runs, done - head, Manner::Pinned);
+        let refused = matches!(&sent, Err(error) if error.raw_os_error() == Some(libc::ENOBUFS));
+        link.count_zero_copy(refused, sent.is_ok());
+        match refused {
+            true => io.send(link.fd(), parts, memory, runs, done, Manner::Copied),
+            false => sent,
+        }
     }
 
     fn wait_to_send(&mut self, since: Instant) -> Result<(), ChannelError> {
@@ -147,7 +177,14 @@ impl Channel {
         self.phase = phase;
         self.torn = true;
         self.io
-            .send(self.link.fd(), &[&header, body], None, &[], 0)
+            .send(
+                self.link.fd(),
+                &[&header, body],
+                None,
+                &[],
+                0,
+                Manner::Copied,
+            )
             .is_ok_and(|count| count == total)
     }
 

@@ -52,6 +52,9 @@ impl Source<'_> {
             return Err(SourceError::Accept(format!("{accept:?}")));
         }
         session.set_picked(capabilities);
+        if self.job.parameters.zero_copy_send() {
+            session.channel.enable_zero_copy();
+        }
         Ok(())
     }
 

@@ -22,3 +22,4 @@ mod postcopy;
 mod proxy;
 mod snapshot;
 mod whole;
+mod zero_copy;

@@ -9,7 +9,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::guest_io::PageIo;
+use crate::guest_io::{Manner, PageIo};
 use crate::layout::{GuestRam, PAGE_SIZE};
 use crate::placement::Incomplete;
 
@@ -446,7 +446,8 @@ fn system_calls_wait_for_their_pages_too() {
         assert_eq!(guest.read(699), [0x55; 4096]);
         assert_eq!(guest.read(700), [0x55; 4096]);
         // sendmsg(2).
-        let sent = io.send(a.as_fd(), &[], Some(guest.late.memory()), &[run(9, 1)], 0);
+        let memory = Some(guest.late.memory());
+        let sent = io.send(a.as_fd(), &[], memory, &[run(9, 1)], 0, Manner::Copied);
         assert_eq!(sent.unwrap(), 4096);
         let mut page = vec![0; 4096];
         std::io::Read::read_exact(&mut b, &mut page).unwrap();
