@@ -1,8 +1,11 @@
 //! When to stop the guest: what a stop would cost, from what has been measured. Arithmetic only;
 //! the measuring is done by the source.
 
+pub mod refinement;
+
 use std::time::Duration;
 
+use self::refinement::Prospect;
 use crate::disk::BLOCK_SIZE;
 use crate::layout::PAGE_SIZE;
 
@@ -303,6 +306,25 @@ impl Convergence {
             .into_iter()
             .fold(transfer, Duration::saturating_add),
         )
+    }
+
+    /// What a round more would do for a stop with `rest` to send, `elapsed` after the beginning.
+    /// `None` if nothing has been measured.
+    pub fn prospect(
+        &self,
+        rest: Rest,
+        assumed_bandwidth: u64,
+        elapsed: Duration,
+    ) -> Option<Prospect> {
+        let bandwidth = self.bandwidth.estimate()?;
+        let page_bytes = self.page_bytes.unwrap_or(PAGE_ON_WIRE as f64);
+        let dirtied = self.dirty_rate * page_bytes + self.dirty_block_rate;
+        Some(Prospect {
+            expected: self.expected_downtime(rest, assumed_bandwidth)?,
+            least: self.expected_downtime(Rest::default(), assumed_bandwidth)?,
+            pressure: dirtied / bandwidth.max(1.0),
+            elapsed,
+        })
     }
 
     /// Whether to stop the guest with `rest` to send.

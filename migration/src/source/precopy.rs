@@ -4,6 +4,7 @@ use std::io::Read;
 use std::time::{Duration, Instant};
 
 use super::{Contents, Next, Source, SourceError, blocks_error, pass_error, vm};
+use crate::convergence::refinement::Refinement;
 use crate::convergence::{Decision, Rest};
 use crate::frame::{Kind, MAX_CHUNK};
 use crate::message::{Accept, BLOCK_MIGRATION, BlobChunk, CAPABILITIES, Hello, POSTCOPY, Preamble};
@@ -115,6 +116,7 @@ impl Source<'_> {
         guest: &mut Contents,
     ) -> Result<(u64, Next), SourceError> {
         let mut number = 0;
+        let mut refinement = Refinement::default();
         let control = self.job.postcopy.clone();
         let is_started = || control.as_ref().is_some_and(Control::is_started);
         guest.disks.harvest();
@@ -195,12 +197,26 @@ impl Source<'_> {
                 return Ok((number, Next::Postcopy));
             }
             match decision {
-                // A pass that was broken off has left more behind than the log knows.
-                Decision::SwitchOver => return Ok((number, Next::SwitchOver)),
-                Decision::AnotherRound => {}
-                Decision::NeverFits => session.idle(IDLE)?,
+                Decision::SwitchOver => {
+                    if !self.is_worth_a_round(&mut refinement, session, rest) {
+                        return Ok((number, Next::SwitchOver));
+                    }
+                }
+                Decision::AnotherRound => refinement.does_not_fit(),
+                Decision::NeverFits => {
+                    refinement.does_not_fit();
+                    session.idle(IDLE)?;
+                }
             }
         }
+    }
+
+    /// Whether to make the stop shorter by another round, though the rest fits.
+    fn is_worth_a_round(&self, refinement: &mut Refinement, session: &Session, rest: Rest) -> bool {
+        let assumed = self.job.parameters.avail_switchover_bandwidth();
+        let elapsed = self.job.progress.snapshot().total_time;
+        let prospect = session.convergence.prospect(rest, assumed, elapsed);
+        prospect.is_some_and(|prospect| refinement.is_worth_a_round(prospect))
     }
 
     /// Whether the rest of memory is to come after the guest: it was asked for, or so many rounds,
