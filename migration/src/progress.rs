@@ -216,6 +216,9 @@ pub struct Downtime {
     pub load: Duration,
     /// Giving up what only one side may hold, GO, and starting the vCPUs.
     pub start: Duration,
+    /// What `total` was estimated to be when it was decided to stop the guest; `None` in
+    /// post-copy, in which nothing is decided by it.
+    pub expected: Option<Duration>,
 }
 
 /// What happened after the guest had moved ahead of its memory.

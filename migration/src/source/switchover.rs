@@ -25,6 +25,8 @@ impl Source<'_> {
         self.enter(Step::Stop);
         self.job.progress.set_status(Status::Device);
         let stop_began = self.clock.now();
+        let estimate = self.job.progress.snapshot().expected_downtime;
+        let expected = estimate.filter(|_| late.is_none());
         let deadline = Instant::now()
             + 2 * self.job.parameters.downtime_limit()
             + self.job.deadlines.stop_margin;
@@ -108,6 +110,7 @@ impl Source<'_> {
             send: ready_at.saturating_sub(saved).saturating_sub(load),
             load,
             start: first_instruction.saturating_sub(ready_at),
+            expected,
         };
         let round = Round {
             number: round,

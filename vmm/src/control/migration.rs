@@ -273,6 +273,9 @@ pub struct DowntimeParts {
     pub load: u64,
     /// From the agreement to the first instruction.
     pub start: u64,
+    /// What `total` was estimated to be when the guest was stopped; left out in post-copy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expected: Option<u64>,
 }
 
 #[cfg(test)]

@@ -285,6 +285,7 @@ fn parts(downtime: Downtime) -> DowntimeParts {
         send,
         load,
         start,
+        expected,
     } = downtime;
     DowntimeParts {
         total: us(total),
@@ -294,6 +295,7 @@ fn parts(downtime: Downtime) -> DowntimeParts {
         send: us(send),
         load: us(load),
         start: us(start),
+        expected: expected.map(us),
     }
 }
 
