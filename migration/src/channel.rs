@@ -45,6 +45,7 @@ pub(crate) struct Channel {
     /// Whether frames are taken in while sending: at the source, where they are few and small.
     duplex: bool,
     next_sent: u32,
+    sent_frames: u64,
     next_received: u32,
     sent_bytes: u64,
     sent: Bytes,
@@ -76,6 +77,7 @@ impl Channel {
             phase: Phase::Start,
             duplex,
             next_sent: 0,
+            sent_frames: 0,
             next_received: 0,
             sent_bytes: 0,
             sent: Bytes::default(),
@@ -129,6 +131,11 @@ impl Channel {
 
     pub(crate) fn sent_bytes(&self) -> u64 {
         self.sent_bytes
+    }
+
+    /// How many frames were sent.
+    pub(crate) fn sent_frames(&self) -> u64 {
+        self.sent_frames
     }
 
     /// How long sending has waited for room in the link so far.
@@ -190,6 +197,16 @@ impl Channel {
     /// The socket, to be waited for.
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.link.fd()
+    }
+
+    /// Waits until the socket or `event` has something to read, or `end`.
+    pub(crate) fn wait_readable_or(
+        &self,
+        event: BorrowedFd<'_>,
+        end: Instant,
+    ) -> Result<(), ChannelError> {
+        let waited = self.link.wait_readable_or(event, end);
+        waited.map_err(|error| self.broken(error))
     }
 
     /// Ends both directions at once.

@@ -7,7 +7,7 @@
 //! - What the machines and the engine share: [`vm`], [`disk`], [`layout`], [`section`],
 //!   [`bitmap`], [`clock`].
 //! - What users see and set: [`uri`], [`parameters`], [`progress`], [`cancel`].
-//! - The source: [`source`], with its passes over memory (`rounds`, `outgoing`, [`pagemap`],
+//! - The source: [`source`], with its passes over memory (`rounds`, `page_sender`, `outgoing`, [`pagemap`],
 //!   `zero`), what it does to pages on their way ([`compression`], [`xbzrle`]), its passes over
 //!   disks (`blocks`, `read_ahead`), its side of the connection (`session`), and arithmetic
 //!   ([`convergence`], [`pacing`]).
@@ -37,6 +37,7 @@ mod memory_frames;
 pub mod message;
 mod outgoing;
 pub mod pacing;
+mod page_sender;
 pub mod pagemap;
 pub mod parameters;
 mod placement;

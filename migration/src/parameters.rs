@@ -1,5 +1,6 @@
 //! What a user may change at any time, also while a migration runs.
 
+use std::num::NonZeroU8;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -12,6 +13,9 @@ pub const MAX_DOWNTIME_LIMIT: Duration = Duration::from_millis(2_000_000);
 
 /// The downtime limit that nobody has changed.
 pub const DEFAULT_DOWNTIME_LIMIT: Duration = Duration::from_millis(30);
+
+/// How many connections carry pages with multifd if nobody has changed it: 2, as in QEMU.
+pub const DEFAULT_CHANNELS: NonZeroU8 = NonZeroU8::new(2).unwrap();
 
 /// Codes of [`Parameters::compression`].
 const OFF: u8 = 0;
@@ -38,6 +42,8 @@ pub struct Parameters {
     zstd_level: AtomicU8,
     xbzrle: AtomicBool,
     xbzrle_cache_size: AtomicU64,
+    multifd: AtomicBool,
+    multifd_channels: AtomicU8,
 }
 
 impl Default for Parameters {
@@ -54,6 +60,8 @@ impl Default for Parameters {
             zstd_level: AtomicU8::new(ZstdLevel::default().get()),
             xbzrle: AtomicBool::new(false),
             xbzrle_cache_size: AtomicU64::new(DEFAULT_CACHE_SIZE),
+            multifd: AtomicBool::new(false),
+            multifd_channels: AtomicU8::new(DEFAULT_CHANNELS.get()),
         }
     }
 }
@@ -196,6 +204,30 @@ impl Parameters {
         Cache::check_size(size)?;
         self.xbzrle_cache_size.store(size, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// How many connections there are for pages beside the first one; `None` without multifd. It
+    /// counts when a migration begins.
+    pub fn multifd(&self) -> Option<NonZeroU8> {
+        let on = self.multifd.load(Ordering::Relaxed);
+        on.then(|| self.multifd_channels())
+    }
+
+    /// Switches multifd on or off.
+    pub fn set_multifd(&self, on: bool) {
+        self.multifd.store(on, Ordering::Relaxed);
+    }
+
+    /// How many connections there are with multifd, whether it is on or not.
+    pub fn multifd_channels(&self) -> NonZeroU8 {
+        let channels = self.multifd_channels.load(Ordering::Relaxed);
+        NonZeroU8::new(channels).unwrap_or(DEFAULT_CHANNELS)
+    }
+
+    /// Sets [`multifd_channels`](Self::multifd_channels).
+    pub fn set_multifd_channels(&self, channels: NonZeroU8) {
+        self.multifd_channels
+            .store(channels.get(), Ordering::Relaxed);
     }
 }
 

@@ -176,6 +176,21 @@ impl Bytes {
         }
     }
 
+    pub(crate) fn add(&mut self, other: Self) {
+        let Self {
+            pages,
+            zero,
+            state,
+            files,
+            control,
+        } = other;
+        self.pages += pages;
+        self.zero += zero;
+        self.state += state;
+        self.files += files;
+        self.control += control;
+    }
+
     /// The same, with all of `transferred` bytes that is not counted yet as control.
     pub(crate) fn of(self, transferred: u64) -> Self {
         let counted = self.pages + self.zero + self.state + self.files;
@@ -195,6 +210,19 @@ pub struct Compression {
     pub pages: u64,
     /// The bytes that they took.
     pub bytes: u64,
+}
+
+/// More connections for pages; only at the source.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Multifd {
+    /// How many there are beside the first one; 0 if there can't be any.
+    pub channels: u64,
+    /// How many of them take work: as many as make a difference.
+    pub in_use: u64,
+    /// Bytes sent on them.
+    pub bytes: u64,
+    /// Why only one is used, or none.
+    pub why_one: Option<String>,
 }
 
 /// How long the guest stood still, and what for.
@@ -305,6 +333,8 @@ pub struct Snapshot {
     pub xbzrle: Option<xbzrle::Figures>,
     /// Compression; `None` if it is off and never was on.
     pub compression: Option<Compression>,
+    /// More connections; `None` if they were not asked for.
+    pub multifd: Option<Multifd>,
     /// Pages that were never touched, and so never read.
     pub skipped: u64,
     /// Rounds begun so far, the last one with the guest stopped included.
