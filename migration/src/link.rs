@@ -257,7 +257,11 @@ impl Link {
             PollFd::from_borrowed_fd(self.fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(event, PollFlags::IN),
         ];
-        fds.extend(self.cancel.as_ref().map(|cancel| PollFd::new(cancel, PollFlags::IN)));
+        fds.extend(
+            self.cancel
+                .as_ref()
+                .map(|cancel| PollFd::new(cancel, PollFlags::IN)),
+        );
         let left = end.saturating_duration_since(Instant::now());
         match poll(&mut fds, Some(&timespec(left))) {
             Err(error) if error != rustix::io::Errno::INTR => Err(LinkError::Io(error.into())),

@@ -105,13 +105,7 @@ impl Outgoing {
     }
 
     /// A pass begins over a guest of `pages` pages: what the user wants may have changed.
-    pub(crate) fn begin(
-        &mut self,
-        pass: Pass,
-        pages: u64,
-        wanted: Wanted,
-        sink: &dyn FrameSink,
-    ) {
+    pub(crate) fn begin(&mut self, pass: Pass, pages: u64, wanted: Wanted, sink: &dyn FrameSink) {
         self.pass = pass;
         self.limit = sink.frame_pages();
         self.pages = 0;

@@ -44,6 +44,7 @@ pub struct Parameters {
     xbzrle_cache_size: AtomicU64,
     multifd: AtomicBool,
     multifd_channels: AtomicU8,
+    multifd_all: AtomicBool,
 }
 
 impl Default for Parameters {
@@ -62,6 +63,7 @@ impl Default for Parameters {
             xbzrle_cache_size: AtomicU64::new(DEFAULT_CACHE_SIZE),
             multifd: AtomicBool::new(false),
             multifd_channels: AtomicU8::new(DEFAULT_CHANNELS.get()),
+            multifd_all: AtomicBool::new(false),
         }
     }
 }
@@ -228,6 +230,16 @@ impl Parameters {
     pub fn set_multifd_channels(&self, channels: NonZeroU8) {
         self.multifd_channels
             .store(channels.get(), Ordering::Relaxed);
+    }
+
+    /// Whether all those connections are used, even if fewer would do: to measure what they bring.
+    pub fn multifd_all(&self) -> bool {
+        self.multifd_all.load(Ordering::Relaxed)
+    }
+
+    /// Sets [`multifd_all`](Self::multifd_all).
+    pub fn set_multifd_all(&self, all: bool) {
+        self.multifd_all.store(all, Ordering::Relaxed);
     }
 }
 

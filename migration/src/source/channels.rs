@@ -96,15 +96,17 @@ pub(crate) struct Channels {
 }
 
 impl Channels {
-    /// Starts to connect `count` times, without waiting for it.
-    pub(crate) fn start(setup: Setup, count: usize) -> io::Result<Self> {
+    /// Starts to connect `count` times, without waiting for it. `all`: each of them is to take
+    /// work, even if fewer would do.
+    pub(crate) fn start(setup: Setup, count: usize, all: bool) -> io::Result<Self> {
         let setup = Arc::new(setup);
+        let active = Active::new(count, all);
         let mut channels = Self {
-            queue: Arc::new(Queue::new(count)?),
+            queue: Arc::new(Queue::new(count, active.get())?),
             threads: Vec::with_capacity(count),
             connecting: Cancel::new()?,
             sending: Cancel::new()?,
-            active: Active::new(count),
+            active,
             passes: 0,
             clock: Arc::clone(&setup.clock),
         };
@@ -207,7 +209,10 @@ impl Channels {
     pub(crate) fn finish(mut self) -> (Totals, Multifd) {
         let told = self.tell();
         if let Some(why) = &told.why_one {
-            tracing::info!("multifd: 1 of {} connections was enough: {why}", told.channels);
+            tracing::info!(
+                "multifd: 1 of {} connections was enough: {why}",
+                told.channels
+            );
         }
         self.queue.end();
         // Those that are not there yet are of no use any more.

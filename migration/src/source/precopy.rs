@@ -107,7 +107,7 @@ impl Source<'_> {
             memory: Arc::clone(memory),
         };
         let count = count.get();
-        let channels = Channels::start(setup, count.into())
+        let channels = Channels::start(setup, count.into(), self.job.parameters.multifd_all())
             .map_err(|error| SourceError::Multifd { count, error })?;
         session.set_channels(channels);
         Ok(())

@@ -18,6 +18,7 @@ mod handover;
 mod hints;
 mod hostile;
 mod machine;
+mod multifd;
 mod postcopy;
 mod proxy;
 mod snapshot;

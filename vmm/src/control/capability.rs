@@ -23,12 +23,7 @@ pub enum MigrationCapability {
 
 impl MigrationCapability {
     /// All of them.
-    pub const ALL: [Self; 4] = [
-        Self::Events,
-        Self::PostcopyRam,
-        Self::Xbzrle,
-        Self::Multifd,
-    ];
+    pub const ALL: [Self; 4] = [Self::Events, Self::PostcopyRam, Self::Xbzrle, Self::Multifd];
 
     /// The name in QMP and in the monitor.
     pub fn as_str(self) -> &'static str {

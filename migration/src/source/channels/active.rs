@@ -26,6 +26,8 @@ const MAX_WAIT: Duration = Duration::from_secs(3);
 #[derive(Clone, Debug)]
 pub(crate) struct Active {
     most: usize,
+    /// Whether that is not to change.
+    fixed: bool,
     active: usize,
     stage: Stage,
     /// When the window began, and how many pages had been sent by then.
@@ -54,11 +56,12 @@ struct Tried {
 }
 
 impl Active {
-    /// One of `most`, at least one.
-    pub(crate) fn new(most: usize) -> Self {
+    /// One of `most`, at least one; or all of them, always.
+    pub(crate) fn new(most: usize, all: bool) -> Self {
         Self {
             most,
-            active: 1,
+            fixed: all || most <= 1,
+            active: if all { most } else { 1 },
             stage: Stage::Steady,
             since: (Duration::ZERO, 0),
             worked: Duration::ZERO,
@@ -85,7 +88,7 @@ impl Active {
         let window = time >= WINDOW && (done >= WINDOW_PAGES || time >= LONG_WINDOW);
         let rate = done as f64 / time.as_secs_f64().max(1e-9);
         match self.stage {
-            _ if self.most <= 1 => {}
+            _ if self.fixed => {}
             Stage::Steady if window => {
                 self.worked += time;
                 self.since = (now, pages);
@@ -123,7 +126,13 @@ impl Active {
         if more {
             self.tried = Some(Tried { connections, gain });
         }
-        tracing::debug!(from, connections, gain, stays, "multifd: another number of connections");
+        tracing::debug!(
+            from,
+            connections,
+            gain,
+            stays,
+            "multifd: another number of connections"
+        );
         if !stays {
             self.active = from;
         }
@@ -139,7 +148,7 @@ impl Active {
 
     /// Why one is enough; `None` if it was not, or there is no other.
     pub(crate) fn why_one(&self) -> Option<String> {
-        if self.active > 1 || self.most <= 1 {
+        if self.active > 1 || self.fixed {
             return None;
         }
         Some(match self.tried {
@@ -180,31 +189,31 @@ mod tests {
     #[test]
     fn as_many_as_help_are_used() {
         // A processor for each of three, then the link is full.
-        let mut active = Active::new(8);
+        let mut active = Active::new(8, false);
         let used = run(&mut active, 20, 0, |n| 250_000.0 * n.min(3) as f64);
         assert!((2.8..3.2).contains(&used), "{used}");
         assert_eq!(active.why_one(), None);
         // All of them.
-        let used = run(&mut Active::new(4), 20, 0, |n| 250_000.0 * n as f64);
+        let used = run(&mut Active::new(4, false), 20, 0, |n| 250_000.0 * n as f64);
         assert!(used > 3.7, "{used}");
     }
 
     #[test]
     fn more_that_bring_nothing_rest_and_their_buffers_deceive_nobody() {
         for rate in [3_000.0, 30_000.0, 250_000.0] {
-            let mut active = Active::new(4);
+            let mut active = Active::new(4, false);
             let used = run(&mut active, 60, 4000, |_| rate);
             assert!(used < 1.2, "{used} at {rate}");
             assert!(active.why_one().is_some());
         }
         // More are even slower.
-        let used = run(&mut Active::new(4), 20, 0, |n| 250_000.0 / n as f64);
+        let used = run(&mut Active::new(4, false), 20, 0, |n| 250_000.0 / n as f64);
         assert!(used < 1.2, "{used}");
     }
 
     #[test]
     fn a_link_that_changes_is_noticed() {
-        let mut active = Active::new(4);
+        let mut active = Active::new(4, false);
         run(&mut active, 5, 0, |n| 250_000.0 * n as f64);
         assert_eq!(active.get(), 4);
         let used = run(&mut active, 60, 0, |_| 250_000.0);
@@ -215,7 +224,7 @@ mod tests {
 
     #[test]
     fn passes_that_are_too_short_say_nothing() {
-        let mut active = Active::new(4);
+        let mut active = Active::new(4, false);
         let mut now = Duration::ZERO;
         for pass in 0..1000 {
             now += Duration::from_millis(10);
@@ -229,7 +238,7 @@ mod tests {
 
     #[test]
     fn one_is_all_there_is() {
-        let mut active = Active::new(1);
+        let mut active = Active::new(1, false);
         assert_eq!(run(&mut active, 10, 0, |_| 250_000.0), 1.0);
         assert_eq!(active.why_one(), None);
     }

@@ -62,12 +62,12 @@ struct State {
 }
 
 impl Queue {
-    pub(super) fn new(count: usize) -> io::Result<Self> {
+    pub(super) fn new(count: usize, active: usize) -> io::Result<Self> {
         Ok(Self {
             state: Mutex::new(State {
                 units: VecDeque::new(),
                 pass: Arc::default(),
-                active: 1,
+                active,
                 busy: 0,
                 pages: 0,
                 held_back: Duration::ZERO,

@@ -2,7 +2,9 @@
 
 use std::fmt::Write;
 
-use crate::control::command::{MigrationInfo, MigrationStats, MigrationStatus, MultifdInfo, XbzrleCacheStats};
+use crate::control::command::{
+    MigrationInfo, MigrationStats, MigrationStatus, MultifdInfo, XbzrleCacheStats,
+};
 use crate::control::size::format_size;
 
 /// A migration, as `info migrate` shows it.
