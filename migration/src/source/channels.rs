@@ -167,7 +167,8 @@ impl Channels {
         self.queue.quiet();
     }
 
-    /// How many frames were sent on each, and how many bytes together: at one moment.
+    /// How many frames were sent on each, 0 if CHANNEL is all, and how many bytes together: at one
+    /// moment.
     pub(crate) fn sent(&self) -> (Vec<u64>, u64) {
         self.queue.sent()
     }

@@ -155,7 +155,7 @@ impl Active {
             Some(Tried { connections, gain }) => {
                 format!("{connections} moved {gain:.2} times as many pages as one fewer")
             }
-            None => "there was too little to send to try more".to_owned(),
+            None => "too little was sent to try more".to_owned(),
         })
     }
 }
