@@ -365,7 +365,10 @@ impl Listener {
             if let Some(reason) = cancel.cancelled() {
                 return Err(ListenError::Cancelled(reason.to_owned()));
             }
-            if expected.over().is_some_and(|over| over.cancelled().is_some()) {
+            if expected
+                .over()
+                .is_some_and(|over| over.cancelled().is_some())
+            {
                 return Err(ListenError::Nobody);
             }
             // Who waits already may have said more than was looked at before.

@@ -171,7 +171,10 @@ impl Placement {
 
     /// The memory, the pages that never came, and those whose last copy was not right.
     pub(crate) fn into_parts(self) -> (GuestPages, PageBitmap, PageBitmap) {
-        let came = self.came.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let came = self
+            .came
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
         (self.memory, came.missing, came.suspect)
     }
 

@@ -101,7 +101,9 @@ impl Arriving {
 
     /// What there is of post-copy, for a frame that belongs to it.
     pub(super) fn late(&self, channel: &Channel, kind: Kind) -> Result<&Late, DestinationError> {
-        self.late.as_ref().ok_or_else(|| out_of_order(channel, kind))
+        self.late
+            .as_ref()
+            .ok_or_else(|| out_of_order(channel, kind))
     }
 
     /// Where what comes before the guest is placed.

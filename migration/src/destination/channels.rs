@@ -217,7 +217,10 @@ impl Shared {
         let connection = 1 + index as usize;
         let peer = returned.stream.peer().to_owned();
         if !self.positions.join(connection) {
-            tracing::warn!(peer, "data connection {index} came twice; the other one is dropped");
+            tracing::warn!(
+                peer,
+                "data connection {index} came twice; the other one is dropped"
+            );
             return Ok(());
         }
         let clock = Arc::clone(&self.clock);

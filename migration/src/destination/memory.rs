@@ -7,9 +7,7 @@ use crate::bitmap::PageRun;
 use crate::channel::{Arrived, Channel};
 use crate::frame::Kind;
 use crate::guest_io::MemoryError;
-use crate::message::{
-    AddressRun, Compressed, Differences, XBZRLE, decode_pages, decode_zero,
-};
+use crate::message::{AddressRun, Compressed, Differences, XBZRLE, decode_pages, decode_zero};
 use crate::placement::{Placement, Unpacker};
 
 /// Takes the memory of one connection in. Its buffers are used from frame to frame.

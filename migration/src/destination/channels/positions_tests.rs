@@ -16,8 +16,7 @@ fn waiting(positions: &Arc<Positions>, connection: usize, sent: &[u64]) -> Waiti
     let (there, sent) = (Arc::clone(positions), sent.to_vec());
     let thread = std::thread::spawn(move || there.wait(connection, &sent));
     // It waits, or it is over.
-    while !thread.is_finished()
-        && positions.lock().connections[connection].doing != Doing::Waiting
+    while !thread.is_finished() && positions.lock().connections[connection].doing != Doing::Waiting
     {
         std::thread::yield_now();
     }
@@ -52,7 +51,10 @@ fn a_barrier_holds_until_all_others_have_come_so_far() {
     assert!(positions.join(2));
     assert!(!barrier.is_finished());
     positions.begin(2);
-    assert!(!barrier.is_finished(), "a frame that has begun is not placed");
+    assert!(
+        !barrier.is_finished(),
+        "a frame that has begun is not placed"
+    );
     positions.placed(2);
     assert_eq!(barrier.join().unwrap(), Ok(()));
 }
