@@ -11,8 +11,9 @@
 //!   `zero`), what it does to pages on their way ([`compression`], [`xbzrle`]), its passes over
 //!   disks (`blocks`, `read_ahead`), its side of the connection (`session`), and arithmetic
 //!   ([`convergence`], [`pacing`]).
-//! - The destination: [`listener`], [`destination`], and the arriving memory: `placement` before
-//!   the switch, [`destination::late`] with [`userfault`] after it.
+//! - The destination: [`listener`], [`destination`], its further connections
+//!   (`destination::channels`), and the arriving memory: `placement` before the switch,
+//!   [`destination::late`] with [`userfault`] after it.
 //! - A guest in a file: [`snapshot`], described in docs/snapshot.md.
 //! - The wire, described in docs/protocol.md: [`protocol`], [`frame`], [`message`], [`codec`],
 //!   `channel`, [`link`], [`connect`], and `guest_io`, which moves memory.

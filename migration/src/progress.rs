@@ -199,6 +199,17 @@ impl Bytes {
             ..self
         }
     }
+
+    /// Of this connection and of another one.
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self {
+            pages: self.pages + other.pages,
+            zero: self.zero + other.zero,
+            state: self.state + other.state,
+            files: self.files + other.files,
+            control: self.control + other.control,
+        }
+    }
 }
 
 /// What went compressed; only at the source.

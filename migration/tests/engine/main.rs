@@ -10,6 +10,7 @@
 mod block_errors;
 mod blocks;
 mod cancelling;
+mod channels;
 mod cuts;
 mod damage;
 mod disks;
