@@ -176,21 +176,6 @@ impl Bytes {
         }
     }
 
-    pub(crate) fn add(&mut self, other: Self) {
-        let Self {
-            pages,
-            zero,
-            state,
-            files,
-            control,
-        } = other;
-        self.pages += pages;
-        self.zero += zero;
-        self.state += state;
-        self.files += files;
-        self.control += control;
-    }
-
     /// The same, with all of `transferred` bytes that is not counted yet as control.
     pub(crate) fn of(self, transferred: u64) -> Self {
         let counted = self.pages + self.zero + self.state + self.files;

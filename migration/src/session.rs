@@ -327,8 +327,7 @@ impl Session {
         if let Some(disk) = &mut snapshot.disk {
             disk.transferred = self.channel.sent_blocks();
         }
-        snapshot.bytes = self.channel.sent();
-        snapshot.bytes.add(elsewhere.by_kind);
+        snapshot.bytes = self.channel.sent().and(elsewhere.by_kind);
         snapshot.multifd = self.multifd();
         snapshot.bandwidth = self.convergence.bandwidth.estimate();
         snapshot.round_trip = self.convergence.measured_round_trip();

@@ -62,7 +62,7 @@ impl Totals {
     fn add(&mut self, other: &Self) {
         self.frames += other.frames;
         self.sent += other.sent;
-        self.by_kind.add(other.by_kind);
+        self.by_kind = self.by_kind.and(other.by_kind);
         self.counts.add(other.counts);
         if let Some(other) = other.compression {
             let compression = self.compression.get_or_insert_default();
