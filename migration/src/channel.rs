@@ -46,6 +46,7 @@ pub(crate) struct Channel {
     /// Whether frames are taken in while sending: at the source, where they are few and small.
     duplex: bool,
     next_sent: u32,
+    sent_frames: u64,
     next_received: u32,
     sent_bytes: u64,
     sent: Bytes,
@@ -77,6 +78,7 @@ impl Channel {
             phase: Phase::Start,
             duplex,
             next_sent: 0,
+            sent_frames: 0,
             next_received: 0,
             sent_bytes: 0,
             sent: Bytes::default(),
@@ -144,6 +146,11 @@ impl Channel {
         self.link.zero_copy().map(ZeroCopy::sends)
     }
 
+    /// How many frames were sent.
+    pub(crate) fn sent_frames(&self) -> u64 {
+        self.sent_frames
+    }
+
     /// How long sending has waited for room in the link so far.
     pub(crate) fn waited(&self) -> Duration {
         self.waited
@@ -203,6 +210,16 @@ impl Channel {
     /// The socket, to be waited for.
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.link.fd()
+    }
+
+    /// Waits until the socket or `event` has something to read, or `end`.
+    pub(crate) fn wait_readable_or(
+        &self,
+        event: BorrowedFd<'_>,
+        end: Instant,
+    ) -> Result<(), ChannelError> {
+        let waited = self.link.wait_readable_or(event, end);
+        waited.map_err(|error| self.broken(error))
     }
 
     /// Ends both directions at once.

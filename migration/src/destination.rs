@@ -1,10 +1,14 @@
 //! The destination: from the offer to the first instruction. See docs/design.md for who may run
 //! the guest when.
 
+mod arriving;
 mod blobs;
+mod channels;
 mod disks;
+mod error;
 mod faults;
 pub mod late;
+mod memory;
 mod postcopy;
 mod recovery;
 mod rest;
@@ -13,25 +17,28 @@ mod unconfirmed;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use self::channels::PositionError;
 pub use self::disks::DiskError;
+pub use self::error::DestinationError;
 pub use self::unconfirmed::Unconfirmed;
 
+use self::arriving::Arriving;
 use self::blobs::Blobs;
+use self::channels::Channels;
 use self::disks::Disks;
-use self::late::LateError;
+use self::memory::Memory;
 use self::postcopy::Late;
 use crate::cancel::Cancel;
 use crate::channel::{Channel, ChannelError};
 use crate::clock::Clock;
 use crate::frame::{Kind, MAX_SECTION};
-use crate::guest_io::MemoryError;
 use crate::link::{Deadlines, Link, LinkError};
-use crate::listener::{Incoming, ListenError, Listener};
+use crate::listener::{Incoming, Listener};
 use crate::message::{
-    Accept, BlobChunk, CAPABILITIES, End, Flush, Flushed, Go, Hello, Id, Missing, REQUIRABLE,
-    Ready, Running, Sync, SyncAck, decode_pages, decode_state, decode_zero, encode_reason,
+    Accept, BlobChunk, CAPABILITIES, End, Flush, Flushed, Go, Hello, Id, MULTIFD, Missing,
+    REQUIRABLE, Ready, Running, Sync, SyncAck, decode_state, encode_reason,
 };
-use crate::placement::{EncodedError, Incomplete, Placement, Unpacker};
+use crate::placement::Placement;
 use crate::postcopy::Control;
 use crate::progress::{Progress, Status};
 use crate::protocol::{NEWEST_VERSION, OLDEST_VERSION, common_version};
@@ -60,125 +67,6 @@ pub struct Job {
     pub postcopy: Option<Control<Listener>>,
 }
 
-/// Why a guest did not arrive. It has not run here and never will.
-#[derive(Debug, thiserror::Error)]
-pub enum DestinationError {
-    /// The connection, the protocol, or what the source says.
-    #[error(transparent)]
-    Channel(#[from] ChannelError),
-    /// No version in common.
-    #[error(
-        "the source speaks versions {oldest} to {newest} of the migration protocol, this destination {OLDEST_VERSION} to {NEWEST_VERSION}"
-    )]
-    Version {
-        /// The source's oldest.
-        oldest: u16,
-        /// The source's newest.
-        newest: u16,
-    },
-    /// Something that this build can't do.
-    #[error("the source requires capabilities that this destination does not have (bits {0:#x})")]
-    Capabilities(u32),
-    /// The machine refuses the offer.
-    #[error("{0}")]
-    Refused(VmError),
-    /// The machine.
-    #[error("{doing} failed: {error}")]
-    Vm {
-        /// What the engine asked of it.
-        doing: &'static str,
-        /// Why it could not.
-        error: VmError,
-    },
-    /// Memory that isn't there.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// A piece of a blob that is not the next one.
-    #[error("a piece of blob {index} at {offset} came, but {expected}")]
-    Blob {
-        /// The blob's index.
-        index: u16,
-        /// Where the piece begins.
-        offset: u64,
-        /// What was due.
-        expected: String,
-    },
-    /// Memory came before all blobs were there.
-    #[error("{0} of the blobs never came")]
-    BlobsMissing(usize),
-    /// A blob cannot be kept.
-    #[error("cannot write the blob '{name}': {error}")]
-    BlobWrite {
-        /// The blob.
-        name: String,
-        /// Why.
-        error: std::io::Error,
-    },
-    /// The state sections are not a set.
-    #[error(transparent)]
-    Section(#[from] SectionError),
-    /// The state is too large.
-    #[error("the state has more than {MAX_SECTIONS} sections or {MAX_STATE} bytes")]
-    StateTooLarge,
-    /// Not as many as were sent.
-    #[error("{found} state sections came, but the source says that it sent {stated}")]
-    SectionCount {
-        /// How many came.
-        found: usize,
-        /// How many should have.
-        stated: u32,
-    },
-    /// A disk.
-    #[error(transparent)]
-    Disk(#[from] DiskError),
-    /// Pages that don't come as they are.
-    #[error(transparent)]
-    Encoded(#[from] EncodedError),
-    /// Memory is not whole.
-    #[error(transparent)]
-    Incomplete(#[from] Incomplete),
-    /// The source's other connection.
-    #[error(transparent)]
-    Listen(#[from] ListenError),
-    /// Memory that comes later.
-    #[error(transparent)]
-    Late(#[from] LateError),
-    /// No descriptors or threads.
-    #[error("cannot prepare post-copy: {0}")]
-    Resources(std::io::Error),
-    /// What was told as missing is not what is.
-    #[error("{ours} pages of guest memory are missing here, the source says {theirs}")]
-    Disagreement {
-        /// Here.
-        ours: u64,
-        /// There.
-        theirs: u64,
-    },
-    /// The source says that it has sent everything.
-    #[error("{0} pages of guest memory have not come, though the source has sent everything")]
-    NeverPushed(u64),
-    /// The fault channel is gone, and the guest has not been started.
-    #[error("{0}")]
-    Broken(String),
-    /// GO contradicts what went before.
-    #[error("the source's GO is not for this migration: {0}")]
-    Go(String),
-    /// Cancelled, between two frames.
-    #[error("{0}")]
-    Cancelled(String),
-}
-
-impl DestinationError {
-    /// The reason, if it was cancelled here.
-    pub fn cancelled(&self) -> Option<&str> {
-        match self {
-            Self::Channel(error) => error.cancelled(),
-            Self::Cancelled(reason) => Some(reason),
-            _ => None,
-        }
-    }
-}
-
 /// A guest that has arrived.
 #[derive(Debug)]
 pub struct Arrival {
@@ -192,14 +80,6 @@ pub struct Arrival {
 
 /// A guest that runs without all of its memory, and why its connection is broken already, if so.
 type Rest = (Late, Option<ChannelError>);
-
-/// The memory of the arriving guest.
-enum Arriving {
-    /// All of it comes before the guest.
-    Early(Box<Placement>),
-    /// The rest comes after.
-    Late,
-}
 
 struct Destination<'a> {
     vm: &'a mut dyn DestinationVm,
@@ -283,8 +163,10 @@ impl Destination<'_> {
         tracing::info!(id = ?hello.id, version, bytes = hello.offer.layout.bytes(), "offered");
         let control = Late::check(&hello, self.job)
             .map_err(|reason| DestinationError::Refused(reason.into()))?;
+        let picked = picked(&hello, listener.is_some());
+        let multifd = picked & MULTIFD != 0;
         // If it is not wanted, the address is free for whoever comes next.
-        let listener = listener.filter(|_| control.is_some());
+        let mut listener = listener.filter(|_| control.is_some() || multifd);
         let ram = self
             .vm
             .prepare(&hello.offer)
@@ -304,7 +186,7 @@ impl Destination<'_> {
         Accept {
             id: hello.id,
             version,
-            capabilities: picked(&hello),
+            capabilities: picked,
         }
         .encode(&mut self.body);
         channel.send(Kind::Accept, &self.body)?;
@@ -314,19 +196,35 @@ impl Destination<'_> {
             snapshot.disk = disks.counts();
         });
         self.job.progress.set_status(Status::Active);
-        let mut late = match control {
-            Some(control) => Some(Late::join(control, hello.id, listener, channel, self)?),
+        let late = match control {
+            Some(control) => {
+                let listener = (listener.as_mut(), multifd);
+                Some(Late::join(control, hello.id, listener, channel, self)?)
+            }
             None => None,
         };
+        let placement = Arc::new(placement);
+        let memory = Memory::new(Arc::clone(&placement), picked);
+        let channels = match listener.filter(|_| multifd) {
+            Some(listener) => {
+                let with = (self.job, &self.clock);
+                Some(Channels::start(
+                    hello.id, picked, placement, listener, channel, with,
+                )?)
+            }
+            None => {
+                drop(placement);
+                None
+            }
+        };
 
-        let mut arriving = Arriving::Early(Box::new(placement));
-        let (sections, end) =
-            self.take_in(channel, &hello, &mut disks, &mut arriving, &mut late)?;
+        let mut arriving = Arriving::new(memory, channels, late);
+        let (sections, end) = self
+            .take_in(channel, &hello, &mut disks, &mut arriving)
+            .map_err(|error| arriving.explain(error, channel))?;
         self.job.progress.set_status(Status::Device);
         let began = self.clock.now();
-        if let Arriving::Early(placement) = &arriving {
-            placement.check_complete()?;
-        }
+        let late = arriving.check_complete()?;
         disks.check_complete()?;
         // Whatever becomes of this host, what the source gives up with GO is on the disks.
         disks.flush()?;
@@ -354,13 +252,10 @@ impl Destination<'_> {
         hello: &Hello,
         disks: &mut Disks,
         arriving: &mut Arriving,
-        late: &mut Option<Late>,
     ) -> Result<(Vec<Section>, End), DestinationError> {
         let mut blobs = Blobs::default();
         let mut sections: Vec<Section> = Vec::new();
         let mut state_bytes = 0;
-        let (mut runs, mut crcs) = (Vec::new(), Vec::new());
-        let mut unpacker = Unpacker::new(picked(hello));
         let offer = &hello.offer;
         loop {
             let arrived = channel.receive()?;
@@ -392,39 +287,18 @@ impl Destination<'_> {
                     .encode(&mut self.body);
                     channel.send(Kind::Flushed, &self.body)?;
                 }
-                Kind::Pages => {
-                    channel.decode(Kind::Pages, |body| {
-                        decode_pages(body, arrived.payload_len, &mut runs, &mut crcs)
-                    })?;
-                    arriving
-                        .early(channel, Kind::Pages)?
-                        .receive(channel, &runs, &crcs)?;
+                Kind::Pages | Kind::Zero | Kind::Compressed | Kind::Xbzrle => {
+                    arriving.receive(arrived, channel)?;
                 }
-                kind @ (Kind::Compressed | Kind::Xbzrle) => {
-                    let placement = arriving.early(channel, kind)?;
-                    unpacker.receive(arrived, channel, placement)?;
-                }
-                Kind::Zero => {
-                    channel.decode(Kind::Zero, |body| decode_zero(body, &mut runs))?;
-                    arriving.early(channel, Kind::Zero)?.zero(&runs)?;
-                }
+                Kind::Barrier => arriving.barrier(channel)?,
                 Kind::Missing => {
-                    let late = late
-                        .as_mut()
-                        .ok_or_else(|| out_of_order(channel, Kind::Missing))?;
-                    if let Arriving::Early(placement) = std::mem::replace(arriving, Arriving::Late)
-                    {
-                        self.tell(channel, disks, &placement, 0);
-                        late.switch(*placement, self)?;
-                    }
-                    late.drop_missing(channel)?;
+                    arriving.all_sent(channel)?;
+                    self.tell(channel, disks, arriving, 0);
+                    arriving.missing(channel, self)?;
                 }
                 Kind::Late => {
                     let told = channel.decode(Kind::Late, Missing::decode)?;
-                    let late = late
-                        .as_ref()
-                        .ok_or_else(|| out_of_order(channel, Kind::Late))?;
-                    late.check_told(told)?;
+                    arriving.late(channel, Kind::Late)?.check_told(told)?;
                 }
                 Kind::Sync => {
                     let sync = channel.decode(Kind::Sync, Sync::decode_padded)?;
@@ -437,9 +311,7 @@ impl Destination<'_> {
                         }) => {}
                         result => result?,
                     }
-                    if let Arriving::Early(placement) = arriving {
-                        self.tell(channel, disks, placement, sync.round);
-                    }
+                    self.tell(channel, disks, arriving, sync.round);
                 }
                 Kind::State => {
                     let section = channel.decode(Kind::State, decode_state)?;
@@ -454,9 +326,8 @@ impl Destination<'_> {
                 }
                 Kind::End => {
                     let end = channel.decode(Kind::End, End::decode)?;
-                    if let Arriving::Early(placement) = arriving {
-                        self.tell(channel, disks, placement, 0);
-                    }
+                    arriving.all_sent(channel)?;
+                    self.tell(channel, disks, arriving, 0);
                     if end.sections as usize != sections.len() {
                         return Err(DestinationError::SectionCount {
                             found: sections.len(),
@@ -467,6 +338,7 @@ impl Destination<'_> {
                 }
                 kind => return Err(out_of_order(channel, kind)),
             }
+            arriving.placed();
         }
     }
 
@@ -535,16 +407,22 @@ impl Destination<'_> {
         Ok((arrival, told.err()))
     }
 
-    fn tell(&self, channel: &Channel, disks: &Disks, placement: &Placement, round: u64) {
+    fn tell(&self, channel: &Channel, disks: &Disks, arriving: &Arriving, round: u64) {
+        // What comes after the guest is told by who takes it in.
+        let Some(placement) = arriving.placement() else {
+            return;
+        };
         let counts = placement.counts();
+        let (beside, bytes) = arriving.received();
         self.job.progress.update(|snapshot| {
             snapshot.round = snapshot.round.max(round);
-            snapshot.bytes = channel.received();
+            snapshot.bytes = channel.received().and(bytes);
             snapshot.disk = disks.counts();
             let ram = &mut snapshot.ram;
             ram.transferred = channel
                 .received_bytes()
-                .saturating_sub(channel.received_blocks());
+                .saturating_sub(channel.received_blocks())
+                .saturating_add(beside);
             ram.normal = counts.pages;
             ram.normal_bytes = counts.pages * crate::layout::PAGE_SIZE;
             ram.duplicate = counts.zero;
@@ -585,18 +463,13 @@ impl Destination<'_> {
     }
 }
 
-impl Arriving {
-    fn early(&mut self, channel: &Channel, kind: Kind) -> Result<&mut Placement, DestinationError> {
-        match self {
-            Self::Early(placement) => Ok(placement),
-            Self::Late => Err(out_of_order(channel, kind)),
-        }
-    }
-}
-
-/// The capabilities that the source may use.
-fn picked(hello: &Hello) -> u32 {
-    hello.optional & CAPABILITIES
+/// The capabilities that the source may use. More connections take a `listener`.
+fn picked(hello: &Hello, listener: bool) -> u32 {
+    let possible = match listener {
+        true => CAPABILITIES,
+        false => CAPABILITIES & !MULTIFD,
+    };
+    hello.optional & possible
 }
 
 fn out_of_order(channel: &Channel, kind: Kind) -> DestinationError {

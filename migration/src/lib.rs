@@ -7,12 +7,13 @@
 //! - What the machines and the engine share: [`vm`], [`disk`], [`layout`], [`section`],
 //!   [`bitmap`], [`clock`].
 //! - What users see and set: [`uri`], [`parameters`], [`progress`], [`cancel`].
-//! - The source: [`source`], with its passes over memory (`rounds`, `outgoing`, [`pagemap`],
+//! - The source: [`source`], with its passes over memory (`rounds`, `page_sender`, `outgoing`, [`pagemap`],
 //!   `zero`), what it does to pages on their way ([`compression`], [`xbzrle`]), its passes over
 //!   disks (`blocks`, `read_ahead`), its side of the connection (`session`), and arithmetic
 //!   ([`convergence`], [`pacing`]).
-//! - The destination: [`listener`], [`destination`], and the arriving memory: `placement` before
-//!   the switch, [`destination::late`] with [`userfault`] after it.
+//! - The destination: [`listener`], [`destination`], its further connections
+//!   (`destination::channels`), and the arriving memory: `placement` before the switch,
+//!   [`destination::late`] with [`userfault`] after it.
 //! - A guest in a file: [`snapshot`], described in docs/snapshot.md.
 //! - The wire, described in docs/protocol.md: [`protocol`], [`frame`], [`message`], [`codec`],
 //!   `channel`, [`link`], [`zero_copy`], [`connect`], and `guest_io`, which moves
@@ -38,6 +39,7 @@ mod memory_frames;
 pub mod message;
 mod outgoing;
 pub mod pacing;
+mod page_sender;
 pub mod pagemap;
 pub mod parameters;
 mod placement;

@@ -283,6 +283,33 @@ impl Link {
         Ok(ready)
     }
 
+    /// Waits until the socket or `event` has something to read, or `end`, which is no error.
+    pub(crate) fn wait_readable_or(
+        &self,
+        event: BorrowedFd<'_>,
+        end: Instant,
+    ) -> Result<(), LinkError> {
+        self.check_cancel()?;
+        if self.is_late() {
+            return Err(LinkError::Deadline);
+        }
+        let end = self.until.map_or(end, |until| until.min(end));
+        let mut fds = vec![
+            PollFd::from_borrowed_fd(self.fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(event, PollFlags::IN),
+        ];
+        fds.extend(
+            self.cancel
+                .as_ref()
+                .map(|cancel| PollFd::new(cancel, PollFlags::IN)),
+        );
+        let left = end.saturating_duration_since(Instant::now());
+        match poll(&mut fds, Some(&timespec(left))) {
+            Err(error) if error != rustix::io::Errno::INTR => Err(LinkError::Io(error.into())),
+            _ => self.check_cancel(),
+        }
+    }
+
     /// Reads what is there: `None` if nothing is.
     pub(crate) fn read(&self, buffer: &mut [u8]) -> Result<Option<usize>, LinkError> {
         match rustix::io::read(&self.stream, buffer) {

@@ -94,6 +94,10 @@ pub(crate) struct Awaited<'a> {
     pub(crate) until: Option<Instant>,
     /// The connection that it comes beside: once the peer ends that, nobody comes any more.
     pub(crate) beside: Option<BorrowedFd<'a>>,
+    /// Once this is cancelled nobody is waited for any more.
+    pub(crate) over: Option<&'a Cancel>,
+    /// Connections of the same migration that begin with this are waited for later, and stay.
+    pub(crate) later: Option<Kind>,
 }
 
 /// Which connection is waited for.
@@ -118,6 +122,13 @@ impl Expected<'_> {
             Self::Return(awaited) => awaited.beside,
         }
     }
+
+    fn over(&self) -> Option<&Cancel> {
+        match self {
+            Self::Migration => None,
+            Self::Return(awaited) => awaited.over,
+        }
+    }
 }
 
 /// The preamble, and the first frame of a connection that returns.
@@ -130,6 +141,8 @@ struct Pending {
     bytes: [u8; FIRST_LEN],
     len: usize,
     end: Instant,
+    /// It has said what it is, and is waited for later.
+    kept: bool,
 }
 
 /// What a connection has said.
@@ -141,6 +154,8 @@ enum Said {
     },
     /// That the source begins anew, and what is waited for will not come.
     Anew,
+    /// That it is one that is waited for later.
+    Later,
 }
 
 impl Pending {
@@ -151,6 +166,7 @@ impl Pending {
             bytes: [0; FIRST_LEN],
             len: 0,
             end: Instant::now() + deadlines.preamble,
+            kept: false,
         })
     }
 
@@ -199,7 +215,8 @@ fn returned(bytes: &[u8], awaited: &Awaited<'_>) -> Result<Option<Said>, &'stati
     let damaged = "its first frame is damaged";
     let header = Header::decode(header).map_err(|_| damaged)?;
     let anew = (awaited.kind, header.kind) == (Kind::Join, Kind::Resume);
-    if header.kind != awaited.kind && !anew
+    let later = awaited.later == Some(header.kind);
+    if header.kind != awaited.kind && !anew && !later
         || header.sequence != 0
         || header.body_len as usize != Return::LEN
     {
@@ -215,8 +232,10 @@ fn returned(bytes: &[u8], awaited: &Awaited<'_>) -> Result<Option<Said>, &'stati
     }
     let attempt = said.attempt;
     match anew {
+        _ if later => Ok(Some(Said::Later)),
         true if attempt > *awaited.attempts.end() => Ok(Some(Said::Anew)),
         false if awaited.attempts.contains(&attempt) => Ok(Some(Said::Return { attempt })),
+        _ if awaited.kind == Kind::Channel => Err("its number is too high"),
         _ => Err("it belongs to another attempt"),
     }
 }
@@ -346,6 +365,12 @@ impl Listener {
             if let Some(reason) = cancel.cancelled() {
                 return Err(ListenError::Cancelled(reason.to_owned()));
             }
+            if expected
+                .over()
+                .is_some_and(|over| over.cancelled().is_some())
+            {
+                return Err(ListenError::Nobody);
+            }
             // Who waits already may have said more than was looked at before.
             if let Some(found) = self.look_at_pending(expected)? {
                 return Ok(found);
@@ -367,20 +392,17 @@ impl Listener {
             PollFd::new(cancel, PollFlags::IN),
             PollFd::new(self, PollFlags::IN),
         ];
-        fds.extend(
-            self.pending
-                .iter()
-                .map(|pending| PollFd::new(&pending.stream, PollFlags::IN)),
-        );
+        // What more is said by who is waited for later is not looked at yet.
+        let pending = || self.pending.iter().filter(|pending| !pending.kept);
+        fds.extend(pending().map(|pending| PollFd::new(&pending.stream, PollFlags::IN)));
+        fds.extend(expected.over().map(|over| PollFd::new(over, PollFlags::IN)));
         let beside = expected.beside();
         fds.extend(
             beside
                 .iter()
                 .map(|beside| PollFd::new(beside, PollFlags::RDHUP)),
         );
-        let timeout = self
-            .pending
-            .iter()
+        let timeout = pending()
             .map(|pending| pending.end)
             .chain(expected.until())
             .min()
@@ -400,10 +422,12 @@ impl Listener {
             };
             match accepted.and_then(|stream| Pending::new(stream, deadlines)) {
                 Ok(pending) => {
-                    if self.pending.len() == MAX_PENDING
-                        && let Some(oldest) = self.pending.pop_front()
-                    {
-                        dropped(&oldest, "too many connections are waiting");
+                    if self.pending.len() == MAX_PENDING {
+                        // Who has said nothing yet goes first.
+                        let oldest = self.pending.iter().position(|pending| !pending.kept);
+                        if let Some(oldest) = self.pending.remove(oldest.unwrap_or(0)) {
+                            dropped(&oldest, "too many connections are waiting");
+                        }
                     }
                     self.pending.push_back(pending);
                     return Ok(true);
@@ -433,6 +457,10 @@ impl Listener {
             match pending.read(expected) {
                 // It stays: it is waited for next.
                 Ok(Some(Said::Anew)) => return Err(ListenError::Nobody),
+                Ok(Some(Said::Later)) => {
+                    pending.kept = true;
+                    index += 1;
+                }
                 Ok(Some(said)) => {
                     let pending = self.pending.remove(index);
                     return Ok(pending.map(|pending| (pending.stream, said)));

@@ -75,6 +75,66 @@ fn a_silent_stranger_is_dropped_at_its_deadline() {
     ));
 }
 
+/// Says what a connection of a source that is known begins with.
+fn say(stream: &mut TcpStream, kind: Kind, id: Id, attempt: u32) {
+    let mut body = vec![];
+    Return { id, attempt }.encode(&mut body);
+    let header = Header {
+        kind,
+        sequence: 0,
+        body_len: body.len() as u32,
+        payload_len: 0,
+        body_crc: crc32fast::hash(&body),
+    };
+    let bytes = [&Preamble::OURS.encode()[..], &header.encode(), &body].concat();
+    stream.write_all(&bytes).unwrap();
+}
+
+fn awaited(kind: Kind, over: &Cancel, later: Option<Kind>) -> Awaited<'_> {
+    Awaited {
+        kind,
+        id: Id([7; 16]),
+        attempts: 0..=9,
+        until: None,
+        beside: None,
+        over: Some(over),
+        later,
+    }
+}
+
+#[test]
+fn who_is_waited_for_later_stays_whatever_else_it_says() {
+    let mut listener = bind("tcp:127.0.0.1:0").unwrap();
+    let (cancel, over) = (Cancel::new().unwrap(), Cancel::new().unwrap());
+    // Nobody who waits for longer than nothing stays pending otherwise.
+    let deadlines = Deadlines {
+        preamble: Duration::ZERO,
+        ..Deadlines::default()
+    };
+    let (id, other) = (Id([7; 16]), Id([8; 16]));
+    let mut channels: Vec<_> = (0..3).map(|_| dial(&listener)).collect();
+    for (number, channel) in (3..).zip(&mut channels) {
+        say(channel, Kind::Channel, id, number);
+        channel.write_all(b"and more").unwrap();
+    }
+    let mut stranger = dial(&listener);
+    say(&mut stranger, Kind::Channel, other, 0);
+    let mut join = dial(&listener);
+    say(&mut join, Kind::Join, id, 1);
+    let first = awaited(Kind::Join, &over, Some(Kind::Channel));
+    let joined = listener.accept_returning(first, &cancel, &deadlines);
+    assert_eq!(joined.unwrap().attempt, 1);
+    for number in 3..6 {
+        let next = awaited(Kind::Channel, &over, None);
+        let channel = listener.accept_returning(next, &cancel, &deadlines);
+        assert_eq!(channel.unwrap().attempt, number);
+    }
+    over.cancel("no more").unwrap();
+    let next = awaited(Kind::Channel, &over, None);
+    let nobody = listener.accept_returning(next, &cancel, &deadlines);
+    assert!(matches!(nobody, Err(ListenError::Nobody)), "{nobody:?}");
+}
+
 #[test]
 fn qemus_addresses() {
     for (uri, host) in [

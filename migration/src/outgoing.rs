@@ -11,15 +11,15 @@ use std::time::{Duration, Instant};
 use crate::bitmap::PageRun;
 use crate::channel::ChannelError;
 use crate::compression::decision::{Decision, Plan, Sample};
-use crate::compression::{Compressor, MAX_BLOCK, Method, Setting};
+use crate::compression::{Compressor, MAX_BLOCK, Setting};
 use crate::frame::{Kind, MAX_PAGES};
 use crate::guest_io::GuestPages;
 use crate::layout::PAGE_SIZE;
 use crate::memory_frames::Runs;
-use crate::message::{Compressed, Differences, LZ4, XBZRLE, ZSTD, encode_pages};
-use crate::progress::{self, Snapshot};
+use crate::message::{Compressed, Differences, encode_pages};
+use crate::page_sender::FrameSink;
+use crate::progress;
 use crate::rounds::Pass;
-use crate::session::Session;
 use crate::xbzrle::cache::{Cache, Exchange};
 use crate::xbzrle::{Figures, Page};
 
@@ -28,6 +28,14 @@ const TRY_PAGES: u64 = 64;
 
 /// What a page costs in an XBZRLE frame beside its difference: a checksum, a length, and a run.
 const PAGE_OVERHEAD: u64 = 18;
+
+/// How the user wants pages to go, as far as the destination can take it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub(crate) compression: Setting,
+    /// The size of the XBZRLE cache in bytes; `None` without XBZRLE.
+    pub(crate) xbzrle: Option<u64>,
+}
 
 /// The frames that are being filled, and what they are filled with.
 pub(crate) struct Outgoing {
@@ -44,10 +52,11 @@ pub(crate) struct Outgoing {
     cache: Option<Cache>,
     xbzrle: Figures,
     xbzrle_before: Figures,
-    /// Of this pass.
+    /// Pages of this pass.
     pages: u64,
+    /// Bytes of the frames sent so far.
     bytes: u64,
-    /// The end of the last sample, and how long the session had waited until then.
+    /// The end of the last sample, and how long the connection had waited until then.
     sampled: (Instant, Duration),
 }
 
@@ -96,22 +105,21 @@ impl Outgoing {
     }
 
     /// A pass begins over a guest of `pages` pages: what the user wants may have changed.
-    pub(crate) fn begin(&mut self, pass: Pass, pages: u64, session: &Session) {
+    pub(crate) fn begin(&mut self, pass: Pass, pages: u64, wanted: Wanted, sink: &dyn FrameSink) {
         self.pass = pass;
-        self.limit = session.frame_pages();
-        (self.pages, self.bytes) = (0, 0);
-        self.sampled = (Instant::now(), session.waited());
-        self.prepare_compressor(session);
-        self.prepare_cache(pages, session);
+        self.limit = sink.frame_pages();
+        self.pages = 0;
+        self.sampled = (Instant::now(), sink.waited());
+        self.prepare_compressor(wanted.compression);
+        self.prepare_cache(pages, wanted.xbzrle);
     }
 
-    fn prepare_compressor(&mut self, session: &Session) {
-        let wanted = session.parameters().compression();
-        let setting = match wanted.method() {
-            Some(Method::Lz4) if session.picked(LZ4) => wanted,
-            Some(Method::Zstd) if session.picked(ZSTD) => wanted,
-            _ => Setting::Off,
-        };
+    /// For so long there was nothing to send: that is no part of what sending takes.
+    pub(crate) fn idled(&mut self, time: Duration) {
+        self.sampled.0 += time;
+    }
+
+    fn prepare_compressor(&mut self, setting: Setting) {
         let now = self.compressor.as_ref().map(Compressor::setting);
         if now.unwrap_or_default() == setting {
             return;
@@ -123,9 +131,7 @@ impl Outgoing {
         });
     }
 
-    fn prepare_cache(&mut self, pages: u64, session: &Session) {
-        let wanted = session.parameters().xbzrle();
-        let size = wanted.filter(|_| session.picked(XBZRLE));
+    fn prepare_cache(&mut self, pages: u64, size: Option<u64>) {
         if self.cache.as_ref().map(Cache::size) != size {
             self.cache = size.and_then(|size| Cache::new(size, pages).ok());
         }
@@ -142,7 +148,7 @@ impl Outgoing {
         memory: &GuestPages,
         page: u64,
         round: u64,
-        session: &mut Session,
+        sink: &mut dyn FrameSink,
     ) -> Result<bool, ChannelError> {
         self.pages += 1;
         // The first pass is over more than the cache holds; what is written again is worth it.
@@ -152,7 +158,7 @@ impl Outgoing {
                 let Changed { crcs, data, .. } = &self.changed;
                 let full = crcs.len() as u64 >= MAX_PAGES;
                 return if full || data.len() as u64 >= self.limit * PAGE_SIZE {
-                    self.flush_changed(memory, round, session)?;
+                    self.flush_changed(memory, round, sink)?;
                     Ok(true)
                 } else {
                     Ok(false)
@@ -186,7 +192,7 @@ impl Outgoing {
             _ => self.limit,
         };
         if self.whole.crcs.len() as u64 >= limit {
-            self.flush_whole(memory, round, session)?;
+            self.flush_whole(memory, round, sink)?;
             return Ok(true);
         }
         Ok(false)
@@ -204,17 +210,14 @@ impl Outgoing {
         &mut self,
         memory: &GuestPages,
         round: u64,
-        session: &mut Session,
+        sink: &mut dyn FrameSink,
     ) -> Result<(), ChannelError> {
-        self.flush_changed(memory, round, session)?;
-        self.flush_whole(memory, round, session)
+        self.flush_changed(memory, round, sink)?;
+        self.flush_whole(memory, round, sink)
     }
 
     /// The pass has ended, and all of it is sent.
-    pub(crate) fn end(&mut self, session: &mut Session) {
-        if self.pages > 0 {
-            session.convergence.pages_took(self.pages, self.bytes);
-        }
+    pub(crate) fn end(&mut self) {
         if self.pass != Pass::First {
             self.xbzrle.rate_since(&self.xbzrle_before, self.pages);
         }
@@ -225,14 +228,23 @@ impl Outgoing {
         self.xbzrle.pages
     }
 
-    pub(crate) fn tell(&self, snapshot: &mut Snapshot) {
-        snapshot.xbzrle = self.cache.as_ref().map(|_| self.xbzrle);
-        if self.compressor.is_some() || self.compressed.pages > 0 {
-            snapshot.compression = Some(progress::Compression {
-                active: self.compressor.is_some() && self.decision.compresses(),
-                ..self.compressed
-            });
-        }
+    /// The bytes of the frames sent so far.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// What went compressed; `None` if it is off and never was on.
+    pub(crate) fn compression(&self) -> Option<progress::Compression> {
+        let any = self.compressor.is_some() || self.compressed.pages > 0;
+        any.then(|| progress::Compression {
+            active: self.compressor.is_some() && self.decision.compresses(),
+            ..self.compressed
+        })
+    }
+
+    /// What went as differences; `None` if that is off.
+    pub(crate) fn xbzrle(&self) -> Option<Figures> {
+        self.cache.as_ref().map(|_| self.xbzrle)
     }
 
     /// Adds `self.page` to the differences, if it can be one.
@@ -291,7 +303,7 @@ impl Outgoing {
         &mut self,
         memory: &GuestPages,
         round: u64,
-        session: &mut Session,
+        sink: &mut dyn FrameSink,
     ) -> Result<(), ChannelError> {
         if self.whole.crcs.is_empty() {
             return Ok(());
@@ -302,28 +314,28 @@ impl Outgoing {
         let frame = &mut self.whole;
         let pages = frame.crcs.len() as u64;
         let method = self.compressor.as_ref().and_then(|c| c.setting().method());
-        let before = session.channel.sent_bytes();
+        let before = sink.own_bytes();
         match method.filter(|_| frame.plan != Some(Plan::Plain)) {
             Some(method) => {
                 let runs = frame.runs.addresses(memory);
                 Compressed::encode(method, runs, &frame.crcs, &frame.blocks, &mut self.body);
-                session.send_data(Kind::Compressed, &self.body, &[&frame.data], round)?;
+                sink.send_data(Kind::Compressed, &self.body, &[&frame.data], round)?;
                 self.compressed.pages += pages;
                 self.compressed.bytes += frame.data.len() as u64;
             }
             None => {
                 encode_pages(frame.runs.addresses(memory), &frame.crcs, &mut self.body);
                 if frame.data.is_empty() {
-                    session.send_pages(&self.body, memory, frame.runs.as_slice(), round)?;
+                    sink.send_pages(&self.body, memory, frame.runs.as_slice(), round)?;
                 } else {
-                    session.send_data(Kind::Pages, &self.body, &[&frame.data], round)?;
+                    sink.send_data(Kind::Pages, &self.body, &[&frame.data], round)?;
                 }
             }
         }
-        let bytes = session.channel.sent_bytes() - before;
+        let bytes = sink.own_bytes() - before;
         self.bytes += bytes;
         let (since, waited) = self.sampled;
-        self.sampled = (Instant::now(), session.waited());
+        self.sampled = (Instant::now(), sink.waited());
         if self.compressor.is_some() && self.pass != Pass::Last {
             self.decision.sent(&Sample {
                 input: pages * PAGE_SIZE,
@@ -334,7 +346,7 @@ impl Outgoing {
             });
         }
         self.whole.clear();
-        self.limit = session.frame_pages();
+        self.limit = sink.frame_pages();
         Ok(())
     }
 
@@ -342,7 +354,7 @@ impl Outgoing {
         &mut self,
         memory: &GuestPages,
         round: u64,
-        session: &mut Session,
+        sink: &mut dyn FrameSink,
     ) -> Result<(), ChannelError> {
         let frame = &mut self.changed;
         if frame.crcs.is_empty() {
@@ -350,12 +362,12 @@ impl Outgoing {
         }
         let runs = frame.runs.addresses(memory);
         Differences::encode(runs, &frame.crcs, &frame.lengths, &mut self.body);
-        let before = session.channel.sent_bytes();
-        session.send_data(Kind::Xbzrle, &self.body, &[&frame.data], round)?;
-        self.bytes += session.channel.sent_bytes() - before;
+        let before = sink.own_bytes();
+        sink.send_data(Kind::Xbzrle, &self.body, &[&frame.data], round)?;
+        self.bytes += sink.own_bytes() - before;
         frame.clear();
         // It says nothing about pages that are sent whole.
-        self.sampled = (Instant::now(), session.waited());
+        self.sampled = (Instant::now(), sink.waited());
         Ok(())
     }
 }

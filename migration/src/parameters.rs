@@ -1,5 +1,6 @@
 //! What a user may change at any time, also while a migration runs.
 
+use std::num::NonZeroU8;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -12,6 +13,9 @@ pub const MAX_DOWNTIME_LIMIT: Duration = Duration::from_millis(2_000_000);
 
 /// The downtime limit that nobody has changed.
 pub const DEFAULT_DOWNTIME_LIMIT: Duration = Duration::from_millis(30);
+
+/// How many connections carry pages with multifd if nobody has changed it: 2, as in QEMU.
+pub const DEFAULT_CHANNELS: NonZeroU8 = NonZeroU8::new(2).unwrap();
 
 /// Codes of [`Parameters::compression`].
 const OFF: u8 = 0;
@@ -39,6 +43,9 @@ pub struct Parameters {
     xbzrle: AtomicBool,
     xbzrle_cache_size: AtomicU64,
     zero_copy_send: AtomicBool,
+    multifd: AtomicBool,
+    multifd_channels: AtomicU8,
+    multifd_all: AtomicBool,
 }
 
 impl Default for Parameters {
@@ -56,6 +63,9 @@ impl Default for Parameters {
             xbzrle: AtomicBool::new(false),
             xbzrle_cache_size: AtomicU64::new(DEFAULT_CACHE_SIZE),
             zero_copy_send: AtomicBool::new(false),
+            multifd: AtomicBool::new(false),
+            multifd_channels: AtomicU8::new(DEFAULT_CHANNELS.get()),
+            multifd_all: AtomicBool::new(false),
         }
     }
 }
@@ -208,6 +218,40 @@ impl Parameters {
     /// Switches [`zero_copy_send`](Self::zero_copy_send) on or off, for connections made later.
     pub fn set_zero_copy_send(&self, on: bool) {
         self.zero_copy_send.store(on, Ordering::Relaxed);
+    }
+
+    /// How many connections there are for pages beside the first one; `None` without multifd. It
+    /// counts when a migration begins.
+    pub fn multifd(&self) -> Option<NonZeroU8> {
+        let on = self.multifd.load(Ordering::Relaxed);
+        on.then(|| self.multifd_channels())
+    }
+
+    /// Switches multifd on or off.
+    pub fn set_multifd(&self, on: bool) {
+        self.multifd.store(on, Ordering::Relaxed);
+    }
+
+    /// How many connections there are with multifd, whether it is on or not.
+    pub fn multifd_channels(&self) -> NonZeroU8 {
+        let channels = self.multifd_channels.load(Ordering::Relaxed);
+        NonZeroU8::new(channels).unwrap_or(DEFAULT_CHANNELS)
+    }
+
+    /// Sets [`multifd_channels`](Self::multifd_channels).
+    pub fn set_multifd_channels(&self, channels: NonZeroU8) {
+        self.multifd_channels
+            .store(channels.get(), Ordering::Relaxed);
+    }
+
+    /// Whether all those connections are used, even if fewer would do: to measure what they bring.
+    pub fn multifd_all(&self) -> bool {
+        self.multifd_all.load(Ordering::Relaxed)
+    }
+
+    /// Sets [`multifd_all`](Self::multifd_all).
+    pub fn set_multifd_all(&self, all: bool) {
+        self.multifd_all.store(all, Ordering::Relaxed);
     }
 }
 

@@ -1,15 +1,20 @@
-//! Guest memory at the destination: what has come, and whether it is whole and undamaged.
+//! Guest memory at the destination: what has come, and whether it is whole and undamaged. Several
+//! connections place into it at once.
+//!
+//! The lock is held over the sets of pages only, briefly for each frame, and never while data is
+//! received, checked, decompressed or written. So two connections that bring the same page at the
+//! same time leave it in one state or the other, or in a mixture; which frames may not overtake each
+//! other is BARRIER's business.
 
 mod encoded;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) use self::encoded::{EncodedError, Unpacker};
 
 use crate::bitmap::{PageBitmap, PageRun};
-use crate::channel::Channel;
-use crate::destination::DestinationError;
 use crate::guest_io::{DiscardError, GuestPages, MemoryError};
 use crate::layout::{GuestRam, Layout, PAGE_SIZE};
-use crate::message::AddressRun;
 
 /// What is wrong with the memory when all should be there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -44,6 +49,10 @@ pub(crate) struct Counts {
 /// The memory of the arriving guest.
 pub(crate) struct Placement {
     memory: GuestPages,
+    came: Mutex<Came>,
+}
+
+struct Came {
     /// Pages that never came.
     missing: PageBitmap,
     /// Pages that hold what came, and so may not be zero.
@@ -51,7 +60,6 @@ pub(crate) struct Placement {
     /// Pages whose last copy didn't match its checksum: the guest wrote to it meanwhile, and it
     /// will come again, or it was damaged.
     suspect: PageBitmap,
-    runs: Vec<PageRun>,
     counts: Counts,
 }
 
@@ -62,12 +70,22 @@ impl Placement {
         let pages = memory.layout().pages();
         Ok(Self {
             memory,
-            missing: PageBitmap::full(pages),
-            written: PageBitmap::new(pages),
-            suspect: PageBitmap::new(pages),
-            runs: Vec::new(),
-            counts: Counts::default(),
+            came: Mutex::new(Came {
+                missing: PageBitmap::full(pages),
+                written: PageBitmap::new(pages),
+                suspect: PageBitmap::new(pages),
+                counts: Counts::default(),
+            }),
         })
+    }
+
+    fn came(&self) -> MutexGuard<'_, Came> {
+        self.came.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The memory itself. What is written there has to be [told](Self::arrived) afterwards.
+    pub(crate) fn memory(&self) -> &GuestPages {
+        &self.memory
     }
 
     pub(crate) fn layout(&self) -> &Layout {
@@ -75,77 +93,74 @@ impl Placement {
     }
 
     pub(crate) fn counts(&self) -> Counts {
-        self.counts
+        self.came().counts
     }
 
     pub(crate) fn missing(&self) -> u64 {
-        self.missing.count()
-    }
-
-    fn resolve(&mut self, runs: &[AddressRun]) -> Result<(), MemoryError> {
-        self.runs.clear();
-        for &run in runs {
-            self.runs.push(self.memory.resolve(run)?);
-        }
-        Ok(())
-    }
-
-    /// Receives the data of a PAGES frame. All runs are checked before the first byte is placed.
-    pub(crate) fn receive(
-        &mut self,
-        channel: &mut Channel,
-        runs: &[AddressRun],
-        crcs: &[u32],
-    ) -> Result<(), DestinationError> {
-        self.resolve(runs)?;
-        self.populate();
-        channel.receive_pages(&self.memory, &self.runs)?;
-        let pages = self.runs.iter().flat_map(|run| run.first..run.end());
-        for (page, crc) in pages.zip(crcs) {
-            if self.memory.crc(page) == *crc {
-                self.suspect.clear(page);
-            } else {
-                self.suspect.set(page);
-            }
-        }
-        for run in &self.runs {
-            self.missing.clear_range(run.first, run.count);
-            self.written.set_range(run.first, run.count);
-        }
-        self.counts.pages += crcs.len() as u64;
-        Ok(())
+        self.came().missing.count()
     }
 
     /// Backs the runs that are to be written for the first time with memory.
-    fn populate(&self) {
-        for &run in &self.runs {
-            if !self.written.test(run.first) && run.count > 1 {
-                self.memory.populate(run);
-            }
+    pub(crate) fn populate(&self, runs: &[PageRun]) {
+        let fresh: Vec<_> = {
+            let came = self.came();
+            let fresh = |run: &&PageRun| run.count > 1 && !came.written.test(run.first);
+            runs.iter().filter(fresh).copied().collect()
+        };
+        for run in fresh {
+            self.memory.populate(run);
         }
     }
 
+    /// The pages of `runs` have come, and those that are not `wrong` were placed. Those that are
+    /// didn't match their checksums.
+    pub(crate) fn arrived(&self, runs: &[PageRun], wrong: &[u64]) {
+        let mut came = self.came();
+        for run in runs {
+            came.missing.clear_range(run.first, run.count);
+            came.written.set_range(run.first, run.count);
+            came.suspect.clear_range(run.first, run.count);
+            came.counts.pages += run.count;
+        }
+        for page in wrong {
+            came.suspect.set(*page);
+        }
+    }
+
+    /// Makes runs zero: what has not been written is so already, and stays untouched.
+    pub(crate) fn zero(&self, runs: &[PageRun]) {
+        let mut written = Vec::new();
+        {
+            let mut came = self.came();
+            for run in runs {
+                written.extend(came.written.runs(run.first, run.count, u64::MAX));
+                came.written.clear_range(run.first, run.count);
+                came.suspect.clear_range(run.first, run.count);
+                came.missing.clear_range(run.first, run.count);
+                came.counts.zero += run.count;
+            }
+        }
+        for run in written {
+            self.memory.fill_zero(run);
+        }
+    }
+
+    /// The first page of `runs` that never came, if there is one.
+    fn never_came(&self, runs: &[PageRun]) -> Option<u64> {
+        let came = self.came();
+        runs.iter().find_map(|run| {
+            let missing = came.missing.next_set(run.first);
+            missing.filter(|page| *page < run.end())
+        })
+    }
+
+    /// The guest physical address of a page.
     fn address(&self, page: u64) -> u64 {
         let run = PageRun {
             first: page,
             count: 1,
         };
         self.memory.addresses(run).address
-    }
-
-    /// Makes runs zero: what has not been written is so already, and stays untouched.
-    pub(crate) fn zero(&mut self, runs: &[AddressRun]) -> Result<(), MemoryError> {
-        self.resolve(runs)?;
-        for run in &self.runs {
-            for written in self.written.runs(run.first, run.count, u64::MAX) {
-                self.memory.fill_zero(written);
-            }
-            self.written.clear_range(run.first, run.count);
-            self.suspect.clear_range(run.first, run.count);
-            self.missing.clear_range(run.first, run.count);
-            self.counts.zero += run.count;
-        }
-        Ok(())
     }
 
     /// Gives all of the memory back to the kernel, before anything is in it: fails if that can't be
@@ -156,19 +171,24 @@ impl Placement {
 
     /// The memory, the pages that never came, and those whose last copy was not right.
     pub(crate) fn into_parts(self) -> (GuestPages, PageBitmap, PageBitmap) {
-        (self.memory, self.missing, self.suspect)
+        let came = self
+            .came
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
+        (self.memory, came.missing, came.suspect)
     }
 
     /// Whether every page has come and none is damaged.
     pub(crate) fn check_complete(&self) -> Result<(), Incomplete> {
+        let came = self.came();
         let first = |set: &PageBitmap| {
             set.next_set(0)
                 .map(|page| (set.count(), self.address(page)))
         };
-        if let Some((count, address)) = first(&self.missing) {
+        if let Some((count, address)) = first(&came.missing) {
             return Err(Incomplete::Missing { count, address });
         }
-        if let Some((count, address)) = first(&self.suspect) {
+        if let Some((count, address)) = first(&came.suspect) {
             return Err(Incomplete::Damaged { count, address });
         }
         Ok(())

@@ -185,6 +185,17 @@ impl Bytes {
             ..self
         }
     }
+
+    /// Of this connection and of another one.
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self {
+            pages: self.pages + other.pages,
+            zero: self.zero + other.zero,
+            state: self.state + other.state,
+            files: self.files + other.files,
+            control: self.control + other.control,
+        }
+    }
 }
 
 /// What went compressed; only at the source.
@@ -196,6 +207,19 @@ pub struct Compression {
     pub pages: u64,
     /// The bytes that they took.
     pub bytes: u64,
+}
+
+/// More connections for pages; only at the source.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Multifd {
+    /// How many there are beside the first one; 0 if there can't be any.
+    pub channels: u64,
+    /// How many of them take work: as many as make a difference.
+    pub in_use: u64,
+    /// Bytes sent on them.
+    pub bytes: u64,
+    /// Why only one is used, or none.
+    pub why_one: Option<String>,
 }
 
 /// How long the guest stood still, and what for.
@@ -311,6 +335,8 @@ pub struct Snapshot {
     pub compression: Option<Compression>,
     /// Sends without a copy; `None` if they are off, or no connection can do it.
     pub zero_copy: Option<Sends>,
+    /// More connections; `None` if they were not asked for.
+    pub multifd: Option<Multifd>,
     /// Pages that were never touched, and so never read.
     pub skipped: u64,
     /// Rounds begun so far, the last one with the guest stopped included.

@@ -1,15 +1,17 @@
-//! Passes over guest memory at the source: which pages, in which frames.
+//! Passes over guest memory at the source: which pages, in which order. How they are sent is
+//! `page_sender`'s business, on the first connection or, through `source::channels`, on others.
+
+use std::sync::Arc;
 
 use crate::bitmap::{PageBitmap, PageRun};
 use crate::channel::ChannelError;
-use crate::frame::Kind;
 use crate::guest_io::GuestPages;
 use crate::layout::PAGE_SIZE;
-use crate::memory_frames::ZeroFrame;
-use crate::outgoing::Outgoing;
+use crate::page_sender::{Counts, PageSender};
 use crate::pagemap::Pagemap;
 use crate::progress::Progress;
 use crate::session::Session;
+use crate::source::channels::Unit;
 use crate::vm::{SourceVm, VmError};
 
 /// How many dirty pages are protected at a time: 8 MiB. Each call costs an ioctl and a flush of
@@ -21,9 +23,10 @@ const CHUNK: u64 = 2048;
 const ALIGN: u64 = 64;
 
 /// How a pass treats the pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Pass {
     /// Over all pages, most of which may never have been touched.
+    #[default]
     First,
     /// Over what the guest wrote.
     Dirty,
@@ -48,36 +51,37 @@ impl From<ChannelError> for PassError {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Sent {
     pub(crate) pages: u64,
-    /// Of all passes, and among `pages`: those that went as differences.
-    differences: u64,
     pub(crate) zero: u64,
     pub(crate) skipped: u64,
 }
 
 /// The memory of the source, and which of its pages are still to be sent.
 pub(crate) struct Memory {
-    pub(crate) pages: GuestPages,
+    pub(crate) pages: Arc<GuestPages>,
     pub(crate) pending: PageBitmap,
     pagemap: Pagemap,
-    data: Outgoing,
-    zero: ZeroFrame,
+    /// On the first connection.
+    sender: PageSender,
+    /// For another connection, if there are some in this pass.
+    unit: Option<Unit>,
     touched: Vec<PageRun>,
-    sent: Sent,
-    told: Sent,
+    skipped: u64,
+    /// What was sent, and skipped, when it was told last.
+    told: (Counts, u64),
 }
 
 impl Memory {
     /// All pages pending.
-    pub(crate) fn new(pages: GuestPages) -> Self {
+    pub(crate) fn new(pages: Arc<GuestPages>) -> Self {
         Self {
             pending: PageBitmap::full(pages.layout().pages()),
-            pages,
             pagemap: Pagemap::open(),
-            data: Outgoing::new(),
-            zero: ZeroFrame::default(),
+            sender: PageSender::new(Arc::clone(&pages)),
+            pages,
+            unit: None,
             touched: Vec::new(),
-            sent: Sent::default(),
-            told: Sent::default(),
+            skipped: 0,
+            told: (Counts::default(), 0),
         }
     }
 
@@ -92,12 +96,9 @@ impl Memory {
         progress: &Progress,
         stop: &dyn Fn() -> bool,
     ) -> Result<Sent, PassError> {
-        self.sent = Sent {
-            differences: self.data.differences(),
-            ..Sent::default()
-        };
-        self.told = self.sent;
-        self.data.begin(pass, self.pending.pages(), session);
+        let before = (self.counts(session), self.skipped);
+        self.sender.begin(pass, session.wanted(), session);
+        self.unit = session.begin_pass(pass).then(Unit::default);
         let mut next = 0;
         while !stop() {
             if pass == Pass::First {
@@ -116,11 +117,29 @@ impl Memory {
             self.pending.clear_range(chunk.first, chunk.count);
             session.look_at_answers()?;
         }
-        self.data.flush(&self.pages, round, session)?;
-        self.data.end(session);
-        self.flush_zero(round, session)?;
+        if let Some(unit) = self.unit.take() {
+            session.submit(unit, round)?;
+        }
+        self.sender.flush(round, session)?;
+        session.wait_for_channels(round)?;
+        self.sender.end();
+        let sent = self.counts(session).since(before.0);
+        if sent.pages > 0 {
+            session.convergence.pages_took(sent.pages, sent.bytes);
+        }
         self.tell(session, progress);
-        Ok(self.sent)
+        Ok(Sent {
+            pages: sent.pages,
+            zero: sent.zero,
+            skipped: self.skipped - before.1,
+        })
+    }
+
+    /// What was sent so far, on all connections.
+    fn counts(&self, session: &Session) -> Counts {
+        let mut counts = self.sender.counts();
+        counts.add(session.elsewhere().counts);
+        counts
     }
 
     /// The next range with about [`CHUNK`] pending pages in it.
@@ -196,9 +215,10 @@ impl Memory {
         if end <= first {
             return Ok(());
         }
-        self.sent.skipped += end - first;
         let count = end - first;
-        self.add_zero(PageRun { first, count }, round, session)
+        self.skipped += count;
+        self.sender
+            .send_zero(PageRun { first, count }, round, session)
     }
 
     /// Tells of the pages that are still pending in `free` that they are zero: the guest has no
@@ -227,70 +247,55 @@ impl Memory {
 
     fn send_touched(
         &mut self,
-        run: PageRun,
+        mut run: PageRun,
         round: u64,
         session: &mut Session,
         progress: &Progress,
     ) -> Result<(), ChannelError> {
-        for page in run.first..run.end() {
-            if self.pages.is_zero(page) {
-                self.add_zero(
-                    PageRun {
-                        first: page,
-                        count: 1,
-                    },
-                    round,
-                    session,
-                )?;
-                continue;
-            }
-            self.sent.pages += 1;
-            if self.data.add(&self.pages, page, round, session)? {
+        while run.count > 0 {
+            let most = session.frame_pages();
+            let there = self.unit.as_ref().map_or(0, |unit| unit.pages);
+            let part = PageRun {
+                first: run.first,
+                count: run.count.min(most.saturating_sub(there).max(1)),
+            };
+            run = PageRun {
+                first: part.end(),
+                count: run.count - part.count,
+            };
+            let left = match &mut self.unit {
+                None => self.sender.send(part, round, session)?,
+                Some(unit) => {
+                    unit.add(part);
+                    let full = unit.pages >= most;
+                    if full {
+                        session.submit(std::mem::take(unit), round)?;
+                    }
+                    full
+                }
+            };
+            if left {
                 self.tell(session, progress);
             }
         }
         Ok(())
     }
 
-    fn add_zero(
-        &mut self,
-        run: PageRun,
-        round: u64,
-        session: &mut Session,
-    ) -> Result<(), ChannelError> {
-        self.sent.zero += run.count;
-        self.data.forget(run);
-        self.zero.add(&self.pages, run);
-        if self.zero.is_full() {
-            self.flush_zero(round, session)?;
-        }
-        Ok(())
-    }
-
-    /// Within a pass each page comes once, so that zeroes may be told later than data.
-    fn flush_zero(&mut self, round: u64, session: &mut Session) -> Result<(), ChannelError> {
-        match self.zero.take(&self.pages) {
-            Some(body) => session.send(Kind::Zero, body, round),
-            None => Ok(()),
-        }
-    }
-
     fn tell(&mut self, session: &Session, progress: &Progress) {
-        self.sent.differences = self.data.differences();
-        let (sent, told) = (self.sent, self.told);
-        self.told = sent;
-        let differences = sent.differences - told.differences;
-        let data = sent.pages - told.pages;
-        let zero = sent.zero - told.zero;
+        let now = (self.counts(session), self.skipped);
+        let (before, skipped) = std::mem::replace(&mut self.told, now);
+        let new = now.0.since(before);
         progress.update(|snapshot| {
             session.tell(snapshot);
-            self.data.tell(snapshot);
+            snapshot.xbzrle = self.sender.xbzrle();
+            snapshot.compression = session.compression(self.sender.compression());
             let ram = &mut snapshot.ram;
-            ram.normal += data - differences;
+            ram.normal += new.pages - new.differences;
             ram.normal_bytes = ram.normal * PAGE_SIZE;
-            ram.duplicate += zero;
-            snapshot.skipped += sent.skipped - told.skipped;
-            ram.remaining = ram.remaining.saturating_sub((data + zero) * PAGE_SIZE);
+            ram.duplicate += new.zero;
+            snapshot.skipped += now.1 - skipped;
+            let bytes = (new.pages + new.zero) * PAGE_SIZE;
+            ram.remaining = ram.remaining.saturating_sub(bytes);
         });
     }
 }

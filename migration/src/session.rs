@@ -1,6 +1,8 @@
 //! The source's side of a connection: frames, marks in the stream and their acknowledgements,
 //! pacing, and what all of that says about the link.
 
+mod multifd;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,15 +10,20 @@ use std::time::{Duration, Instant};
 use crate::bitmap::PageRun;
 use crate::channel::{Channel, ChannelError};
 use crate::clock::Clock;
+use crate::compression::{Method, Setting};
 use crate::convergence::{Convergence, STRONG};
 use crate::frame::{Kind, MAX_PAGES};
 use crate::guest_io::GuestPages;
 use crate::link::Deadlines;
-use crate::message::{Flush, Flushed, Sync, SyncAck};
+use crate::message::{Flush, Flushed, LZ4, Sync, SyncAck, XBZRLE, ZSTD};
+use crate::outgoing::Wanted;
 use crate::pacing::{Pacing, pages_per_frame};
+use crate::page_sender::FrameSink;
 use crate::parameters::Parameters;
 use crate::progress::Snapshot;
-use crate::protocol::OutOfOrder;
+use crate::protocol::{OutOfOrder, Phase};
+
+use self::multifd::Others;
 
 /// A mark is set at least each so many bytes or so often, to learn how fast data arrives, and so
 /// that both sides know that the other lives.
@@ -62,6 +69,7 @@ pub(crate) struct Session {
     held_back: Duration,
     /// Capabilities that the destination has picked.
     picked: u32,
+    others: Others,
     body: Vec<u8>,
 }
 
@@ -89,6 +97,7 @@ impl Session {
             starved: Duration::ZERO,
             held_back: Duration::ZERO,
             picked: 0,
+            others: Others::default(),
             body: Vec::new(),
         }
     }
@@ -103,11 +112,6 @@ impl Session {
         self.paced
     }
 
-    /// What the user wants, which may change at any time.
-    pub(crate) fn parameters(&self) -> &Parameters {
-        &self.parameters
-    }
-
     /// The destination picked these capabilities.
     pub(crate) fn set_picked(&mut self, capabilities: u32) {
         self.picked = capabilities;
@@ -118,9 +122,24 @@ impl Session {
         self.picked & capability != 0
     }
 
-    /// How long it has waited for the link, or for the limit of its bandwidth, so far.
-    pub(crate) fn waited(&self) -> Duration {
-        self.held_back + self.channel.waited()
+    /// How the user wants pages to go, as far as the destination can take it.
+    pub(crate) fn wanted(&self) -> Wanted {
+        let wanted = self.parameters.compression();
+        let compression = match wanted.method() {
+            Some(Method::Lz4) if self.picked(LZ4) => wanted,
+            Some(Method::Zstd) if self.picked(ZSTD) => wanted,
+            _ => Setting::Off,
+        };
+        let xbzrle = self.parameters.xbzrle();
+        Wanted {
+            compression,
+            xbzrle: xbzrle.filter(|_| self.picked(XBZRLE)),
+        }
+    }
+
+    /// Bytes sent so far, on all connections.
+    pub(crate) fn sent_bytes(&self) -> u64 {
+        self.channel.sent_bytes() + self.elsewhere().sent
     }
 
     /// How many pages to put in a frame.
@@ -134,21 +153,6 @@ impl Session {
             rate if rate > 0 && self.paced => pages_per_frame(rate as f64, limit),
             _ => limit,
         }
-    }
-
-    /// Sends a frame with page data, in time.
-    pub(crate) fn send_pages(
-        &mut self,
-        body: &[u8],
-        memory: &GuestPages,
-        runs: &[PageRun],
-        round: u64,
-    ) -> Result<(), ChannelError> {
-        self.pace(round)?;
-        self.begin();
-        let before = self.channel.sent_bytes();
-        self.channel.send_pages(body, memory, runs)?;
-        self.sent(before, round)
     }
 
     /// Sends a frame with its data, in time.
@@ -184,16 +188,18 @@ impl Session {
     fn sent(&mut self, before: u64, round: u64) -> Result<(), ChannelError> {
         self.pacing.sent(self.channel.sent_bytes() - before);
         self.look_at_answers()?;
-        let bytes = self.channel.sent_bytes() - self.marked_bytes;
+        self.mark_if_due(round)
+    }
+
+    fn mark_if_due(&mut self, round: u64) -> Result<(), ChannelError> {
+        let bytes = self.sent_bytes() - self.marked_bytes;
         let since = self.clock.now().saturating_sub(self.marked_at);
         let enough = if self.convergence.bandwidth.is_measured() {
             MARK_BYTES
         } else {
             FIRST_MARK_BYTES
         };
-        if self.channel.phase() == crate::protocol::Phase::Ram
-            && (bytes >= enough || since >= MARK_TIME)
-        {
+        if self.channel.phase() == Phase::Ram && (bytes >= enough || since >= MARK_TIME) {
             self.mark(round)?;
         }
         Ok(())
@@ -218,7 +224,7 @@ impl Session {
     /// Sends a mark if nothing was sent for long, so that the peer knows that this side lives.
     fn show_life(&mut self, round: u64) -> Result<(), ChannelError> {
         if self.clock.now().saturating_sub(self.marked_at) >= 5 * MARK_TIME
-            && self.channel.phase() == crate::protocol::Phase::Ram
+            && self.channel.phase() == Phase::Ram
         {
             self.mark(round)?;
         }
@@ -272,6 +278,7 @@ impl Session {
         self.last_mark += 1;
         let number = self.last_mark;
         self.begin();
+        let elsewhere = self.barrier()?;
         Sync {
             mark: number,
             round,
@@ -280,14 +287,15 @@ impl Session {
         self.body.resize(Sync::LEN + padding, 0);
         self.channel.send(Kind::Sync, &self.body)?;
         let now = self.clock.now();
+        let bytes = self.channel.sent_bytes() + elsewhere;
         self.marks.push_back(Mark {
             number,
             began: self.began.take().unwrap_or(now),
-            bytes: self.channel.sent_bytes(),
+            bytes,
             starved: std::mem::take(&mut self.starved),
         });
         self.marked_at = now;
-        self.marked_bytes = self.channel.sent_bytes();
+        self.marked_bytes = bytes;
         Ok(number)
     }
 
@@ -313,11 +321,14 @@ impl Session {
 
     /// What this side of the connection knows, into a snapshot.
     pub(crate) fn tell(&self, snapshot: &mut Snapshot) {
-        snapshot.ram.transferred = self.channel.sent_bytes() - self.channel.sent_blocks();
+        let elsewhere = self.elsewhere();
+        let sent = self.channel.sent_bytes() + elsewhere.sent;
+        snapshot.ram.transferred = sent - self.channel.sent_blocks();
         if let Some(disk) = &mut snapshot.disk {
             disk.transferred = self.channel.sent_blocks();
         }
-        snapshot.bytes = self.channel.sent();
+        snapshot.bytes = self.channel.sent().and(elsewhere.by_kind);
+        snapshot.multifd = self.multifd();
         snapshot.bandwidth = self.convergence.bandwidth.estimate();
         snapshot.round_trip = self.convergence.measured_round_trip();
         snapshot.zero_copy = self.channel.zero_copy();
@@ -377,5 +388,47 @@ impl Session {
                 .delivered(bytes, mark.began, arrived_at, round_trip);
         }
         Ok(())
+    }
+}
+
+impl FrameSink for Session {
+    fn send_pages(
+        &mut self,
+        body: &[u8],
+        memory: &GuestPages,
+        runs: &[PageRun],
+        round: u64,
+    ) -> Result<(), ChannelError> {
+        self.pace(round)?;
+        self.begin();
+        let before = self.channel.sent_bytes();
+        self.channel.send_pages(body, memory, runs)?;
+        self.sent(before, round)
+    }
+
+    fn send_data(
+        &mut self,
+        kind: Kind,
+        body: &[u8],
+        data: &[&[u8]],
+        round: u64,
+    ) -> Result<(), ChannelError> {
+        Self::send_data(self, kind, body, data, round)
+    }
+
+    fn send(&mut self, kind: Kind, body: &[u8], round: u64) -> Result<(), ChannelError> {
+        Self::send(self, kind, body, round)
+    }
+
+    fn own_bytes(&self) -> u64 {
+        self.channel.sent_bytes()
+    }
+
+    fn waited(&self) -> Duration {
+        self.held_back + self.channel.waited()
+    }
+
+    fn frame_pages(&self) -> u64 {
+        Self::frame_pages(self)
     }
 }

@@ -1,5 +1,6 @@
 //! The source: from the offer to the hand-over. See docs/design.md for who may run the guest when.
 
+pub(crate) mod channels;
 mod disks;
 mod late;
 mod precopy;
@@ -104,6 +105,14 @@ pub enum SourceError {
     /// The fault channel is gone, and the guest has not been handed over.
     #[error("{0}")]
     Broken(String),
+    /// No descriptors or threads for more connections.
+    #[error("cannot prepare {count} connections for multifd: {error}")]
+    Multifd {
+        /// How many there were to be.
+        count: u8,
+        /// Why not.
+        error: std::io::Error,
+    },
     /// No random number.
     #[error("cannot get random bytes for the migration's identifier: {0}")]
     Random(std::io::Error),
@@ -264,6 +273,7 @@ impl Source<'_> {
             Peer::Connected(stream) => (stream, None),
             Peer::Uri(uri) => {
                 let stream = connect(&uri, &self.job.cancel, &self.job.deadlines)?;
+                let uri = same_host(uri, &stream);
                 (stream, Some(uri))
             }
         };
@@ -307,8 +317,10 @@ impl Source<'_> {
     ) -> Result<Downtime, SourceError> {
         self.enter(Step::Offer);
         let offer = self.vm.offer().map_err(vm("describing the guest"))?;
-        self.offer(session, &offer)?;
-        *late = self.join(uri)?;
+        self.offer(session, &offer, uri.is_some())?;
+        *late = self.join(uri.as_ref())?;
+        let memory = Arc::new(GuestPages::new(self.vm.ram())?);
+        self.connect_more(session, uri.as_ref(), &memory)?;
         self.enter(Step::Blobs);
         self.send_blobs(session, &offer)?;
         for _ in 0..2 {
@@ -316,7 +328,7 @@ impl Source<'_> {
         }
         let mut guest = Contents {
             disks: Disks::open(self.vm, &offer).map_err(vm("opening a disk"))?,
-            memory: Memory::new(GuestPages::new(self.vm.ram())?),
+            memory: Memory::new(memory),
         };
         self.job.progress.update(|snapshot| {
             session.tell(snapshot);
@@ -341,6 +353,7 @@ impl Source<'_> {
         let (rounds, next) = self.rounds(session, &mut guest)?;
         let mut late = late.as_mut().filter(|_| next == Next::Postcopy);
         if let Some(late) = &mut late {
+            session.end_channels()?;
             self.tell_missing(session, &mut guest, late, rounds)?;
         }
         self.job.progress.update(|snapshot| {
@@ -385,6 +398,9 @@ impl Source<'_> {
         self.stop_logging();
         let text = error.to_string();
         self.tell_peer(&error, &text);
+        if let Some(session) = &mut self.session {
+            session.drop_channels();
+        }
         self.job
             .progress
             .update(|snapshot| snapshot.error = Some(text.clone()));
@@ -481,6 +497,14 @@ impl Source<'_> {
         tracing::debug!(id = ?self.id, ended = ?self.step, took_us, begins = ?step, "step");
         self.step = step;
         self.step_began = now;
+    }
+}
+
+/// Where further connections go: a name may have several addresses, of several hosts.
+fn same_host(uri: Uri, stream: &Stream) -> Uri {
+    match uri {
+        Uri::Tcp { .. } => stream.peer().parse().unwrap_or(uri),
+        _ => uri,
     }
 }
 

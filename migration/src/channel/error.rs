@@ -48,6 +48,14 @@ pub enum ChannelError {
     /// A request for memory that there is none of.
     #[error("the destination asks for memory that the guest does not have: {0}")]
     Request(String),
+    /// One of the connections that carry pages beside the first one.
+    #[error("data connection {index}: {why}")]
+    Data {
+        /// Which, from 0.
+        index: usize,
+        /// What happened.
+        why: String,
+    },
     /// The peer sends answers to nothing.
     #[error("the peer sent more than {MAX_WAITING} unasked frames")]
     Flood,

@@ -1,6 +1,6 @@
 //! The receiving half of a channel.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{Arrived, Channel, ChannelError, INBOX, MAX_WAITING, Waiting};
 use crate::bitmap::PageRun;
@@ -13,6 +13,9 @@ use crate::protocol::Phase;
 
 /// A body's buffer grows with what has come, in steps of this.
 const BODY_STEP: usize = 256 << 10;
+
+/// A wait without a deadline is one with this, again and again.
+const LOOK_AGAIN: Duration = Duration::from_secs(3600);
 
 impl Channel {
     /// Takes in frames of the peer that are there, without waiting.
@@ -119,6 +122,56 @@ impl Channel {
                 return Ok(None);
             }
         }
+    }
+
+    /// Waits until the next frame begins, however long that takes; false if the connection ends or
+    /// breaks before it does.
+    pub(crate) fn wait_begin(&mut self) -> Result<bool, ChannelError> {
+        let wanted = Readiness {
+            read: true,
+            write: false,
+        };
+        while self.header.is_none() && self.inbox_start == self.inbox.len() {
+            match self.fill() {
+                Ok(true) => {}
+                Ok(false) => {
+                    let end = Instant::now() + LOOK_AGAIN;
+                    let ready = self.link.wait_until(wanted, end);
+                    ready.map_err(|error| self.broken(error))?;
+                }
+                Err(ChannelError::Link {
+                    error: error @ (LinkError::Closed | LinkError::Dead),
+                    ..
+                }) => {
+                    tracing::debug!("a connection ended between two frames: {error}");
+                    return Ok(false);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    /// What the peer says before it closes, or that it closes, until `until`; whatever else it
+    /// sends is dropped. `None` if it goes on.
+    pub(crate) fn last_words(&mut self, until: Instant) -> Option<ChannelError> {
+        self.link.set_until(Some(until));
+        let mut dropped = Vec::new();
+        while Instant::now() < until {
+            let arrived = match self.receive() {
+                Ok(arrived) => arrived,
+                Err(error) => {
+                    let last = match &error {
+                        ChannelError::Link { error, .. } => matches!(error, LinkError::Closed),
+                        error => matches!(error, ChannelError::Peer { .. }),
+                    };
+                    return last.then_some(error);
+                }
+            };
+            let payload = arrived.payload_len as usize;
+            self.receive_data(payload, &mut dropped).ok()?;
+        }
+        None
     }
 
     fn wait_readable(&mut self, since: Instant) -> Result<(), ChannelError> {

@@ -68,6 +68,7 @@ impl Channel {
         let mut parts = vec![&header[..], body];
         parts.extend(data);
         self.send_all(&parts, memory, runs, total)?;
+        self.sent_frames += 1;
         self.sent.count(kind, body.len() as u32, payload_len as u32);
         if kind == Kind::Blocks {
             self.sent_blocks += total;

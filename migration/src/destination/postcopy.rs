@@ -62,22 +62,25 @@ impl Late {
         })
     }
 
-    /// Waits for the fault channel, which the source connects once it is accepted.
+    /// Waits for the fault channel, which the source connects once it is accepted. If
+    /// data connections may come as well, they stay with the listener.
     pub(super) fn join(
         control: Control<Listener>,
         id: Id,
-        listener: Option<Listener>,
+        (listener, multifd): (Option<&mut Listener>, bool),
         main: &mut Channel,
         destination: &Destination<'_>,
     ) -> Result<Self, DestinationError> {
         let job = destination.job;
-        let mut listener = listener.ok_or(ListenError::Nobody)?;
+        let listener = listener.ok_or(ListenError::Nobody)?;
         let awaited = Awaited {
             kind: Kind::Join,
             id,
             attempts: 0..=0,
             until: Some(Instant::now() + job.deadlines.handshake),
             beside: Some(main.fd()),
+            over: None,
+            later: multifd.then_some(Kind::Channel),
         };
         let returned = listener.accept_returning(awaited, &job.cancel, &job.deadlines);
         if let Err(ListenError::Nobody) = returned {

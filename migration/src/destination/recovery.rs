@@ -103,6 +103,8 @@ impl Rendezvous {
             attempts: self.attempt.saturating_add(1)..=u32::MAX,
             until: None,
             beside: None,
+            over: None,
+            later: None,
         };
         let returned = listener.accept_returning(awaited, waker, &self.deadlines)?;
         self.attempt = returned.attempt;
@@ -147,6 +149,8 @@ impl Rendezvous {
             attempts: self.attempt..=self.attempt,
             until: Some(until),
             beside: Some(main.fd()),
+            over: None,
+            later: None,
         };
         let joined = listener.accept_returning(awaited, &breaker, &self.deadlines)?;
         let faults = open(joined, Kind::Join)?;

@@ -2,13 +2,10 @@
 //! if they are what the source meant.
 
 use super::Placement;
-use crate::channel::{Arrived, Channel};
+use crate::bitmap::PageRun;
 use crate::compression::{BLOCK_PAGES, DecompressError, Decompressor, MAX_BLOCK, Method};
-use crate::destination::DestinationError;
-use crate::frame::Kind;
 use crate::layout::PAGE_SIZE;
-use crate::message::{Compressed, Differences, LZ4, XBZRLE, ZSTD};
-use crate::protocol::OutOfOrder;
+use crate::message::{Compressed, Differences, LZ4, ZSTD};
 use crate::xbzrle::Page;
 use crate::xbzrle::delta::{self, DeltaError};
 
@@ -34,14 +31,10 @@ pub enum EncodedError {
     NotPicked(Method),
 }
 
-/// Takes COMPRESSED and XBZRLE frames in. Its memory is used from frame to frame.
+/// Makes the pages of one connection whole. Its memory is used from frame to frame.
 pub(crate) struct Unpacker {
     picked: u32,
-    compressed: Compressed,
-    differences: Differences,
     decompressor: Decompressor,
-    /// A frame's payload, which its kind's limit bounds.
-    data: Vec<u8>,
     block: Vec<u8>,
     page: Box<Page>,
 }
@@ -51,46 +44,23 @@ impl Unpacker {
     pub(crate) fn new(picked: u32) -> Self {
         Self {
             picked,
-            compressed: Compressed::default(),
-            differences: Differences::default(),
             decompressor: Decompressor::default(),
-            data: Vec::new(),
-            block: vec![0; MAX_BLOCK],
+            block: Vec::new(),
             page: Box::new([0; PAGE_SIZE as usize]),
         }
     }
 
-    /// Receives the data of such a frame, whose body has arrived, into memory.
-    pub(crate) fn receive(
+    /// Places the pages of a COMPRESSED frame, `runs`, whose payload is `data`. Those that don't match
+    /// their checksums stay as they were and are added to `wrong`. A block that can't be
+    /// decompressed is an error, as what comes after it is no better.
+    pub(crate) fn compressed(
         &mut self,
-        arrived: Arrived,
-        channel: &mut Channel,
-        placement: &mut Placement,
-    ) -> Result<(), DestinationError> {
-        let Arrived { kind, payload_len } = arrived;
-        match kind {
-            Kind::Compressed => {
-                channel.decode(kind, |body| self.compressed.decode(body, payload_len))?;
-                placement.resolve(&self.compressed.runs)?;
-                channel.receive_data(payload_len as usize, &mut self.data)?;
-                Ok(self.place_compressed(placement)?)
-            }
-            Kind::Xbzrle if self.picked & XBZRLE != 0 => {
-                channel.decode(kind, |body| self.differences.decode(body, payload_len))?;
-                placement.resolve(&self.differences.runs)?;
-                channel.receive_data(payload_len as usize, &mut self.data)?;
-                Ok(self.place_differences(placement)?)
-            }
-            kind => {
-                let phase = channel.phase();
-                Err(crate::channel::ChannelError::from(OutOfOrder { kind, phase }).into())
-            }
-        }
-    }
-
-    /// A block that can't be decompressed is an error, as what comes after it is no better.
-    fn place_compressed(&mut self, placement: &mut Placement) -> Result<(), EncodedError> {
-        let frame = &self.compressed;
+        frame: &Compressed,
+        runs: &[PageRun],
+        mut data: &[u8],
+        placement: &Placement,
+        wrong: &mut Vec<u64>,
+    ) -> Result<(), EncodedError> {
         let Some(method) = frame.method else {
             return Ok(());
         };
@@ -101,10 +71,9 @@ impl Unpacker {
         if self.picked & capability == 0 {
             return Err(EncodedError::NotPicked(method));
         }
-        placement.populate();
-        let runs = std::mem::take(&mut placement.runs);
+        placement.populate(runs);
+        self.block.resize(MAX_BLOCK, 0);
         let mut pages = runs.iter().flat_map(|run| run.first..run.end());
-        let mut data = self.data.as_slice();
         for (crcs, len) in frame.crcs.chunks(BLOCK_PAGES as usize).zip(&frame.blocks) {
             let (now, later) = data.split_at_checked(*len as usize).unwrap_or((data, &[]));
             data = later;
@@ -113,50 +82,50 @@ impl Unpacker {
             self.decompressor.decompress(method, now, block)?;
             let copies = block.as_chunks().0.iter();
             for ((copy, crc), page) in copies.zip(crcs).zip(pages.by_ref()) {
-                placement.place(page, copy, *crc);
+                placement.place(page, copy, *crc, wrong);
             }
         }
-        placement.runs = runs;
+        placement.arrived(runs, wrong);
         Ok(())
     }
 
-    /// See [`crate::xbzrle`] for why this side has what the differences are to.
-    fn place_differences(&mut self, placement: &mut Placement) -> Result<(), EncodedError> {
-        let frame = &self.differences;
-        let runs = std::mem::take(&mut placement.runs);
+    /// The same for an XBZRLE frame. See [`crate::xbzrle`] for why this side has what the
+    /// differences are to.
+    pub(crate) fn differences(
+        &mut self,
+        frame: &Differences,
+        runs: &[PageRun],
+        mut data: &[u8],
+        placement: &Placement,
+        wrong: &mut Vec<u64>,
+    ) -> Result<(), EncodedError> {
+        if let Some(page) = placement.never_came(runs) {
+            return Err(EncodedError::NeverCame(placement.address(page)));
+        }
         let pages = runs.iter().flat_map(|run| run.first..run.end());
-        let mut data = self.data.as_slice();
         for ((page, crc), len) in pages.zip(&frame.crcs).zip(&frame.lengths) {
             let len = usize::from(*len);
             let (now, later) = data.split_at_checked(len).unwrap_or((data, &[]));
             data = later;
-            let address = || placement.address(page);
-            if placement.missing.test(page) {
-                return Err(EncodedError::NeverCame(address()));
-            }
             placement.memory.read(page, &mut self.page);
             delta::apply(now, &mut self.page).map_err(|error| EncodedError::Difference {
-                address: address(),
+                address: placement.address(page),
                 error,
             })?;
-            placement.place(page, &self.page, *crc);
+            placement.place(page, &self.page, *crc, wrong);
         }
-        placement.runs = runs;
+        placement.arrived(runs, wrong);
         Ok(())
     }
 }
 
 impl Placement {
-    /// Places a page if it is what the source says; otherwise it stays as it was, and is suspect.
-    fn place(&mut self, page: u64, copy: &Page, crc: u32) {
-        self.counts.pages += 1;
-        self.missing.clear(page);
+    /// Places a page if it is what the source says; otherwise it stays as it was, and is wrong.
+    fn place(&self, page: u64, copy: &Page, crc: u32, wrong: &mut Vec<u64>) {
         if crc32fast::hash(copy) == crc {
             self.memory.write(page, copy);
-            self.written.set(page);
-            self.suspect.clear(page);
         } else {
-            self.suspect.set(page);
+            wrong.push(page);
         }
     }
 }

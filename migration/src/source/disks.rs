@@ -25,11 +25,11 @@ impl Source<'_> {
         }
         let progress = &self.job.progress;
         let began = self.clock.now();
-        let before = session.channel.sent_bytes();
+        let before = session.sent_bytes();
         disks.send_whole(session, progress).map_err(blocks_error)?;
         disks.flush(0, session, progress)?;
         let seconds = self.clock.now().saturating_sub(began).as_secs_f64();
-        let bytes = session.channel.sent_bytes() - before;
+        let bytes = session.sent_bytes() - before;
         progress.update(|snapshot| {
             if let Some(disk) = &mut snapshot.disk {
                 disk.mbps = bytes as f64 * 8.0 / 1e6 / seconds.max(1e-6);

@@ -74,7 +74,7 @@ pub(super) enum LateEnd {
 
 impl Source<'_> {
     /// Connects the fault channel, at the beginning.
-    pub(super) fn join(&mut self, uri: Option<Uri>) -> Result<Option<Late>, SourceError> {
+    pub(super) fn join(&mut self, uri: Option<&Uri>) -> Result<Option<Late>, SourceError> {
         let Some(control) = self.job.postcopy.clone() else {
             return Ok(None);
         };
@@ -86,7 +86,7 @@ impl Source<'_> {
             id: self.id,
             attempt: 0,
         };
-        let faults = self.open(&uri, &cancel, Kind::Join, returning)?;
+        let faults = self.open(uri, &cancel, Kind::Join, returning)?;
         let pages = GuestPages::new(self.vm.ram())?;
         let count = pages.layout().pages();
         Ok(Some(Late {

@@ -1,18 +1,24 @@
 //! What happens while the guest runs: the offer, the blobs, and rounds until the rest fits.
 
 use std::io::Read;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::channels::{Channels, Setup};
 use super::{Contents, Next, Source, SourceError, blocks_error, pass_error, vm};
 use crate::convergence::refinement::Refinement;
 use crate::convergence::{Decision, Rest};
 use crate::frame::{Kind, MAX_CHUNK};
-use crate::message::{Accept, BLOCK_MIGRATION, BlobChunk, CAPABILITIES, Hello, POSTCOPY, Preamble};
+use crate::guest_io::GuestPages;
+use crate::message::{
+    Accept, BLOCK_MIGRATION, BlobChunk, CAPABILITIES, Hello, MULTIFD, POSTCOPY, Preamble,
+};
 use crate::postcopy::Control;
 use crate::progress::Round;
 use crate::protocol::{NEWEST_VERSION, OLDEST_VERSION};
 use crate::rounds::{Pass, Sent};
 use crate::session::Session;
+use crate::uri::Uri;
 use crate::vm::Offer;
 
 /// The pause between looks at a guest for which even an empty rest would not fit.
@@ -23,11 +29,17 @@ impl Source<'_> {
         &mut self,
         session: &mut Session,
         offer: &Offer,
+        has_address: bool,
     ) -> Result<(), SourceError> {
+        let multifd = self.job.parameters.multifd().filter(|_| has_address);
+        let optional = match multifd {
+            Some(_) => CAPABILITIES,
+            None => CAPABILITIES & !MULTIFD,
+        };
         let hello = Hello {
             id: self.id,
             required: self.required(offer),
-            optional: CAPABILITIES,
+            optional,
             offer: offer.clone(),
         };
         let mut body = Vec::new();
@@ -48,7 +60,7 @@ impl Source<'_> {
         } = accept;
         if id != self.id
             || !(OLDEST_VERSION..=NEWEST_VERSION).contains(&version)
-            || capabilities & !CAPABILITIES != 0
+            || capabilities & !optional != 0
         {
             return Err(SourceError::Accept(format!("{accept:?}")));
         }
@@ -71,6 +83,38 @@ impl Source<'_> {
             0
         };
         disks | late
+    }
+
+    /// Begins to make the connections that the user wants for pages, if that is possible.
+    pub(super) fn connect_more(
+        &self,
+        session: &mut Session,
+        uri: Option<&Uri>,
+        memory: &Arc<GuestPages>,
+    ) -> Result<(), SourceError> {
+        let Some(count) = self.job.parameters.multifd() else {
+            return Ok(());
+        };
+        let Some(uri) = uri else {
+            session.set_no_channels("there is no address to which more could be made");
+            return Ok(());
+        };
+        if !session.picked(MULTIFD) {
+            session.set_no_channels("the destination does not know multifd");
+            return Ok(());
+        }
+        let setup = Setup {
+            uri: uri.clone(),
+            id: self.id,
+            deadlines: self.job.deadlines.clone(),
+            clock: Arc::clone(&self.clock),
+            memory: Arc::clone(memory),
+        };
+        let count = count.get();
+        let channels = Channels::start(setup, count.into(), self.job.parameters.multifd_all())
+            .map_err(|error| SourceError::Multifd { count, error })?;
+        session.set_channels(channels);
+        Ok(())
     }
 
     pub(super) fn send_blobs(
@@ -124,7 +168,7 @@ impl Source<'_> {
         loop {
             number += 1;
             let began = self.clock.now();
-            let before = session.channel.sent_bytes();
+            let before = session.sent_bytes();
             let pass = if number == 1 {
                 Pass::First
             } else {
@@ -176,7 +220,7 @@ impl Source<'_> {
                 pages: sent.pages,
                 zero: sent.zero,
                 block_bytes: blocks.data + blocks.zero,
-                bytes: session.channel.sent_bytes() - before,
+                bytes: session.sent_bytes() - before,
                 time: self.clock.now().saturating_sub(began),
                 dirty: rest.pages,
                 dirty_block_bytes: rest.block_bytes,

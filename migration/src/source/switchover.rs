@@ -34,7 +34,7 @@ impl Source<'_> {
         session.stop_pacing();
         let pause = self.vm.pause().map_err(vm("stopping the guest"))?;
         self.owner = Owner::Stopped(pause);
-        let bytes_before = session.channel.sent_bytes();
+        let bytes_before = session.sent_bytes();
         let blocks_before = session.channel.sent_blocks();
         // A guest that its user had paused long ago has no downtime but what is added here.
         let last_instruction = if pause.was_running {
@@ -63,6 +63,7 @@ impl Source<'_> {
                 .send(Pass::Last, round, self.vm, session, progress, &|| false)
                 .map_err(pass_error)?,
         };
+        session.end_channels()?;
         let pages_sent = self.clock.now();
 
         self.enter(Step::Save);
@@ -117,7 +118,7 @@ impl Source<'_> {
             pages: sent.pages,
             zero: sent.zero,
             block_bytes: blocks.data + blocks.zero,
-            bytes: session.channel.sent_bytes() - bytes_before,
+            bytes: session.sent_bytes() - bytes_before,
             time: downtime.total,
             dirty: 0,
             dirty_block_bytes: 0,
@@ -134,7 +135,7 @@ impl Source<'_> {
                 disk.remaining = 0;
             }
             let ram = &mut snapshot.ram;
-            ram.downtime_bytes = session.channel.sent_bytes() - bytes_before - blocks_bytes;
+            ram.downtime_bytes = session.sent_bytes() - bytes_before - blocks_bytes;
             ram.dirty_sync_count = round.number;
             ram.remaining = 0;
         });

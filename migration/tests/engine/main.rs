@@ -10,6 +10,7 @@
 mod block_errors;
 mod blocks;
 mod cancelling;
+mod channels;
 mod cuts;
 mod damage;
 mod disks;
@@ -18,6 +19,7 @@ mod handover;
 mod hints;
 mod hostile;
 mod machine;
+mod multifd;
 mod postcopy;
 mod proxy;
 mod snapshot;

@@ -17,11 +17,13 @@ pub enum MigrationCapability {
     PostcopyRam,
     /// Pages that are sent again go as differences to what was sent before.
     Xbzrle,
+    /// Pages go on several connections.
+    Multifd,
 }
 
 impl MigrationCapability {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Events, Self::PostcopyRam, Self::Xbzrle];
+    pub const ALL: [Self; 4] = [Self::Events, Self::PostcopyRam, Self::Xbzrle, Self::Multifd];
 
     /// The name in QMP and in the monitor.
     pub fn as_str(self) -> &'static str {
@@ -29,6 +31,7 @@ impl MigrationCapability {
             Self::Events => "events",
             Self::PostcopyRam => "postcopy-ram",
             Self::Xbzrle => "xbzrle",
+            Self::Multifd => "multifd",
         }
     }
 }
@@ -70,6 +73,8 @@ pub struct Capabilities {
     pub postcopy_ram: bool,
     /// [`MigrationCapability::Xbzrle`].
     pub xbzrle: bool,
+    /// [`MigrationCapability::Multifd`].
+    pub multifd: bool,
 }
 
 impl Default for Capabilities {
@@ -78,6 +83,7 @@ impl Default for Capabilities {
             events: true,
             postcopy_ram: false,
             xbzrle: false,
+            multifd: false,
         }
     }
 }
@@ -89,6 +95,7 @@ impl Capabilities {
             events,
             postcopy_ram,
             xbzrle,
+            multifd,
         } = self;
         let status = |capability| MigrationCapabilityStatus {
             capability,
@@ -96,6 +103,7 @@ impl Capabilities {
                 MigrationCapability::Events => events,
                 MigrationCapability::PostcopyRam => postcopy_ram,
                 MigrationCapability::Xbzrle => xbzrle,
+                MigrationCapability::Multifd => multifd,
             },
         };
         MigrationCapability::ALL.map(status).to_vec()
@@ -108,6 +116,7 @@ impl Capabilities {
                 MigrationCapability::Events => self.events = change.state,
                 MigrationCapability::PostcopyRam => self.postcopy_ram = change.state,
                 MigrationCapability::Xbzrle => self.xbzrle = change.state,
+                MigrationCapability::Multifd => self.multifd = change.state,
             }
         }
         self

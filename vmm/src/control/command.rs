@@ -15,7 +15,7 @@ pub use super::event::{Event, EventKind, ShutdownCause};
 pub use super::migrate_request::{MigrateRequest, StorageCopy};
 pub use super::migration::{
     BytesByKind, DowntimeParts, FerryMigrationInfo, MigrationInfo, MigrationRound, MigrationStats,
-    MigrationStatus,
+    MigrationStatus, MultifdInfo,
 };
 pub use super::network::{AnnounceChange, AnnounceParameters, AnnounceRequest, NetworkInfo};
 pub use super::parameters::{MigrationParameters, ParameterChange};

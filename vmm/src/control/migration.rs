@@ -173,7 +173,7 @@ pub struct MigrationStats {
     pub postcopy_requests: u64,
     /// Bytes of a page.
     pub page_size: u64,
-    /// Always 0: bytes sent over further connections.
+    /// Bytes sent over further connections.
     pub multifd_bytes: u64,
     /// Pages sent in a second.
     pub pages_per_second: u64,
@@ -208,6 +208,9 @@ pub struct FerryMigrationInfo {
     /// What went compressed; only at the source, and left out if nothing was to be.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compression: Option<CompressionInfo>,
+    /// More connections for pages; only at the source, with the capability `multifd`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub multifd: Option<MultifdInfo>,
     /// What happened after the guest had moved ahead of its memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub postcopy: Option<PostcopyInfo>,
@@ -216,6 +219,19 @@ pub struct FerryMigrationInfo {
 impl FerryMigrationInfo {
     /// How many rounds are kept: a migration that does not converge makes any number of them.
     pub const MAX_ROUNDS: usize = 64;
+}
+
+/// More connections for pages.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MultifdInfo {
+    /// How many there are beside the first one; 0 if there can't be any.
+    pub channels: u64,
+    /// How many of them take work: as many as make a difference.
+    pub in_use: u64,
+    /// Why only one is used, or none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why_one: Option<String>,
 }
 
 /// One round over the guest's memory.

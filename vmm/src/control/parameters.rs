@@ -18,6 +18,8 @@ pub struct MigrationParameters {
     pub downtime_limit: u64,
     /// Bytes a second that are pushed after the guest has moved ahead of its memory; 0 is no limit.
     pub max_postcopy_bandwidth: u64,
+    /// How many connections carry pages beside the first one with the capability `multifd`.
+    pub multifd_channels: u64,
     /// How pages are compressed, where it pays.
     pub multifd_compression: MultifdCompression,
     /// The level of zstd, 1 to 20.
@@ -45,6 +47,7 @@ impl Default for MigrationParameters {
             avail_switchover_bandwidth: 0,
             downtime_limit: 30,
             max_postcopy_bandwidth: 0,
+            multifd_channels: 2,
             multifd_compression: MultifdCompression::None,
             multifd_zstd_level: 1,
             xbzrle_cache_size: 64 << 20,
@@ -67,6 +70,8 @@ pub struct ParameterChange {
     pub downtime_limit: Option<u64>,
     /// See [`MigrationParameters::max_postcopy_bandwidth`].
     pub max_postcopy_bandwidth: Option<u64>,
+    /// See [`MigrationParameters::multifd_channels`].
+    pub multifd_channels: Option<u64>,
     /// See [`MigrationParameters::multifd_compression`].
     pub multifd_compression: Option<MultifdCompression>,
     /// See [`MigrationParameters::multifd_zstd_level`].
@@ -92,6 +97,13 @@ impl ParameterChange {
     /// Refuses values out of range, in QEMU's words.
     pub fn check(&self) -> CommandResult<()> {
         self.announce.check()?;
+        if let Some(channels) = self.multifd_channels
+            && !(1..=255).contains(&channels)
+        {
+            return Err(CommandError::generic(format!(
+                "Parameter 'multifd-channels' expects a value between 1 and 255, got {channels}"
+            )));
+        }
         if let Some(level) = self.multifd_zstd_level
             && !(1..=20).contains(&level)
         {
@@ -125,6 +137,7 @@ impl ParameterChange {
             avail_switchover_bandwidth,
             downtime_limit,
             max_postcopy_bandwidth,
+            multifd_channels,
             multifd_compression,
             multifd_zstd_level,
             xbzrle_cache_size,
@@ -145,6 +158,9 @@ impl ParameterChange {
         }
         if let Some(value) = max_postcopy_bandwidth {
             parameters.max_postcopy_bandwidth = value;
+        }
+        if let Some(value) = multifd_channels {
+            parameters.multifd_channels = value;
         }
         if let Some(value) = multifd_compression {
             parameters.multifd_compression = value;
@@ -186,6 +202,18 @@ mod tests {
                 ..Default::default()
             }
         );
+    }
+
+    #[test]
+    fn connections_have_bounds() {
+        for (channels, fits) in [(0, false), (1, true), (255, true), (256, false)] {
+            let multifd_channels = Some(channels);
+            let change = ParameterChange {
+                multifd_channels,
+                ..Default::default()
+            };
+            assert_eq!(change.check().is_ok(), fits, "{channels} connections");
+        }
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! The engine's figures in the form of the commands.
 
+use std::num::NonZeroU8;
+
 use migration::compression::{Method, ZstdLevel};
 use migration::parameters::Parameters;
 use migration::progress::{
-    Bytes, Compression, Disk, Downtime, Postcopy, Ram, Round, Snapshot, Status,
+    Bytes, Compression, Disk, Downtime, Multifd, Postcopy, Ram, Round, Snapshot, Status,
 };
 use migration::uri::Uri;
 use migration::xbzrle::Figures;
@@ -11,7 +13,7 @@ use migration::xbzrle::Figures;
 use crate::control::command::{
     AnnounceParameters, BytesByKind, CommandError, CommandResult, CompressionInfo, DowntimeParts,
     FerryMigrationInfo, MigrationInfo, MigrationParameters, MigrationRound, MigrationStats,
-    MigrationStatus, MultifdCompression, ParameterChange, PostcopyInfo, SocketAddress,
+    MigrationStatus, MultifdCompression, MultifdInfo, ParameterChange, PostcopyInfo, SocketAddress,
     XbzrleCacheStats,
 };
 
@@ -67,6 +69,7 @@ pub(super) fn outgoing(snapshot: &Snapshot) -> MigrationInfo {
         ram: begun.then(|| MigrationStats {
             postcopy_requests: postcopy.requests,
             postcopy_bytes: postcopy.bytes,
+            multifd_bytes: snapshot.multifd.as_ref().map_or(0, |multifd| multifd.bytes),
             ..stats(&snapshot.ram)
         }),
         disk: snapshot
@@ -125,8 +128,8 @@ fn stats(ram: &Ram) -> MigrationStats {
         pages_per_second,
         precopy_bytes,
         downtime_bytes,
-        multifd_bytes: 0,
         // Told beside it.
+        multifd_bytes: 0,
         postcopy_requests: 0,
         postcopy_bytes: 0,
     }
@@ -177,7 +180,22 @@ fn ferry(snapshot: &Snapshot) -> FerryMigrationInfo {
         bandwidth: snapshot.bandwidth.map(|rate| rate as u64),
         round_trip: snapshot.round_trip.map(us),
         compression: snapshot.compression.map(compression),
+        multifd: snapshot.multifd.as_ref().map(multifd),
         postcopy: snapshot.postcopy.as_ref().map(postcopy),
+    }
+}
+
+fn multifd(figures: &Multifd) -> MultifdInfo {
+    let Multifd {
+        channels,
+        in_use,
+        bytes: _,
+        why_one,
+    } = figures;
+    MultifdInfo {
+        channels: *channels,
+        in_use: *in_use,
+        why_one: why_one.clone(),
     }
 }
 
@@ -309,6 +327,7 @@ pub(super) fn parameters(
         avail_switchover_bandwidth: parameters.avail_switchover_bandwidth(),
         downtime_limit: u64::try_from(parameters.downtime_limit().as_millis()).unwrap_or(u64::MAX),
         max_postcopy_bandwidth: parameters.max_postcopy_bandwidth(),
+        multifd_channels: parameters.multifd_channels().get().into(),
         multifd_compression: match parameters.compression().method() {
             None => MultifdCompression::None,
             Some(Method::Lz4) => MultifdCompression::Lz4,
@@ -332,6 +351,7 @@ pub(super) fn change(parameters: &Parameters, change: ParameterChange) -> Comman
         avail_switchover_bandwidth,
         downtime_limit,
         max_postcopy_bandwidth,
+        multifd_channels,
         multifd_compression,
         multifd_zstd_level,
         xbzrle_cache_size,
@@ -353,6 +373,13 @@ pub(super) fn change(parameters: &Parameters, change: ParameterChange) -> Comman
     }
     if let Some(level) = multifd_zstd_level {
         parameters.set_zstd_level(ZstdLevel::new(level).map_err(|err| refused(&err))?);
+    }
+    if let Some(channels) = multifd_channels {
+        let channels = u8::try_from(channels).ok().and_then(NonZeroU8::new);
+        // What is out of range has been refused.
+        channels
+            .into_iter()
+            .for_each(|channels| parameters.set_multifd_channels(channels));
     }
     if let Some(compression) = multifd_compression {
         parameters.set_compression(match compression {

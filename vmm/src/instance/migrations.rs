@@ -191,6 +191,7 @@ impl Instance {
             check_userfaultfd()?;
         }
         self.0.parameters.set_xbzrle(after.xbzrle);
+        self.0.parameters.set_multifd(after.multifd);
         state.capabilities = after;
         Ok(())
     }

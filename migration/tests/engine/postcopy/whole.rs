@@ -58,3 +58,29 @@ fn a_connection_that_breaks_again_and_again_is_replaced() {
         moving.finish();
     }
 }
+
+/// What goes on other connections has all been placed, and they have ended, when it is told what is
+/// missing.
+#[test]
+fn a_guest_whose_rounds_go_over_several_connections_moves_in_the_middle() {
+    require_userfault!();
+    for rounds in [0, 1, 3] {
+        let moving = Moving::begin(busy(16_384), |job, _| {
+            job.parameters.set_downtime_limit_ms(0).unwrap();
+            job.parameters.set_multifd(true);
+            job.parameters.set_multifd_all(true);
+            if rounds == 0 {
+                at_once(job);
+            }
+        });
+        while moving.left.snapshot().round < rounds {
+            std::thread::yield_now();
+        }
+        moving.leaving.start();
+        let left = Arc::clone(&moving.left);
+        moving.finish();
+        let multifd = left.snapshot().multifd.unwrap();
+        assert_eq!(multifd.channels, 2);
+        assert!(rounds < 2 || multifd.bytes > 100_000, "{multifd:?}");
+    }
+}

@@ -241,7 +241,7 @@ pub const COMMANDS: &[Command] = &[
         parameters: "parameter value",
         help: "set a migration parameter: max-bandwidth, max-postcopy-bandwidth and \
                avail-switchover-bandwidth in MiB/s or with a unit (10G), downtime-limit, \
-               multifd-compression (none, lz4, zstd), multifd-zstd-level (1 to 20), \
+               multifd-channels (1 to 255), multifd-compression (none, lz4, zstd), multifd-zstd-level (1 to 20), \
                xbzrle-cache-size in bytes or with a unit (64M), x-postcopy-after-time and announce-initial, -max and -step in milliseconds, \
                announce-rounds, x-postcopy-after-rounds, and x-postcopy-no-convergence on or off",
         completion: Completion::Parameters,

@@ -278,6 +278,7 @@ fn parameters(session: &Session, _: &mut Words) -> Result<String, Failure> {
          avail-switchover-bandwidth: {} bytes/second\n\
          downtime-limit: {} ms\n\
          max-postcopy-bandwidth: {} bytes/second\n\
+         multifd-channels: {}\n\
          multifd-compression: {}\n\
          multifd-zstd-level: {}\n\
          xbzrle-cache-size: {} bytes\n\
@@ -292,6 +293,7 @@ fn parameters(session: &Session, _: &mut Words) -> Result<String, Failure> {
         parameters.avail_switchover_bandwidth,
         parameters.downtime_limit,
         parameters.max_postcopy_bandwidth,
+        parameters.multifd_channels,
         parameters.multifd_compression,
         parameters.multifd_zstd_level,
         parameters.xbzrle_cache_size,

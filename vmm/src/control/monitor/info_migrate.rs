@@ -2,7 +2,9 @@
 
 use std::fmt::Write;
 
-use crate::control::command::{MigrationInfo, MigrationStats, MigrationStatus, XbzrleCacheStats};
+use crate::control::command::{
+    MigrationInfo, MigrationStats, MigrationStatus, MultifdInfo, XbzrleCacheStats,
+};
 use crate::control::size::format_size;
 
 /// A migration, as `info migrate` shows it.
@@ -61,6 +63,9 @@ fn write_migration(text: &mut String, info: &MigrationInfo) -> std::fmt::Result 
                 "off, as it doesn't pay"
             }
         )?;
+    }
+    if let Some(multifd) = &ferry.multifd {
+        write_multifd(text, multifd)?;
     }
     if let Some(parts) = &ferry.downtime {
         writeln!(
@@ -159,6 +164,22 @@ fn write_xbzrle(text: &mut String, xbzrle: &XbzrleCacheStats) -> std::fmt::Resul
     writeln!(text, "xbzrle overflow: {}", xbzrle.overflow)
 }
 
+fn write_multifd(text: &mut String, multifd: &MultifdInfo) -> std::fmt::Result {
+    let MultifdInfo {
+        channels,
+        in_use,
+        why_one,
+    } = multifd;
+    match channels {
+        0 => write!(text, "multifd: all pages go on one connection")?,
+        _ => write!(text, "multifd: {in_use} of {channels} connections in use")?,
+    }
+    match why_one {
+        Some(why) => writeln!(text, " ({why})"),
+        None => writeln!(text),
+    }
+}
+
 fn write_disk(text: &mut String, disk: &MigrationStats) -> std::fmt::Result {
     let percent = match disk.total {
         0 => 100,
@@ -178,6 +199,9 @@ fn write_ram(text: &mut String, ram: &MigrationStats) -> std::fmt::Result {
     writeln!(text, "duplicate: {} pages", ram.duplicate)?;
     writeln!(text, "normal: {} pages", ram.normal)?;
     writeln!(text, "normal bytes: {} kbytes", ram.normal_bytes >> 10)?;
+    if ram.multifd_bytes > 0 {
+        writeln!(text, "multifd bytes: {} kbytes", ram.multifd_bytes >> 10)?;
+    }
     writeln!(text, "dirty sync count: {}", ram.dirty_sync_count)?;
     writeln!(text, "page size: {} kbytes", ram.page_size >> 10)?;
     writeln!(text, "pages-per-second: {}", ram.pages_per_second)?;

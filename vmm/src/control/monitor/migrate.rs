@@ -9,7 +9,7 @@ use crate::control::command::{
 use crate::control::size::parse_size;
 
 /// The migration parameters that `migrate_set_parameter` knows.
-pub const PARAMETERS: [&str; 14] = [
+pub const PARAMETERS: [&str; 15] = [
     "announce-initial",
     "announce-max",
     "announce-rounds",
@@ -18,6 +18,7 @@ pub const PARAMETERS: [&str; 14] = [
     "downtime-limit",
     "max-bandwidth",
     "max-postcopy-bandwidth",
+    "multifd-channels",
     "multifd-compression",
     "multifd-zstd-level",
     "x-postcopy-after-rounds",
@@ -89,6 +90,7 @@ pub fn set_parameter(session: &mut Session, mut words: Words) -> Result<Reply, F
         }
         "downtime-limit" => set.downtime_limit = Some(milliseconds(&value)?),
         "max-postcopy-bandwidth" => set.max_postcopy_bandwidth = Some(bandwidth(&value)?),
+        "multifd-channels" => set.multifd_channels = Some(whole(&value)?),
         "multifd-compression" => set.multifd_compression = Some(value.parse()?),
         "multifd-zstd-level" => set.multifd_zstd_level = Some(whole(&value)?),
         "xbzrle-cache-size" => set.xbzrle_cache_size = Some(bytes(&value)?),

@@ -132,6 +132,7 @@ pub fn set_parameters(
         avail_switchover_bandwidth: arguments.unsigned("avail-switchover-bandwidth")?,
         downtime_limit: arguments.unsigned("downtime-limit")?,
         max_postcopy_bandwidth: arguments.unsigned("max-postcopy-bandwidth")?,
+        multifd_channels: arguments.unsigned("multifd-channels")?,
         multifd_compression: compression.map(|name| name.parse()).transpose()?,
         multifd_zstd_level: arguments.unsigned("multifd-zstd-level")?,
         xbzrle_cache_size: arguments.unsigned("xbzrle-cache-size")?,

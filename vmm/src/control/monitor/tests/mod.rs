@@ -260,7 +260,7 @@ fn info_shows_the_machine() {
     );
     assert_eq!(
         done(&mut session, "info migrate_capabilities"),
-        "events: on\npostcopy-ram: off\nxbzrle: off\n"
+        "events: on\npostcopy-ram: off\nxbzrle: off\nmultifd: off\n"
     );
 }
 
@@ -335,7 +335,7 @@ fn migration_parameters_have_qemus_units() {
         done(&mut session, "info migrate_parameters"),
         "max-bandwidth: 0 bytes/second\navail-switchover-bandwidth: 2097152 bytes/second\n\
          downtime-limit: 7 ms\nmax-postcopy-bandwidth: 0 bytes/second\n\
-         multifd-compression: none\nmultifd-zstd-level: 1\n\
+         multifd-channels: 2\nmultifd-compression: none\nmultifd-zstd-level: 1\n\
          xbzrle-cache-size: 67108864 bytes\n\
          x-postcopy-after-rounds: 0\nx-postcopy-after-time: 0 ms\n\
          x-postcopy-no-convergence: off\nannounce-initial: 50 ms\nannounce-max: 550 ms\n\
@@ -343,6 +343,7 @@ fn migration_parameters_have_qemus_units() {
     );
     for line in [
         "migrate_set_parameter multifd-compression zstd",
+        "migrate_set_parameter multifd-channels 4",
         "migrate_set_parameter multifd-zstd-level 7",
         "migrate_set_parameter xbzrle-cache-size 128M",
     ] {
@@ -350,9 +351,11 @@ fn migration_parameters_have_qemus_units() {
     }
     let p = machine.parameters();
     assert_eq!(p.multifd_compression, MultifdCompression::Zstd);
+    assert_eq!(p.multifd_channels, 4);
     assert_eq!((p.multifd_zstd_level, p.xbzrle_cache_size), (7, 128 << 20));
     for line in [
         "migrate_set_parameter multifd-compression zlib",
+        "migrate_set_parameter multifd-channels 0",
         "migrate_set_parameter multifd-zstd-level 0",
         "migrate_set_parameter xbzrle-cache-size 100M",
     ] {

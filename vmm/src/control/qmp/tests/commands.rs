@@ -25,7 +25,7 @@ async fn queries_answer_in_the_shape_of_the_schema() {
                 "announce-initial": 50, "announce-max": 550, "announce-rounds": 5,
                 "announce-step": 100, "max-postcopy-bandwidth": 0, "x-postcopy-after-rounds": 0,
                 "x-postcopy-after-time": 0, "x-postcopy-no-convergence": false,
-                "multifd-compression": "none", "multifd-zstd-level": 1,
+                "multifd-channels": 2, "multifd-compression": "none", "multifd-zstd-level": 1,
                 "xbzrle-cache-size": 64 << 20,
             }),
         ),
@@ -35,6 +35,7 @@ async fn queries_answer_in_the_shape_of_the_schema() {
                 {"capability": "events", "state": true},
                 {"capability": "postcopy-ram", "state": false},
                 {"capability": "xbzrle", "state": false},
+                {"capability": "multifd", "state": false},
             ]),
         ),
     ] {
@@ -280,7 +281,7 @@ async fn parameters_and_capabilities_are_checked_and_set() {
     let set = json!({"downtime-limit": 50, "max-bandwidth": u64::MAX, "announce-rounds": 2,
         "max-postcopy-bandwidth": 5, "x-postcopy-after-rounds": 3, "x-postcopy-after-time": 1500,
         "x-postcopy-no-convergence": true, "multifd-compression": "zstd",
-        "multifd-zstd-level": 3, "xbzrle-cache-size": 8192});
+        "multifd-channels": 4, "multifd-zstd-level": 3, "xbzrle-cache-size": 8192});
     client.execute("migrate-set-parameters", set).await.unwrap();
     assert_eq!(
         client
@@ -292,7 +293,8 @@ async fn parameters_and_capabilities_are_checked_and_set() {
             "announce-initial": 50, "announce-max": 550, "announce-rounds": 2,
             "announce-step": 100, "max-postcopy-bandwidth": 5, "x-postcopy-after-rounds": 3,
             "x-postcopy-after-time": 1500, "x-postcopy-no-convergence": true,
-            "multifd-compression": "zstd", "multifd-zstd-level": 3, "xbzrle-cache-size": 8192,
+            "multifd-channels": 4, "multifd-compression": "zstd", "multifd-zstd-level": 3,
+            "xbzrle-cache-size": 8192,
         })
     );
     for (arguments, desc) in [
@@ -332,8 +334,12 @@ async fn parameters_and_capabilities_are_checked_and_set() {
             "Parameter 'announce-step' expects a value between 0 and 10000",
         ),
         (
-            json!({"multifd-channels": 2}),
-            "Parameter 'multifd-channels' is unexpected",
+            json!({"multifd-channels": 256}),
+            "Parameter 'multifd-channels' expects a value between 1 and 255, got 256",
+        ),
+        (
+            json!({"multifd-queues": 2}),
+            "Parameter 'multifd-queues' is unexpected",
         ),
     ] {
         assert_eq!(
@@ -359,8 +365,9 @@ async fn parameters_and_capabilities_are_checked_and_set() {
         events,
         postcopy_ram,
         xbzrle,
+        multifd,
     } = setup.machine.capabilities();
-    assert!(!events && postcopy_ram && !xbzrle);
+    assert!(!events && postcopy_ram && !xbzrle && !multifd);
     for (arguments, desc) in [
         (json!({}), "Parameter 'capabilities' is missing"),
         (
