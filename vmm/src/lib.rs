@@ -14,6 +14,7 @@ pub mod clock;
 pub mod console;
 pub mod control;
 pub mod cpuid;
+pub mod host_list;
 pub mod instance;
 pub mod kvm;
 pub mod machine;

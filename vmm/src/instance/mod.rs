@@ -20,6 +20,7 @@ mod network;
 mod offer;
 mod outgoing;
 mod postcopy;
+mod ready_memory;
 mod snapshots;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,6 +39,7 @@ pub use self::incoming::WaitError;
 
 use self::incoming::Incoming;
 use self::outgoing::Outgoing;
+use self::ready_memory::ReadyMemory;
 use self::snapshots::SnapshotJob;
 use crate::console::{Console, SerialInput};
 use crate::control::command::{
@@ -90,6 +92,8 @@ struct Shared {
     console: Arc<Console>,
     /// The host's end of the virtio console, if it was given.
     virtio_console: Option<Arc<Console>>,
+    /// Memory for a guest that is waited for.
+    memory: ReadyMemory,
     state: Mutex<State>,
     guest_events: Arc<GuestEvents>,
     /// The guest has changed its balloon's size.
@@ -158,8 +162,19 @@ impl Shared {
         mut backends: Backends,
     ) -> Result<Arc<Machine>, MachineError> {
         backends.console = self.virtio_console.clone();
+        let ram = self
+            .memory
+            .take(config.memory, &self.settings.given.backing)?;
         let events = Arc::clone(&self.guest_events) as Arc<dyn EventSink>;
-        let machine = Machine::new(&self.kvm, config, seen, &self.console, backends, &events)?;
+        let machine = Machine::new(
+            &self.kvm,
+            config,
+            ram,
+            seen,
+            &self.console,
+            backends,
+            &events,
+        )?;
         Ok(Arc::new(machine))
     }
 
@@ -255,6 +270,7 @@ impl Instance {
             kvm,
             console,
             virtio_console,
+            memory: ReadyMemory::default(),
             state: Mutex::new(state),
             guest_events: Arc::default(),
             balloon_changed: Arc::default(),
@@ -359,13 +375,15 @@ impl Instance {
         info!("the process ends");
     }
 
-    /// Waits for a guest at `address`, or loads it from there if it is a file, or waits for `migrate-incoming` to say where. `exit_on_error`
-    /// as in QEMU: a migration that fails ends the process.
+    /// Waits for a guest at `address`, or loads it from there if it is a file, or waits for `migrate-incoming` to say where. Its
+    /// memory is there before, if it is to be preallocated and its size is known. `exit_on_error` as in QEMU: a migration that fails ends the process.
     pub fn wait_for_guest(
         &self,
         address: Option<&Uri>,
         exit_on_error: bool,
     ) -> Result<(), WaitError> {
+        let given = &self.0.settings.given;
+        self.0.memory.prepare(given.memory, &given.backing)?;
         let mut state = self.0.state();
         state.run = RunState::Inmigrate;
         if let Some(address) = address {

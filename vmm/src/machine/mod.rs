@@ -32,7 +32,7 @@ use crate::kvm::{
     IRQCHIP_SECTION, IoctlError, Kvm, KvmError, PIT_SECTION, VM_STATE_VERSION, VcpuClockFd, Vm,
     VmState, VmStateError,
 };
-use crate::memory::{self, MemoryError};
+use crate::memory::MemoryError;
 use crate::vcpu::{
     self, EventSink, IoBus, Pending, StateError, Vcpu, VcpuEnded, VcpuState, VcpuStatus, VcpuThread,
 };
@@ -136,18 +136,19 @@ pub struct BootFiles {
 }
 
 impl Machine {
-    /// A machine as after power-on, paused, without a kernel yet. `seen` is what an arriving
+    /// A machine as after power-on, paused, without a kernel yet. `ram` is as large as the
+    /// configuration says. `seen` is what an arriving
     /// guest sees of its processor already; otherwise the configuration's CPU model decides.
     pub fn new(
         kvm: &Kvm,
         config: MachineConfig,
+        ram: GuestRam,
         seen: Option<&GuestCpu>,
         console: &Console,
         backends: Backends,
         events: &Arc<dyn EventSink>,
     ) -> Result<Self, MachineError> {
-        let layout = memory::layout(config.memory)?;
-        let vm = Arc::new(Vm::new(kvm, memory::map(&layout)?)?);
+        let vm = Arc::new(Vm::new(kvm, ram)?);
         vm.check_vcpus(config.vcpus)?;
         let waker = console.input_waker();
         let devices = Arc::new(Devices::new(

@@ -4,6 +4,7 @@
 //! reads what stands behind an option.
 
 mod disk;
+mod memory;
 mod qemu;
 #[cfg(test)]
 mod tests;
@@ -16,6 +17,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
+pub(crate) use memory::Memory;
 pub(crate) use values::{Incoming, MonitorSpec, QmpSpec};
 use vmm::console::SerialBackend;
 use vmm::cpuid::Model;
@@ -87,9 +89,16 @@ pub(crate) struct RunOptions {
         help_heading = "Guest"
     )]
     pub(crate) append: Option<String>,
-    /// The guest's memory, with a unit or in MiB [default: 128M]
-    #[arg(long, value_name = "SIZE", value_parser = values::memory, help_heading = "Guest")]
-    pub(crate) memory: Option<u64>,
+    /// The guest's memory, with a unit or in MiB [default: 128M]. Behind a comma each, how this
+    /// host has it: hugepages=on|off|transparent, hugepage-size=2M|1G, shared=on|off, path=DIR
+    /// (in a file there), prealloc=on|off, host-nodes=LIST, policy=default|preferred|bind|interleave
+    #[arg(
+        long,
+        value_name = "SIZE[,OPTIONS]",
+        value_parser = memory::parse,
+        help_heading = "Guest"
+    )]
+    pub(crate) memory: Option<Memory>,
     /// The number of vCPUs [default: 1]
     #[arg(long, value_name = "N", value_parser = values::cpus, help_heading = "Guest")]
     pub(crate) smp: Option<u32>,

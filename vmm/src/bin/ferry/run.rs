@@ -203,10 +203,12 @@ async fn until_end(
 }
 
 fn settings(options: &RunOptions) -> Settings {
+    let memory = options.memory.clone().unwrap_or_default();
     Settings {
         name: options.name.clone(),
         given: Given {
-            memory: options.memory,
+            memory: memory.size,
+            backing: memory.backing,
             vcpus: options.smp,
             cpu: options.cpu.as_ref().map(ToString::to_string),
             command_line: options.append.clone(),
