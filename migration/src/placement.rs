@@ -148,6 +148,11 @@ impl Placement {
         Ok(())
     }
 
+    /// The memory.
+    pub(crate) fn memory(&self) -> &GuestPages {
+        &self.memory
+    }
+
     /// Gives all of the memory back to the kernel, before anything is in it: fails if that can't be
     /// done, as with locked memory.
     pub(crate) fn drop_all(&self) -> Result<(), DiscardError> {

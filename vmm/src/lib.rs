@@ -9,6 +9,7 @@
 //!
 //! What only a KVM without hardware virtualization needs is in `software_kvm`.
 
+pub mod affinity;
 pub mod boot;
 pub mod clock;
 pub mod console;
