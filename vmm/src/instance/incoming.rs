@@ -201,6 +201,7 @@ struct Receiver {
 
 impl Receiver {
     fn run(self, origin: Origin) {
+        self.shared.settings.threads.begin_migration();
         let progress = Arc::clone(&self.progress.lock().unwrap_or_else(PoisonError::into_inner));
         let mut job = Job {
             cancel: self.cancel.clone(),

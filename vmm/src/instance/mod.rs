@@ -41,6 +41,7 @@ use self::incoming::Incoming;
 use self::outgoing::Outgoing;
 use self::ready_memory::ReadyMemory;
 use self::snapshots::SnapshotJob;
+use crate::affinity::Threads;
 use crate::console::{Console, SerialInput};
 use crate::control::command::{
     AnnounceParameters, Capabilities, Event, EventKind, RunState, ShutdownCause,
@@ -65,6 +66,8 @@ pub struct Settings {
     pub name: Option<String>,
     /// What the command line says about the machine.
     pub given: Given,
+    /// Where threads run.
+    pub threads: Threads,
     /// Don't run the guest until `cont`.
     pub paused: bool,
     /// A reset by the guest ends the process instead.
@@ -162,19 +165,26 @@ impl Shared {
         mut backends: Backends,
     ) -> Result<Arc<Machine>, MachineError> {
         backends.console = self.virtio_console.clone();
-        let ram = self
-            .memory
-            .take(config.memory, &self.settings.given.backing)?;
+        let threads = &self.settings.threads;
+        threads.check_vcpus(config.vcpus)?;
+        let backing = &self.settings.given.backing;
+        let ram = self.memory.take(config.memory, backing)?;
         let events = Arc::clone(&self.guest_events) as Arc<dyn EventSink>;
-        let machine = Machine::new(
-            &self.kvm,
-            config,
-            ram,
-            seen,
-            &self.console,
-            backends,
-            &events,
-        )?;
+        // A guest that arrives is built on a thread of its migration.
+        let machine = threads.starting_io(|| {
+            Machine::new(
+                &self.kvm,
+                config,
+                ram,
+                seen,
+                &self.console,
+                backends,
+                &events,
+            )
+        })?;
+        for cpu in machine.cpus() {
+            threads.put_vcpu(cpu.index, cpu.thread_id)?;
+        }
         Ok(Arc::new(machine))
     }
 

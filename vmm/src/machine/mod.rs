@@ -23,6 +23,7 @@ use self::backends::{BackendError, Backends};
 use self::config::MachineConfig;
 pub use self::devices::{DeviceError, DeviceStateError, Devices};
 pub use self::pause::StillRunning;
+use crate::affinity::AffinityError;
 use crate::boot::{self, BootError, BootSource};
 use crate::clock::{self, ClockError, ClockState};
 use crate::console::{Console, Interrupt};
@@ -43,6 +44,9 @@ pub enum MachineError {
     /// RAM.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// Where its threads shall run.
+    #[error(transparent)]
+    Affinity(#[from] AffinityError),
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),
