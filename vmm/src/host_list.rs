@@ -10,7 +10,7 @@ pub fn parse_list(text: &str) -> Result<Vec<usize>, String> {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         let number = |text: &str| {
             let digits = text.bytes().all(|byte| byte.is_ascii_digit());
-            let number = text.parse().ok().filter(|_| digits);
+            let number: Option<usize> = text.parse().ok().filter(|_| digits);
             let number = number.filter(|number| *number <= HIGHEST);
             number.ok_or_else(|| format!("'{part}' is no number or range such as 0-3"))
         };
