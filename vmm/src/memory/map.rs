@@ -12,6 +12,7 @@ use vm_memory::mmap::MmapRegionError;
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
 
 use super::backing::{Backing, Pages};
+use super::hole::Hole;
 use super::hugetlb::{self, HugePages};
 use super::{MemoryError, advice, numa, prealloc};
 
@@ -106,20 +107,22 @@ impl Kind {
         if !self.aligned || is_aligned(&region) {
             return Ok(region);
         }
-        // The kernel looks for room from the top down: what is put above moves the next one down.
-        let mut region = region;
-        let mut above = Vec::new();
+        // What is in the wrong place stays until another one is found.
+        let mut misplaced = vec![region];
         for _ in 0..ATTEMPTS {
-            let too_high = region.as_ptr() as u64 % ALIGN;
-            drop(region);
-            above.push(MmapRegion::<()>::new(too_high as usize)?);
-            region = self.map_anywhere(offset, len)?;
+            let hole = Hole::new(len as usize, ALIGN as usize).map_err(MmapRegionError::Mmap)?;
+            let region = self.map_anywhere(offset, len)?;
+            drop(hole);
             if is_aligned(&region) {
                 return Ok(region);
             }
+            // Another place had room, or another thread was faster.
+            misplaced.push(region);
         }
-        tracing::warn!("guest memory does not begin at 2 MiB on the host: huge pages help less");
-        Ok(region)
+        tracing::warn!(
+            "guest memory does not begin at a multiple of 2 MiB here: huge pages help less"
+        );
+        self.map_anywhere(offset, len)
     }
 
     fn map_anywhere(

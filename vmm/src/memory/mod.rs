@@ -10,6 +10,7 @@
 mod advice;
 mod backing;
 mod error;
+mod hole;
 mod hugetlb;
 mod map;
 mod numa;
