@@ -5,14 +5,17 @@
     reason = "guest memory goes to and from the socket straight, as vectors of raw ranges"
 )]
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::bitmap::PageRun;
+use crate::holes;
 use crate::layout::{GuestRam, Layout, LayoutError, PAGE_SIZE};
 use crate::message::AddressRun;
+use crate::pagemap::Pagemap;
 use crate::xbzrle::Page;
 use crate::zero;
 
@@ -21,8 +24,8 @@ use crate::zero;
 pub struct GuestPages {
     layout: Layout,
     regions: Vec<Mapped>,
-    /// Keeps the mappings that `regions` points into.
-    _ram: GuestRam,
+    /// Has the mappings that `regions` points into.
+    ram: GuestRam,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -100,7 +103,7 @@ impl GuestPages {
         Ok(Self {
             layout,
             regions,
-            _ram: ram,
+            ram,
         })
     }
 
@@ -156,9 +159,37 @@ impl GuestPages {
 
     /// The host address of a page if it is private anonymous memory, of which the page map tells
     /// the truth.
-    pub fn private_host_address(&self, page: u64) -> Option<u64> {
+    fn private_host_address(&self, page: u64) -> Option<u64> {
         let region = self.region(page);
         region.private.then(|| self.host(page) as u64)
+    }
+
+    /// Puts into `runs` the parts of a run within one region that may hold something; page numbers
+    /// are relative to it. `false` if that is not known.
+    pub(crate) fn touched(
+        &self,
+        run: PageRun,
+        pagemap: &mut Pagemap,
+        runs: &mut Vec<PageRun>,
+    ) -> bool {
+        if let Some(host) = self.private_host_address(run.first) {
+            pagemap.touched(host, run.count, runs);
+            return true;
+        }
+        let file = self.sparse_file(run);
+        file.is_some_and(|(file, at)| holes::between(file, at, run.count, runs).is_ok())
+    }
+
+    /// A tmpfs file that has the pages of a run within one region, and where in it, in bytes: where
+    /// that has a hole, memory is zero.
+    fn sparse_file(&self, run: PageRun) -> Option<(&File, u64)> {
+        let address = GuestAddress(self.addresses(run).address);
+        let region = self.ram.find_region(address)?;
+        let file = region
+            .file_offset()
+            .filter(|_| !self.region(run.first).private)?;
+        let offset = file.start() + (address.0 - region.start_addr().0);
+        holes::are_told(file.file()).then_some((file.file(), offset))
     }
 
     /// Whether the page is all zero.

@@ -7,8 +7,8 @@
 //! - What the machines and the engine share: [`vm`], [`disk`], [`layout`], [`section`],
 //!   [`bitmap`], [`clock`].
 //! - What users see and set: [`uri`], [`parameters`], [`progress`], [`cancel`].
-//! - The source: [`source`], with its passes over memory (`rounds`, `page_sender`, `outgoing`, [`pagemap`],
-//!   `zero`), what it does to pages on their way ([`compression`], [`xbzrle`]), its passes over
+//! - The source: [`source`], with its passes over memory (`rounds`, `page_sender`, `outgoing`,
+//!   [`pagemap`], `holes`, `zero`), what it does to pages on their way ([`compression`], [`xbzrle`]), its passes over
 //!   disks (`blocks`, `read_ahead`), its side of the connection (`session`), and arithmetic
 //!   ([`convergence`], [`pacing`]).
 //! - The destination: [`listener`], [`destination`], its further connections
@@ -32,6 +32,7 @@ pub mod destination;
 pub mod disk;
 pub mod frame;
 pub mod guest_io;
+mod holes;
 pub mod layout;
 pub mod link;
 pub mod listener;

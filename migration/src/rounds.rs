@@ -178,17 +178,17 @@ impl Memory {
         {
             let run = self.pages.within_region(run);
             at = run.end();
-            let host = match pass {
+            let mut touched = std::mem::take(&mut self.touched);
+            let known = match pass {
                 // The pages are protected: one that is touched from here on is seen as dirty.
-                Pass::First => self.pages.private_host_address(run.first),
-                Pass::Dirty | Pass::Last => None,
+                Pass::First => self.pages.touched(run, &mut self.pagemap, &mut touched),
+                Pass::Dirty | Pass::Last => false,
             };
-            let Some(host) = host else {
+            if !known {
+                self.touched = touched;
                 self.send_touched(run, round, session, progress)?;
                 continue;
-            };
-            let mut touched = std::mem::take(&mut self.touched);
-            self.pagemap.touched(host, run.count, &mut touched);
+            }
             let mut untouched_from = run.first;
             for part in &touched {
                 let part = PageRun {

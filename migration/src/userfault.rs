@@ -73,6 +73,21 @@ impl Userfault {
         userfault.unregister(&memory, page)
     }
 
+    /// Whether single pages can be put into this memory, which nobody watches yet: not if it has
+    /// huge pages, or is a file on a disk.
+    pub fn check(memory: &GuestPages) -> Result<(), UserfaultError> {
+        let userfault = Self::open()?;
+        let end = memory.layout().pages();
+        let mut first = 0;
+        while first < end {
+            let count = end - first;
+            let region = memory.within_region(PageRun { first, count });
+            userfault.register(memory, region)?;
+            first = region.end();
+        }
+        Ok(())
+    }
+
     /// Whether faults tell their thread.
     pub fn tells_threads(&self) -> bool {
         self.threads

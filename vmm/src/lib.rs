@@ -9,11 +9,13 @@
 //!
 //! What only a KVM without hardware virtualization needs is in `software_kvm`.
 
+pub mod affinity;
 pub mod boot;
 pub mod clock;
 pub mod console;
 pub mod control;
 pub mod cpuid;
+pub mod host_list;
 pub mod instance;
 pub mod kvm;
 pub mod machine;

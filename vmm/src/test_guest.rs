@@ -98,7 +98,7 @@ impl Machine {
         let layout = memory::layout(memory::MIN_RAM).unwrap();
         Self::with_vm(
             kvm,
-            Vm::new(kvm, memory::map(&layout).unwrap()).unwrap(),
+            Vm::new(kvm, memory::map(&layout, &Default::default()).unwrap()).unwrap(),
             vcpus,
         )
     }

@@ -51,9 +51,16 @@ impl Late {
         Ok(Some(control))
     }
 
-    /// Checks that guest memory can be dropped here, as it will be at the switch, while nothing is
-    /// in it yet.
+    /// Checks that single pages of guest memory can come late here, and that it can be dropped, as
+    /// it will be at the switch, while nothing is in it yet.
     pub(super) fn check_memory(placement: &Placement) -> Result<(), String> {
+        Userfault::check(placement.memory()).map_err(|error| {
+            format!(
+                "post-copy is not possible in the memory that the guest would have here: {error}; \
+                 choose other memory at the destination (--memory), or switch the capability \
+                 postcopy-ram off at both sides"
+            )
+        })?;
         placement.drop_all().map_err(|error| {
             format!(
                 "post-copy is not possible here: {error}; unlock it, or switch the capability \

@@ -5,7 +5,7 @@ use crate::memory::{self, MIN_RAM};
 use crate::test_guest::{CODE, file, pvh_kernel};
 
 fn ram(bytes: u64) -> GuestRam {
-    memory::map(&memory::layout(bytes).unwrap()).unwrap()
+    memory::map(&memory::layout(bytes).unwrap(), &Default::default()).unwrap()
 }
 
 fn boot(

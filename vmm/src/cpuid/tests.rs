@@ -285,7 +285,7 @@ fn what_a_guest_sees_here_is_supported_here() {
         let model: Model = model.parse().unwrap();
         let table = model.cpuid(&host.supported).unwrap();
         let layout = crate::memory::layout(crate::memory::MIN_RAM).unwrap();
-        let ram = crate::memory::map(&layout).unwrap();
+        let ram = crate::memory::map(&layout, &Default::default()).unwrap();
         let vm = crate::kvm::Vm::new(&kvm, ram).unwrap();
         let vcpu = crate::vcpu::Vcpu::new(&kvm, &vm, 0, 1, &table).unwrap();
         let guest = GuestCpu {

@@ -16,6 +16,8 @@ use migration::uri::Uri;
 use tracing::{error, info};
 
 use super::arriving::Destination;
+use crate::memory::MemoryError;
+
 use super::{Exit, Shared, info as show};
 use crate::control::command::{EventKind, MigrationInfo, ShutdownCause};
 
@@ -28,6 +30,9 @@ pub enum WaitError {
     /// None is in the file.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// There is no room for one.
+    #[error("cannot wait for a guest: {0}")]
+    Memory(#[from] MemoryError),
     /// No thread.
     #[error("cannot wait for a guest: {0}")]
     Start(#[from] io::Error),
@@ -196,6 +201,7 @@ struct Receiver {
 
 impl Receiver {
     fn run(self, origin: Origin) {
+        self.shared.settings.threads.begin_migration();
         let progress = Arc::clone(&self.progress.lock().unwrap_or_else(PoisonError::into_inner));
         let mut job = Job {
             cancel: self.cancel.clone(),

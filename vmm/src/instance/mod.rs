@@ -20,6 +20,7 @@ mod network;
 mod offer;
 mod outgoing;
 mod postcopy;
+mod ready_memory;
 mod snapshots;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,7 +39,9 @@ pub use self::incoming::WaitError;
 
 use self::incoming::Incoming;
 use self::outgoing::Outgoing;
+use self::ready_memory::ReadyMemory;
 use self::snapshots::SnapshotJob;
+use crate::affinity::Threads;
 use crate::console::{Console, SerialInput};
 use crate::control::command::{
     AnnounceParameters, Capabilities, Event, EventKind, RunState, ShutdownCause,
@@ -63,6 +66,8 @@ pub struct Settings {
     pub name: Option<String>,
     /// What the command line says about the machine.
     pub given: Given,
+    /// Where threads run.
+    pub threads: Threads,
     /// Don't run the guest until `cont`.
     pub paused: bool,
     /// A reset by the guest ends the process instead.
@@ -90,6 +95,8 @@ struct Shared {
     console: Arc<Console>,
     /// The host's end of the virtio console, if it was given.
     virtio_console: Option<Arc<Console>>,
+    /// Memory for a guest that is waited for.
+    memory: ReadyMemory,
     state: Mutex<State>,
     guest_events: Arc<GuestEvents>,
     /// The guest has changed its balloon's size.
@@ -158,8 +165,26 @@ impl Shared {
         mut backends: Backends,
     ) -> Result<Arc<Machine>, MachineError> {
         backends.console = self.virtio_console.clone();
+        let threads = &self.settings.threads;
+        threads.check_vcpus(config.vcpus)?;
+        let backing = &self.settings.given.backing;
+        let ram = self.memory.take(config.memory, backing)?;
         let events = Arc::clone(&self.guest_events) as Arc<dyn EventSink>;
-        let machine = Machine::new(&self.kvm, config, seen, &self.console, backends, &events)?;
+        // A guest that arrives is built on a thread of its migration.
+        let machine = threads.starting_io(|| {
+            Machine::new(
+                &self.kvm,
+                config,
+                ram,
+                seen,
+                &self.console,
+                backends,
+                &events,
+            )
+        })?;
+        for cpu in machine.cpus() {
+            threads.put_vcpu(cpu.index, cpu.thread_id)?;
+        }
         Ok(Arc::new(machine))
     }
 
@@ -255,6 +280,7 @@ impl Instance {
             kvm,
             console,
             virtio_console,
+            memory: ReadyMemory::default(),
             state: Mutex::new(state),
             guest_events: Arc::default(),
             balloon_changed: Arc::default(),
@@ -359,13 +385,15 @@ impl Instance {
         info!("the process ends");
     }
 
-    /// Waits for a guest at `address`, or loads it from there if it is a file, or waits for `migrate-incoming` to say where. `exit_on_error`
-    /// as in QEMU: a migration that fails ends the process.
+    /// Waits for a guest at `address`, or loads it from there if it is a file, or waits for `migrate-incoming` to say where. Its
+    /// memory is there before, if it is to be preallocated and its size is known. `exit_on_error` as in QEMU: a migration that fails ends the process.
     pub fn wait_for_guest(
         &self,
         address: Option<&Uri>,
         exit_on_error: bool,
     ) -> Result<(), WaitError> {
+        let given = &self.0.settings.given;
+        self.0.memory.prepare(given.memory, &given.backing)?;
         let mut state = self.0.state();
         state.run = RunState::Inmigrate;
         if let Some(address) = address {

@@ -84,6 +84,7 @@ impl Outgoing {
         let thread = thread::Builder::new()
             .name("migration".to_owned())
             .spawn(move || {
+                shared.settings.threads.begin_migration();
                 let mut source = Source::new(shared, guest, copy);
                 let outcome = match address {
                     Uri::File(path) => snapshot::save(&mut source, &path, &job),

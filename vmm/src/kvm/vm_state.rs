@@ -303,7 +303,11 @@ mod tests {
         let Some(kvm) = kvm_or_skip() else { return };
         let vm = || {
             let layout = crate::memory::layout(crate::memory::MIN_RAM).unwrap();
-            Vm::new(&kvm, crate::memory::map(&layout).unwrap()).unwrap()
+            Vm::new(
+                &kvm,
+                crate::memory::map(&layout, &Default::default()).unwrap(),
+            )
+            .unwrap()
         };
         let mut state = VmState::save(&vm()).unwrap();
         state.irqchip.pic_master.imr = 0xa5;
@@ -330,7 +334,11 @@ mod tests {
     fn impossible_values_are_refused_by_name() {
         let Some(kvm) = kvm_or_skip() else { return };
         let layout = crate::memory::layout(crate::memory::MIN_RAM).unwrap();
-        let vm = Vm::new(&kvm, crate::memory::map(&layout).unwrap()).unwrap();
+        let vm = Vm::new(
+            &kvm,
+            crate::memory::map(&layout, &Default::default()).unwrap(),
+        )
+        .unwrap();
         let good = VmState::save(&vm).unwrap();
         let refused = |state: &VmState| {
             let [irqchip, pit] = state.to_sections().unwrap();

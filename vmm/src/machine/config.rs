@@ -8,6 +8,7 @@ use devices::virtio::net::{MacAddress, NetConfig};
 use serde::{Deserialize, Serialize};
 
 use super::backends::Backends;
+use crate::memory::Backing;
 
 /// The RAM of a machine whose user didn't say, in bytes: 128 MiB, as in QEMU.
 pub const DEFAULT_MEMORY: u64 = 128 << 20;
@@ -122,8 +123,10 @@ impl GivenNet {
 /// default, one that arrives gets what its source has.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Given {
-    /// `--memory`, in bytes.
+    /// `--memory`: its size in bytes.
     pub memory: Option<u64>,
+    /// What else `--memory` says. It is the host's own matter: nothing of it is compared.
+    pub backing: Backing,
     /// `--smp`.
     pub vcpus: Option<u32>,
     /// `--cpu`.

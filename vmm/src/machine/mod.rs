@@ -23,6 +23,7 @@ use self::backends::{BackendError, Backends};
 use self::config::MachineConfig;
 pub use self::devices::{DeviceError, DeviceStateError, Devices};
 pub use self::pause::StillRunning;
+use crate::affinity::AffinityError;
 use crate::boot::{self, BootError, BootSource};
 use crate::clock::{self, ClockError, ClockState};
 use crate::console::{Console, Interrupt};
@@ -32,7 +33,7 @@ use crate::kvm::{
     IRQCHIP_SECTION, IoctlError, Kvm, KvmError, PIT_SECTION, VM_STATE_VERSION, VcpuClockFd, Vm,
     VmState, VmStateError,
 };
-use crate::memory::{self, MemoryError};
+use crate::memory::MemoryError;
 use crate::vcpu::{
     self, EventSink, IoBus, Pending, StateError, Vcpu, VcpuEnded, VcpuState, VcpuStatus, VcpuThread,
 };
@@ -43,6 +44,9 @@ pub enum MachineError {
     /// RAM.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// Where its threads shall run.
+    #[error(transparent)]
+    Affinity(#[from] AffinityError),
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -136,18 +140,19 @@ pub struct BootFiles {
 }
 
 impl Machine {
-    /// A machine as after power-on, paused, without a kernel yet. `seen` is what an arriving
+    /// A machine as after power-on, paused, without a kernel yet. `ram` is as large as the
+    /// configuration says. `seen` is what an arriving
     /// guest sees of its processor already; otherwise the configuration's CPU model decides.
     pub fn new(
         kvm: &Kvm,
         config: MachineConfig,
+        ram: GuestRam,
         seen: Option<&GuestCpu>,
         console: &Console,
         backends: Backends,
         events: &Arc<dyn EventSink>,
     ) -> Result<Self, MachineError> {
-        let layout = memory::layout(config.memory)?;
-        let vm = Arc::new(Vm::new(kvm, memory::map(&layout)?)?);
+        let vm = Arc::new(Vm::new(kvm, ram)?);
         vm.check_vcpus(config.vcpus)?;
         let waker = console.input_waker();
         let devices = Arc::new(Devices::new(

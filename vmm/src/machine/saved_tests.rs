@@ -69,7 +69,8 @@ impl Everything {
     fn new() -> Option<Self> {
         let kvm = kvm_or_skip()?;
         let layout = memory::layout(MEMORY).unwrap();
-        let vm = Arc::new(Vm::new(&kvm, memory::map(&layout).unwrap()).unwrap());
+        let vm =
+            Arc::new(Vm::new(&kvm, memory::map(&layout, &Default::default()).unwrap()).unwrap());
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("disk");
         Image::create(&file, Format::Raw, CAPACITY, None, Cache::Writeback).unwrap();

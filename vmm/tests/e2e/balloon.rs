@@ -1,11 +1,12 @@
 //! The memory balloon: its commands, its guest, and both in a migration.
 
 use guest_tests::VIRTIO;
+use guest_tests::driver::hugepages::HugePages;
 use guest_tests::driver::qmp::QmpError;
 use guest_tests::virtio::{Options, Report, command};
 use serde_json::{Value, json};
 
-use crate::harness::{Ferry, Guest, PATIENCE, require_kvm, scratch};
+use crate::harness::{Ferry, Guest, PATIENCE, require_kvm, scratch, skip};
 
 const MEMORY: u64 = 128 << 20;
 
@@ -41,15 +42,49 @@ fn actual(ferry: &mut Ferry) -> u64 {
         .unwrap()
 }
 
-/// The memory of a process that is its own, in bytes.
+/// The memory of a process that is no file's, in bytes.
 fn resident(ferry: &Ferry) -> u64 {
     let path = format!("/proc/{}/status", ferry.process.id());
     let status = std::fs::read_to_string(path).unwrap();
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("RssAnon:"));
-    let kib = line.unwrap().trim().trim_end_matches(" kB");
-    kib.parse::<u64>().unwrap() << 10
+    let kib = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        let kib = line.unwrap().trim().trim_end_matches(" kB");
+        kib.parse::<u64>().unwrap()
+    };
+    (kib("RssAnon:") + kib("RssShmem:")) << 10
+}
+
+#[test]
+fn shared_memory_goes_back_too_and_huge_pages_stay() {
+    require_kvm!();
+    let dir = scratch();
+    let guest = Guest {
+        memory: "128M,shared=on",
+        ..guest()
+    };
+    let mut ferry = Ferry::run(dir.path(), "a", &guest, &["--balloon"]);
+    inflate(&mut ferry, 16_000);
+    inflate(&mut ferry, 0);
+    let full = resident(&ferry);
+    inflate(&mut ferry, 16_000);
+    let less = resident(&ferry);
+    let dropped = full.saturating_sub(less);
+    assert!(dropped > 15_000 * 4096, "{full} bytes, then {less}");
+    ferry.quit();
+
+    let _pages = match HugePages::reserve(64) {
+        Ok(pages) => pages,
+        Err(error) => return skip(&format!("in part: huge pages: {error}")),
+    };
+    let guest = Guest {
+        memory: "128M,hugepage-size=2M",
+        ..guest
+    };
+    let mut ferry = Ferry::run(dir.path(), "huge", &guest, &["--balloon"]);
+    inflate(&mut ferry, 16_000);
+    inflate(&mut ferry, 0);
+    let output = ferry.process.output();
+    assert!(!output.contains("WARN"), "{output}");
 }
 
 #[test]

@@ -9,6 +9,7 @@
     reason = "tests: a failure is a panic"
 )]
 
+mod affinity;
 mod balloon;
 mod boot;
 mod bridge;
@@ -25,6 +26,7 @@ mod hints;
 mod instructions;
 mod lifecycle;
 mod linux;
+mod memory;
 mod migrate;
 mod mutation;
 mod net;

@@ -1,12 +1,13 @@
 //! Dropping guest memory: the host gets it back, and it reads as zeroes until it is written.
 #![allow(
     unsafe_code,
-    reason = "madvise(MADV_DONTNEED), which changes what memory holds"
+    reason = "madvise(MADV_DONTNEED) and MADV_REMOVE, which change what memory holds"
 )]
 
 use std::ffi::c_void;
 use std::io;
 
+use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -25,9 +26,6 @@ pub(super) enum DiscardError {
         /// The length in bytes.
         len: u64,
     },
-    /// Memory of another kind, of which this process's copy is not the only one.
-    #[error("guest memory at {0:#x} is not private anonymous memory")]
-    Shared(u64),
     /// The kernel.
     #[error("the host can't take back {len} bytes at {start:#x}: {source}")]
     Advise {
@@ -42,6 +40,9 @@ pub(super) enum DiscardError {
 
 /// Drops the whole pages among the `len` bytes at the guest physical address `start`. They are
 /// recorded as written, after they have changed, as for every other write of the VMM's.
+///
+/// Huge pages of the host's pool stay: given back, they would not be reserved any more, and a guest
+/// that finds none later can't go on.
 pub(super) fn discard(memory: &GuestRam, start: u64, len: u64) -> Result<(), DiscardError> {
     let end = start.saturating_add(len) / PAGE * PAGE;
     let start = start.next_multiple_of(PAGE);
@@ -55,24 +56,35 @@ pub(super) fn discard(memory: &GuestRam, start: u64, len: u64) -> Result<(), Dis
             continue;
         }
         let (offset, count) = ((from - first) as usize, (to - from) as usize);
-        let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        if region.flags() & private != private || region.file_offset().is_some() {
-            return Err(DiscardError::Shared(from));
+        found += to - from;
+        if region.is_hugetlbfs() == Some(true) {
+            continue;
         }
+        // Of a shared mapping, MADV_DONTNEED would drop the page tables and keep the contents.
+        let advice = match region.file_offset() {
+            None => Advice::LinuxDontNeed,
+            Some(_) => Advice::LinuxRemove,
+        };
         // SAFETY: the range lies within the region's mapping, which `memory` keeps. It is the
         // guest's: no reference to it exists in this process, and whoever reads it through
         // vm-memory expects it to change at any time.
         let advised = unsafe {
             let host = region.as_ptr().add(offset).cast::<c_void>();
-            madvise(host, count, Advice::LinuxDontNeed)
+            madvise(host, count, advice)
         };
-        advised.map_err(|source| DiscardError::Advise {
-            start: from,
-            len: to - from,
-            source: source.into(),
-        })?;
+        match advised {
+            Ok(()) => {}
+            // A file system whose files have no holes: it was only a hint.
+            Err(Errno::OPNOTSUPP) => continue,
+            Err(source) => {
+                return Err(DiscardError::Advise {
+                    start: from,
+                    len: to - from,
+                    source: source.into(),
+                });
+            }
+        }
         GuestMemoryRegion::bitmap(region).mark_dirty(offset, count);
-        found += to - from;
     }
     if found == len {
         Ok(())

@@ -3,7 +3,9 @@
 //! [`parse`] first brings QEMU's spelling into our own ([`qemu`]), then clap reads it; [`values`]
 //! reads what stands behind an option.
 
+mod affinity;
 mod disk;
+mod memory;
 mod qemu;
 #[cfg(test)]
 mod tests;
@@ -16,7 +18,10 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
+pub(crate) use affinity::merge as merge_affinity;
+pub(crate) use memory::Memory;
 pub(crate) use values::{Incoming, MonitorSpec, QmpSpec};
+use vmm::affinity::Affinity;
 use vmm::console::SerialBackend;
 use vmm::cpuid::Model;
 use vmm::machine::config::{BalloonOptions, DiskOptions, GivenNet};
@@ -87,12 +92,29 @@ pub(crate) struct RunOptions {
         help_heading = "Guest"
     )]
     pub(crate) append: Option<String>,
-    /// The guest's memory, with a unit or in MiB [default: 128M]
-    #[arg(long, value_name = "SIZE", value_parser = values::memory, help_heading = "Guest")]
-    pub(crate) memory: Option<u64>,
+    /// The guest's memory, with a unit or in MiB [default: 128M]. Behind a comma each, how this
+    /// host has it: hugepages=on|off|transparent, hugepage-size=2M|1G, shared=on|off, path=DIR
+    /// (in a file there), prealloc=on|off, host-nodes=LIST, policy=default|preferred|bind|interleave
+    #[arg(
+        long,
+        value_name = "SIZE[,OPTIONS]",
+        value_parser = memory::parse,
+        help_heading = "Guest"
+    )]
+    pub(crate) memory: Option<Memory>,
     /// The number of vCPUs [default: 1]
     #[arg(long, value_name = "N", value_parser = values::cpus, help_heading = "Guest")]
     pub(crate) smp: Option<u32>,
+    /// The host's CPUs on which threads run: vCPUs by their numbers, io (devices and all else) and
+    /// migration, for example 0-1@2-3,io@0,migration@1; can be given several times
+    /// [default: all CPUs]
+    #[arg(
+        long,
+        value_name = "WHO@CPUS,…",
+        value_parser = affinity::parse,
+        help_heading = "Guest"
+    )]
+    pub(crate) cpu_affinity: Vec<Affinity>,
     /// The vCPUs' features: host, x86-64-v2 or x86-64-v3, less those behind a minus
     /// (host,-avx512f) [default: host]
     #[arg(long, value_name = "MODEL[,-FLAG…]", help_heading = "Guest")]
@@ -255,6 +277,7 @@ impl RunOptions {
                     .into(),
             );
         }
+        merge_affinity(&self.cpu_affinity)?;
         disk::check(&self.disk)?;
         values::check_nets(&self.net)?;
         let mut paths: Vec<&PathBuf> = self.monitor.iter().filter_map(MonitorSpec::path).collect();

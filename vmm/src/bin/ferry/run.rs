@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
+use vmm::affinity::{AffinityError, Threads};
 use vmm::boot::BootError;
 use vmm::console::signals::{Terminations, raw_after_stop};
 use vmm::console::{Console, SerialBackend};
@@ -20,7 +21,7 @@ use vmm::kvm::{Kvm, KvmError};
 use vmm::machine::config::Given;
 use vmm::machine::{BootFiles, MachineError};
 
-use crate::cli::{Incoming, MonitorSpec, QmpSpec, RunOptions};
+use crate::cli::{Incoming, MonitorSpec, QmpSpec, RunOptions, merge_affinity};
 
 /// How long the end waits for whoever reads the serial port or a socket.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -45,6 +46,9 @@ pub(crate) enum RunError {
         /// Why.
         source: io::Error,
     },
+    /// The CPUs of threads.
+    #[error(transparent)]
+    Affinity(#[from] AffinityError),
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -69,17 +73,21 @@ pub(crate) enum RunError {
 
 /// Runs until the guest, its user or an error ends it.
 pub(crate) fn run(options: &RunOptions) -> Result<ExitCode, RunError> {
+    // Before there is any other thread.
+    let affinity = merge_affinity(&options.cpu_affinity).map_err(RunError::Ended)?;
+    let threads = Threads::new(&affinity)?;
+    threads.begin_io()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(RunError::Start)?;
-    let result = runtime.block_on(serve(options));
+    let result = runtime.block_on(serve(options, threads));
     // Not waiting for a thread that reads from a terminal.
     runtime.shutdown_background();
     result.map(|()| ExitCode::SUCCESS)
 }
 
-async fn serve(options: &RunOptions) -> Result<(), RunError> {
+async fn serve(options: &RunOptions, threads: Threads) -> Result<(), RunError> {
     // Before anything is changed that a signal must undo.
     let mut terminations = Terminations::new().map_err(RunError::Start)?;
     // What can be wrong with the files is said before the terminal changes.
@@ -116,7 +124,7 @@ async fn serve(options: &RunOptions) -> Result<(), RunError> {
     }
 
     let instance = Instance::new(
-        settings(options),
+        settings(options, threads),
         kvm,
         Arc::clone(&console),
         virtio_console.clone(),
@@ -202,11 +210,13 @@ async fn until_end(
     }
 }
 
-fn settings(options: &RunOptions) -> Settings {
+fn settings(options: &RunOptions, threads: Threads) -> Settings {
+    let memory = options.memory.clone().unwrap_or_default();
     Settings {
         name: options.name.clone(),
         given: Given {
-            memory: options.memory,
+            memory: memory.size,
+            backing: memory.backing,
             vcpus: options.smp,
             cpu: options.cpu.as_ref().map(ToString::to_string),
             command_line: options.append.clone(),
@@ -218,6 +228,7 @@ fn settings(options: &RunOptions) -> Settings {
             console: options.console.is_some(),
             net: options.net.clone(),
         },
+        threads,
         paused: options.paused,
         no_reboot: options.no_reboot,
         no_shutdown: options.no_shutdown,

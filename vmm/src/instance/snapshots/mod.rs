@@ -140,6 +140,7 @@ impl Shared {
         let thread = thread::Builder::new()
             .name("snapshot work".to_owned())
             .spawn(move || {
+                shared.settings.threads.begin_migration();
                 let result = work(&shared, &stopping);
                 let mut state = shared.state();
                 let ours = |job: &SnapshotJob| Arc::ptr_eq(&job.stop.stopped, &stopping.stopped);

@@ -50,7 +50,13 @@ impl Subject {
             region(4 << 30, 77),
         ])
         .unwrap();
-        let vm = Vm::with_limits(kvm, memory::map(&layout).unwrap(), 256, Some(how)).unwrap();
+        let vm = Vm::with_limits(
+            kvm,
+            memory::map(&layout, &Default::default()).unwrap(),
+            256,
+            Some(how),
+        )
+        .unwrap();
         assert_eq!(vm.slots().len(), 8);
         let log = vm.dirty_log().unwrap();
         let mut machine = Machine::with_vm(kvm, vm, 1);
@@ -152,7 +158,11 @@ impl Subject {
 
 /// The ways in which this KVM's log can work.
 fn ways(kvm: &crate::kvm::Kvm) -> Vec<ManualProtect> {
-    let ram = memory::map(&memory::layout(memory::MIN_RAM).unwrap()).unwrap();
+    let ram = memory::map(
+        &memory::layout(memory::MIN_RAM).unwrap(),
+        &Default::default(),
+    )
+    .unwrap();
     let vm = Vm::new(kvm, ram).unwrap();
     match vm.capabilities().manual_protect {
         ManualProtect::No => vec![ManualProtect::No],

@@ -1,5 +1,6 @@
 //! Post-copy: the guest runs at the destination before its memory is there.
 
+mod backing;
 mod commands;
 mod crossing;
 mod disks;

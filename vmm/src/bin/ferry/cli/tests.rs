@@ -41,7 +41,7 @@ fn both_spellings_mean_the_same() {
     );
     assert_eq!(ours, qemus);
     assert_eq!(ours.name.as_deref(), Some("n"));
-    assert_eq!(ours.memory, Some(2 << 30));
+    assert_eq!(ours.memory.unwrap().size, Some(2 << 30));
     assert_eq!(ours.smp, Some(2));
     assert_eq!(ours.cpu.unwrap().to_string(), "host,-avx512f");
     assert_eq!(ours.serial, Some(SerialBackend::File("/s".into())));
@@ -81,8 +81,9 @@ fn a_value_may_look_like_an_option() {
 
 #[test]
 fn qemus_forms_of_memory_serial_and_monitor_are_read() {
-    assert_eq!(run("-kernel k -m 512").memory, Some(512 << 20));
-    assert_eq!(run("-kernel k -m 1.5G").memory, Some(3 << 29));
+    let size = |line: &str| run(line).memory.unwrap().size;
+    assert_eq!(size("-kernel k -m 512"), Some(512 << 20));
+    assert_eq!(size("-kernel k -m 1.5G"), Some(3 << 29));
     let shared = run("-kernel k -serial mon:stdio");
     assert_eq!(shared.serial, Some(SerialBackend::Stdio));
     assert_eq!(shared.monitor, [MonitorSpec::Stdio]);

@@ -148,7 +148,7 @@ fn unix_socket(text: &str) -> Result<PathBuf, String> {
 }
 
 /// Cuts at commas; two in a row are one that belongs to the text, as in QEMU's options.
-fn split_commas(text: &str) -> Vec<String> {
+pub(super) fn split_commas(text: &str) -> Vec<String> {
     let mut fields = vec![String::new()];
     let mut rest = text.chars().peekable();
     while let Some(c) = rest.next() {
@@ -275,14 +275,8 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
     parse_size(text, 1 << 20).map_err(|error| error.to_string())
 }
 
-/// `--memory`: a size, or QEMU's `size=SIZE`.
+/// The size of a guest's memory.
 pub(crate) fn memory(text: &str) -> Result<u64, String> {
-    let text = text.strip_prefix("size=").unwrap_or(text);
-    if let Some((_, rest)) = text.split_once(',') {
-        return Err(format!(
-            "'{rest}' is not supported: memory cannot be added later"
-        ));
-    }
     let bytes = size(text)?;
     if bytes < MIN_RAM {
         return Err("a guest has at least 16 MiB (16M)".into());
