@@ -13,6 +13,7 @@
 pub mod command;
 pub mod contenders;
 pub mod disk;
+pub mod end;
 pub mod error;
 pub mod figure;
 pub mod machine;

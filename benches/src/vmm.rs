@@ -3,6 +3,7 @@
 mod ferry;
 mod qemu;
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use guest_tests::driver::process::Process;
 use guest_tests::driver::qmp::{Client, QmpError};
 use guest_tests::driver::serial::Watcher;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::error::{Error, PATIENCE};
 use crate::migration::Round;
@@ -165,7 +166,11 @@ pub fn version(vmm: &dyn Vmm) -> String {
 /// A running VMM.
 #[derive(Debug)]
 pub struct Running {
-    name: String,
+    pub(crate) name: String,
+    /// Bytes of its guest's RAM.
+    pub(crate) memory: u64,
+    /// Where it listens for a guest.
+    pub(crate) address: IpAddr,
     /// The process.
     pub process: Process,
     /// The guest's serial port.
@@ -224,6 +229,8 @@ impl Running {
             .map_err(Error::io(format!("{name}: serial port")))?;
         Ok(Self {
             name,
+            memory: guest.memory,
+            address: network.address(),
             process,
             serial,
             qmp,
@@ -243,36 +250,25 @@ impl Running {
 
     /// Waits for a line of the guest that `parse` takes.
     pub fn wait_for<T>(&self, parse: impl FnMut(&str) -> Option<T>) -> Result<T, Error> {
-        match self.serial.wait_for(PATIENCE, parse) {
-            Ok((found, _)) => Ok(found),
-            Err(source) => Err(Error::Guest {
-                name: self.name.clone(),
-                source,
-            }),
-        }
+        Ok(self.wait_for_at(parse)?.0)
+    }
+
+    /// The same, and when it was read.
+    pub fn wait_for_at<T>(
+        &self,
+        parse: impl FnMut(&str) -> Option<T>,
+    ) -> Result<(T, Instant), Error> {
+        let found = self.serial.wait_for(PATIENCE, parse);
+        found.map_err(|source| Error::Guest {
+            name: self.name.clone(),
+            source,
+        })
     }
 
     /// Sends a command to the guest.
     pub fn send(&mut self, command: u8) -> Result<(), Error> {
         let what = format!("{}: serial port", self.name);
         self.serial.send(&[command]).map_err(Error::io(what))
-    }
-
-    /// Lets it listen on a free port of that address; returns both.
-    pub fn listen(&mut self, address: &str) -> Result<String, Error> {
-        self.execute(
-            "migrate-incoming",
-            json!({ "uri": format!("tcp:{address}:0") }),
-        )?;
-        let info = self.execute("query-migrate", Value::Null)?;
-        let address = &info["socket-address"][0];
-        match (address["host"].as_str(), address["port"].as_str()) {
-            (Some(host), Some(port)) => Ok(format!("tcp:{host}:{port}")),
-            _ => Err(Error::Wrong(format!(
-                "{}: where does it listen? {info}",
-                self.name
-            ))),
-        }
     }
 
     /// Waits until the migration has ended, well or not, and returns when that was told; `None` if

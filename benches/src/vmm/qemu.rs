@@ -121,6 +121,9 @@ fn machine(guest: &Guest) -> Vec<String> {
         "-no-user-config",
         "-display",
         "none",
+        // By their names its vCPUs' threads are known.
+        "-name",
+        "bench,debug-threads=on",
     ]
     .map(str::to_owned)
     .into();
