@@ -2,6 +2,7 @@
 
 mod measure;
 mod options;
+mod tune;
 
 use std::io::{self, IsTerminal};
 use std::path::Path;
@@ -44,9 +45,9 @@ pub fn run(options: &Options, own: &Path) -> Result<(), Error> {
         output.note(note);
     }
     match &options.what {
-        What::Suite { scenario } => measure::suite(scenario, &vmms, &mut output)?,
+        What::Suite { scenario, best } => measure::suite(scenario, *best, &vmms, &mut output)?,
         What::Migration(options) => {
-            let section = measure::migration(&options.scenario(), &vmms, &output)?;
+            let section = measure::migration(options.scenario(), options.best, &vmms, &output)?;
             output.add(section)?;
         }
         What::Start(work) => {

@@ -46,8 +46,17 @@ pub fn run(vmm: &dyn Vmm, scenario: &Scenario, dir: &Path) -> Result<Outcome, Er
         kernel,
         append: scenario.work.to_string(),
         memory: scenario.memory,
+        prealloc: scenario.prealloc,
         drives: vec![],
     };
+    if guest.prealloc && !vmm.knows_prealloc() {
+        return Err(Error::Wrong(format!(
+            "{} ({}) doesn't know `--memory SIZE,prealloc=on`: say --without-prealloc, or measure a \
+             build that does",
+            vmm.name(),
+            vmm.program().display()
+        )));
+    }
     let network = Network::new(scenario.link)?;
     let mut source = Running::start_in(&network, vmm, &guest, Role::Source, dir)?;
     let destination = Running::start_in(&network, vmm, &guest, Role::Destination, dir)?;
@@ -55,6 +64,9 @@ pub fn run(vmm: &dyn Vmm, scenario: &Scenario, dir: &Path) -> Result<Outcome, Er
     let destination = destination.as_mut();
     let without = tell(vmm.kind(), scenario, &mut source, destination)?;
     let uri = destination.listen()?;
+    if scenario.prealloc {
+        wait_for_memory(destination, scenario.memory)?;
+    }
 
     source.execute("cont", Value::Null)?;
     source
@@ -166,6 +178,24 @@ fn settled(source: &mut Running) -> Result<Value, Error> {
         }
         if Instant::now() >= deadline {
             return Err(Error::Wrong(format!("no total time in {info}")));
+        }
+        sleep(LOOK);
+    }
+}
+
+/// Waits until the destination has all of its RAM: not every VMM takes it before it answers.
+fn wait_for_memory(destination: &mut dyn End, bytes: u64) -> Result<(), Error> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let resident = destination.resident()?;
+        if resident >= bytes {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(Error::Wrong(format!(
+                "the destination was to have {bytes} bytes of RAM before the guest comes, but has \
+                 {resident}"
+            )));
         }
         sleep(LOOK);
     }

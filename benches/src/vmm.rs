@@ -22,6 +22,9 @@ use crate::network::Network;
 pub use ferry::Ferry;
 pub use qemu::Qemu;
 
+/// How long to wait between two looks at a process that starts.
+const LOOK: Duration = Duration::from_millis(2);
+
 /// What a VMM boots.
 #[derive(Clone, Debug)]
 pub struct Guest {
@@ -31,6 +34,8 @@ pub struct Guest {
     pub append: String,
     /// Its RAM in bytes, whole MiB.
     pub memory: u64,
+    /// Whether the destination takes all of its RAM from the host before it listens.
+    pub prealloc: bool,
     /// Its disks.
     pub drives: Vec<Drive>,
 }
@@ -146,6 +151,11 @@ pub trait Vmm {
     /// Its arguments for a guest that runs at once and writes to standard output.
     fn direct_arguments(&self, guest: &Guest) -> Vec<String>;
 
+    /// Whether this build can have its RAM before it listens ([`Guest::prealloc`]).
+    fn knows_prealloc(&self) -> bool {
+        true
+    }
+
     /// The downtime in an answer to `query-migrate`.
     fn downtime(&self, info: &Value) -> Option<Reported>;
 
@@ -176,6 +186,21 @@ pub struct Running {
     /// The guest's serial port.
     pub serial: Watcher,
     qmp: Client,
+}
+
+/// Waits for the control socket of a process, as long as there is a process.
+fn alive(process: &mut Process, socket: &Path, name: &str) -> Result<(), Error> {
+    let deadline = Instant::now() + PATIENCE;
+    while !socket.exists() && Instant::now() < deadline {
+        let ended = process.wait(LOOK).map_err(Error::io(name))?;
+        if let Some(status) = ended {
+            return Err(Error::Wrong(format!(
+                "{name}: it has ended at its start ({status}):\n{}",
+                process.output()
+            )));
+        }
+    }
+    Ok(())
 }
 
 impl Running {
@@ -218,8 +243,9 @@ impl Running {
                 Process::spawn(Path::new("ip"), all, &log)
             }
         };
-        let process =
+        let mut process =
             process.map_err(Error::io(format!("starting {}", vmm.program().display())))?;
+        alive(&mut process, &sockets.qmp, &name)?;
         let qmp = Client::connect(&sockets.qmp, PATIENCE).map_err(|source| Error::Qmp {
             name: name.clone(),
             source,

@@ -3,13 +3,14 @@
 use serde_json::json;
 
 use super::Output;
-use super::options::Disk;
+use super::options::{Best, Disk};
+use super::tune;
 use crate::contenders::in_turn;
 use crate::error::Error;
 use crate::figure::{Row, Unit};
 use crate::report::Section;
 use crate::scenario::{Link, Scenario};
-use crate::vmm::{Drive, Qemu, Vmm};
+use crate::vmm::{Drive, Kind, Qemu, Vmm};
 use crate::{disk, migration, network, pause, start};
 
 fn scratch() -> Result<tempfile::TempDir, Error> {
@@ -24,6 +25,7 @@ fn scratch() -> Result<tempfile::TempDir, Error> {
 /// note.
 pub(super) fn suite(
     chosen: &[Scenario],
+    best: Best,
     vmms: &[Box<dyn Vmm>],
     output: &mut Output<'_>,
 ) -> Result<(), Error> {
@@ -34,7 +36,7 @@ pub(super) fn suite(
     let may_shape = network::may_shape();
     for scenario in all {
         if scenario.link == Link::Loopback || may_shape {
-            let section = migration(&scenario, vmms, output)?;
+            let section = migration(best.of(scenario), best, vmms, output)?;
             output.add(section)?;
         } else {
             output.note(format!(
@@ -47,11 +49,22 @@ pub(super) fn suite(
 }
 
 pub(super) fn migration(
-    scenario: &Scenario,
+    mut scenario: Scenario,
+    best: Best,
     vmms: &[Box<dyn Vmm>],
     output: &Output<'_>,
 ) -> Result<Section, Error> {
     let dir = scratch()?;
+    let mut tuned = None;
+    if let Some(qemu) = vmms.iter().find(|vmm| vmm.kind() == Kind::Qemu)
+        && best.tune_qemu
+    {
+        let say = |what: &str| output.progress(&format!("{}, {what}", scenario.name));
+        let tuning = tune::qemu(qemu.as_ref(), &scenario, dir.path(), say)?;
+        scenario.settings.qemu = tuning.best;
+        tuned = Some(tuning.note);
+    }
+    let scenario = &scenario;
     let runs = in_turn(
         output.common.runs,
         vmms,
@@ -60,6 +73,7 @@ pub(super) fn migration(
     )?;
     let mut section = Section::of(&scenario.name, scenario.to_string(), vmms, &runs);
     section.input = json!(scenario);
+    section.notes.extend(tuned);
     section.plots = migration::plots::all(&section, &runs);
     for (vmm, runs) in vmms.iter().zip(&runs) {
         if let Some(run) = runs.first().filter(|run| !run.without.is_empty()) {

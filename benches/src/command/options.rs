@@ -53,6 +53,8 @@ pub(super) enum What {
         /// Only this one; can be given several times
         #[arg(long, value_name = "NAME", value_parser = known_scenario)]
         scenario: Vec<Scenario>,
+        #[command(flatten)]
+        best: Best,
     },
     /// A running guest moves to a second process on this machine
     Migration(Box<Migration>),
@@ -97,6 +99,11 @@ pub(super) struct Disk {
 pub(super) struct Migration {
     #[command(flatten)]
     work: Work,
+    #[command(flatten)]
+    pub(super) best: Best,
+    /// The destination takes all of its memory from the host before the guest comes
+    #[arg(long, conflicts_with = "without_prealloc")]
+    prealloc: bool,
     /// The downtime limit
     #[arg(long, value_name = "MS")]
     downtime_limit: Option<u64>,
@@ -111,8 +118,30 @@ pub(super) struct Migration {
     #[arg(long, value_name = "NAME=VALUE,…", value_delimiter = ',')]
     ferry_with: Option<Vec<Setting>>,
     /// Capabilities and parameters for QEMU, instead of the scenario's
-    #[arg(long, value_name = "NAME=VALUE,…", value_delimiter = ',')]
+    #[arg(long, value_name = "NAME=VALUE,…", value_delimiter = ',', conflicts_with = "tune_qemu")]
     qemu_with: Option<Vec<Setting>>,
+}
+
+/// Whether VMMs get what is best for them.
+#[derive(Args, Clone, Copy, Debug, PartialEq)]
+pub(super) struct Best {
+    /// The destination takes memory from the host as pages arrive, in every scenario
+    #[arg(long)]
+    pub(super) without_prealloc: bool,
+    /// Measure twice with each of the settings that may be best for QEMU in the scenario, and then
+    /// use those with the least total time
+    #[arg(long)]
+    pub(super) tune_qemu: bool,
+}
+
+impl Best {
+    /// The scenario, without what is not wanted.
+    pub(super) fn of(self, scenario: Scenario) -> Scenario {
+        Scenario {
+            prealloc: scenario.prealloc && !self.without_prealloc,
+            ..scenario
+        }
+    }
 }
 
 /// A known scenario, and where it is to differ.
@@ -178,7 +207,8 @@ impl Work {
 
 impl Migration {
     pub(super) fn scenario(&self) -> Scenario {
-        let mut scenario = self.work.scenario();
+        let mut scenario = self.best.of(self.work.scenario());
+        scenario.prealloc |= self.prealloc;
         match self.link {
             None => {}
             Some(0) => scenario.link = Link::Loopback,
@@ -241,6 +271,15 @@ mod tests {
             ["multifd=on", "multifd-channels=4"].map(|text| text.parse().unwrap())
         );
         assert!(!scenario.settings.ferry.is_empty());
+    }
+
+    #[test]
+    fn memory_is_there_before_where_it_is_asked_for() {
+        let prealloc = |arguments: &[&str]| migration(arguments).unwrap().prealloc;
+        assert!(prealloc(&["idle"]) && !prealloc(&["idle", "--without-prealloc"]));
+        assert!(!prealloc(&["idle-1g"]) && prealloc(&["idle-1g", "--prealloc"]));
+        assert!(migration(&["idle", "--prealloc", "--without-prealloc"]).is_err());
+        assert!(migration(&["text", "--tune-qemu", "--qemu-with=multifd=on"]).is_err());
     }
 
     #[test]

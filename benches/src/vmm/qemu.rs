@@ -91,7 +91,18 @@ impl Vmm for Qemu {
         ]);
         match role {
             Role::Source => arguments.push("-S".to_owned()),
-            Role::Destination => arguments.extend(["-incoming", "defer"].map(str::to_owned)),
+            Role::Destination => {
+                arguments.extend(["-incoming", "defer"].map(str::to_owned));
+                if guest.prealloc {
+                    let memory = guest.memory >> 20;
+                    arguments.extend([
+                        "-object".to_owned(),
+                        format!("memory-backend-ram,id=ram,size={memory}M,prealloc=on"),
+                        "-machine".to_owned(),
+                        "memory-backend=ram".to_owned(),
+                    ]);
+                }
+            }
         }
         arguments
     }
