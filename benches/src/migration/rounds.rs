@@ -49,9 +49,14 @@ impl Passes {
     /// A pass began at that time; `info` is what `query-migrate` said right then.
     pub(super) fn begin(&mut self, at: Instant, info: &Value) {
         let number = |name: &str| info["ram"][name].as_u64().unwrap_or_default();
+        // At the first one it may not have counted yet; then it is all that is left.
+        let remaining = match (self.seen.len(), number("remaining")) {
+            (0, 0) => number("total"),
+            (_, remaining) => remaining,
+        };
         self.seen.push(Pass {
             at: super::ms(at.saturating_duration_since(self.start)),
-            remaining: number("remaining"),
+            remaining,
             transferred: number("transferred"),
         });
     }
@@ -86,6 +91,17 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn all_is_left_when_the_first_pass_begins() {
+        let start = Instant::now();
+        let mut passes = Passes::new(start);
+        let info = json!({ "ram": { "remaining": 0, "total": 1000, "transferred": 0 } });
+        passes.begin(start, &info);
+        passes.begin(start, &info);
+        let rounds = passes.rounds(start, 0);
+        assert_eq!([rounds[0].to_send, rounds[1].to_send], [1000, 0]);
+    }
 
     #[test]
     fn a_pass_lasts_until_the_next_one() {

@@ -227,6 +227,7 @@ mod tests {
                 plots: vec![Plot {
                     title: "by round".to_owned(),
                     x: "round".to_owned(),
+                    whole_x: true,
                     y: "MiB".to_owned(),
                     log_from: None,
                     series: vec![Series {
@@ -268,7 +269,8 @@ mod tests {
             assert!(page.contains(figure), "{figure}");
         }
         assert_eq!(page.matches("<svg").count(), 1);
-        assert_eq!(page.matches("<circle").count(), 2);
+        // Two points, and the legend's.
+        assert_eq!(page.matches("<circle").count(), 3);
     }
 
     #[test]
