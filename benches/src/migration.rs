@@ -17,6 +17,7 @@ use crate::end::End;
 use crate::error::{Error, PATIENCE};
 use crate::network::Network;
 use crate::proc;
+use crate::remote::Connection;
 use crate::scenario::Scenario;
 use crate::setting;
 use crate::vmm::{Guest, Kind, Role, Running, Vmm};
@@ -38,8 +39,14 @@ const LONGEST: Duration = Duration::from_secs(600);
 /// How long to wait between two looks.
 const LOOK: Duration = Duration::from_millis(1);
 
-/// Runs the scenario's guest, migrates it, has it verify its memory.
-pub fn run(vmm: &dyn Vmm, scenario: &Scenario, dir: &Path) -> Result<Outcome, Error> {
+/// Runs the scenario's guest, migrates it, has it verify its memory. It goes to the host of that
+/// agent, or to another process on this one.
+pub fn run(
+    vmm: &dyn Vmm,
+    scenario: &Scenario,
+    agent: Option<&mut Connection>,
+    dir: &Path,
+) -> Result<Outcome, Error> {
     let kernel = dir.join("dirtier.elf");
     std::fs::write(&kernel, guest_tests::DIRTIER).map_err(Error::io("the guest's image"))?;
     let guest = Guest {
@@ -50,17 +57,20 @@ pub fn run(vmm: &dyn Vmm, scenario: &Scenario, dir: &Path) -> Result<Outcome, Er
         drives: vec![],
     };
     if guest.prealloc && !vmm.knows_prealloc() {
-        return Err(Error::Wrong(format!(
-            "{} ({}) doesn't know `--memory SIZE,prealloc=on`: say --without-prealloc, or measure a \
-             build that does",
-            vmm.name(),
-            vmm.program().display()
-        )));
+        return Err(Error::no_prealloc(vmm));
     }
     let network = Network::new(scenario.link)?;
     let mut source = Running::start_in(&network, vmm, &guest, Role::Source, dir)?;
-    let destination = Running::start_in(&network, vmm, &guest, Role::Destination, dir)?;
-    let mut destination: Box<dyn End> = Box::new(destination);
+    let mut destination: Box<dyn End + '_> = match agent {
+        Some(agent) => Box::new(agent.start(vmm.name(), &guest)?),
+        None => Box::new(Running::start_in(
+            &network,
+            vmm,
+            &guest,
+            Role::Destination,
+            dir,
+        )?),
+    };
     let destination = destination.as_mut();
     let without = tell(vmm.kind(), scenario, &mut source, destination)?;
     let uri = destination.listen()?;

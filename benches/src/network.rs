@@ -16,10 +16,7 @@ const BURST: &str = "256k";
 const LATENCY: &str = "20ms";
 
 /// The address of the destination on a link of its own.
-const ADDRESSES: [Ipv4Addr; 2] = [
-    Ipv4Addr::new(10, 213, 77, 1),
-    Ipv4Addr::new(10, 213, 77, 2),
-];
+const ADDRESSES: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 213, 77, 1), Ipv4Addr::new(10, 213, 77, 2)];
 
 /// Where the two processes are, and what is between them. Namespaces of its own go with it.
 #[derive(Debug)]
@@ -54,6 +51,7 @@ impl Network {
         match link {
             Link::Loopback if !may_shape() => Ok(Self::HOST),
             Link::Loopback => Self::loopback().or(Ok(Self::HOST)),
+            Link::Between => Ok(Self::HOST),
             Link::Shaped { mbit } => Self::shaped(mbit),
         }
     }

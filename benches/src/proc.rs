@@ -17,9 +17,9 @@ pub struct Cpu {
 /// The CPU time of a process whose vCPUs' threads are named as Ferry or QEMU names them.
 pub fn cpu(pid: u32) -> Result<Cpu, Error> {
     let of = |stat: &str| {
-        ticks(stat).map(seconds).ok_or_else(|| {
-            Error::Wrong(format!("/proc/{pid}/stat has no CPU times: '{stat}'"))
-        })
+        ticks(stat)
+            .map(seconds)
+            .ok_or_else(|| Error::Wrong(format!("/proc/{pid}/stat has no CPU times: '{stat}'")))
     };
     let tasks = format!("/proc/{pid}/task");
     let mut vcpus = 0.0;

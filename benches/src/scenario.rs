@@ -16,6 +16,8 @@ pub enum Link {
     /// TCP on 127.0.0.1.
     #[default]
     Loopback,
+    /// TCP between this host and that of an agent, as it is.
+    Between,
     /// TCP between two network namespaces, over a link of that rate.
     Shaped {
         /// Megabits (10^6) a second, each way.
@@ -58,11 +60,7 @@ const MULTIFD: &[&str] = &["multifd=on"];
 const ZSTD: &[&str] = &["multifd=on", "multifd-compression=zstd"];
 const XBZRLE: &[&str] = &["xbzrle=on"];
 const XBZRLE_LARGE: &[&str] = &["xbzrle=on", "xbzrle-cache-size=536870912"];
-const COMPRESS: &[&str] = &[
-    "compress=on",
-    "compress-threads=2",
-    "decompress-threads=2",
-];
+const COMPRESS: &[&str] = &["compress=on", "compress-threads=2", "decompress-threads=2"];
 
 impl Scenario {
     /// All that have a name, those of the suite in its order.
@@ -173,6 +171,7 @@ impl fmt::Display for Scenario {
         write!(f, "; heartbeat every {heartbeat} µs; ")?;
         match link {
             Link::Loopback => write!(f, "over loopback")?,
+            Link::Between => write!(f, "to another host")?,
             Link::Shaped { mbit } => write!(f, "over {mbit} Mbit/s")?,
         }
         match postcopy_after {

@@ -8,6 +8,9 @@ use guest_tests::Size;
 use guest_tests::dirtier::{Data, Pattern, Rate};
 use guest_tests::mmio::Wait;
 
+use crate::error::Error;
+use crate::remote::Connection;
+use crate::remote::token::Token;
 use crate::scenario::{Link, Scenario};
 use crate::setting::Setting;
 use crate::vmm::{DriveCache, DriveFormat};
@@ -55,6 +58,8 @@ pub(super) enum What {
         scenario: Vec<Scenario>,
         #[command(flatten)]
         best: Best,
+        #[command(flatten)]
+        other: OtherHost,
     },
     /// A running guest moves to a second process on this machine
     Migration(Box<Migration>),
@@ -68,6 +73,15 @@ pub(super) enum What {
     },
     /// How fast the guest's driver finds its disk
     Disk(Disk),
+    /// Runs destinations for a benchmark on another host, until it is ended
+    Agent {
+        /// Where to listen; port 0 is any that is free
+        #[arg(long, value_name = "HOST:PORT")]
+        listen: String,
+        /// A file with the secret that the other host must know: 16 bytes or more
+        #[arg(long, value_name = "FILE")]
+        token_file: PathBuf,
+    },
 }
 
 #[derive(Args, Clone, Debug, PartialEq)]
@@ -101,6 +115,8 @@ pub(super) struct Migration {
     work: Work,
     #[command(flatten)]
     pub(super) best: Best,
+    #[command(flatten)]
+    pub(super) other: OtherHost,
     /// The destination takes all of its memory from the host before the guest comes
     #[arg(long, conflicts_with = "without_prealloc")]
     prealloc: bool,
@@ -118,8 +134,36 @@ pub(super) struct Migration {
     #[arg(long, value_name = "NAME=VALUE,…", value_delimiter = ',')]
     ferry_with: Option<Vec<Setting>>,
     /// Capabilities and parameters for QEMU, instead of the scenario's
-    #[arg(long, value_name = "NAME=VALUE,…", value_delimiter = ',', conflicts_with = "tune_qemu")]
+    #[arg(
+        long,
+        value_name = "NAME=VALUE,…",
+        value_delimiter = ',',
+        conflicts_with = "tune_qemu"
+    )]
     qemu_with: Option<Vec<Setting>>,
+}
+
+/// Where the guest goes, if not to this host.
+#[derive(Args, Clone, Debug, PartialEq)]
+pub(super) struct OtherHost {
+    /// The guest goes to the host of this agent (`ferry bench agent`)
+    #[arg(long, value_name = "HOST:PORT", requires = "token_file")]
+    destination: Option<String>,
+    /// A file with the agent's secret
+    #[arg(long, value_name = "FILE", requires = "destination")]
+    token_file: Option<PathBuf>,
+}
+
+impl OtherHost {
+    /// Connects to the agent, if there is to be one.
+    pub(super) fn connect(&self) -> Result<Option<Connection>, Error> {
+        match (&self.destination, &self.token_file) {
+            (Some(address), Some(file)) => {
+                Ok(Some(Connection::connect(address, &Token::read(file)?)?))
+            }
+            _ => Ok(None),
+        }
+    }
 }
 
 /// Whether VMMs get what is best for them.
@@ -287,6 +331,8 @@ mod tests {
         let error = migration(&["fast"]).unwrap_err().to_string();
         assert!(error.contains("idle, busy, heavy"), "{error}");
         assert!(migration(&["--qemu-with=multifd"]).is_err());
+        assert!(migration(&["--destination=host:7000"]).is_err());
+        assert!(Cli::try_parse_from(["bench", "agent", "--listen=127.0.0.1:0"]).is_err());
         assert!(Cli::try_parse_from(["bench", "suite", "--runs=0"]).is_err());
     }
 }

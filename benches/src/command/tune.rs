@@ -4,6 +4,7 @@ use std::path::Path;
 
 use crate::error::Error;
 use crate::migration;
+use crate::remote::Connection;
 use crate::scenario::Scenario;
 use crate::setting::Setting;
 use crate::summary::Spread;
@@ -24,6 +25,7 @@ pub(super) struct Tuning {
 pub(super) fn qemu(
     vmm: &dyn Vmm,
     scenario: &Scenario,
+    mut agent: Option<&mut Connection>,
     dir: &Path,
     mut before_each: impl FnMut(&str),
 ) -> Result<Tuning, Error> {
@@ -36,7 +38,7 @@ pub(super) fn qemu(
             ..setting
         });
         tried.settings.qemu = required.collect();
-        totals.push((settings, total(vmm, &tried, dir)?));
+        totals.push((settings, total(vmm, &tried, agent.as_deref_mut(), dir)?));
     }
     let best = best(&totals).ok_or_else(|| {
         Error::Wrong(format!(
@@ -56,10 +58,15 @@ pub(super) fn qemu(
 }
 
 /// The median of the total times in ms; `None` if the settings are refused.
-fn total(vmm: &dyn Vmm, scenario: &Scenario, dir: &Path) -> Result<Option<f64>, Error> {
+fn total(
+    vmm: &dyn Vmm,
+    scenario: &Scenario,
+    mut agent: Option<&mut Connection>,
+    dir: &Path,
+) -> Result<Option<f64>, Error> {
     let mut totals = Vec::new();
     for _ in 0..RUNS {
-        match migration::run(vmm, scenario, dir) {
+        match migration::run(vmm, scenario, agent.as_deref_mut(), dir) {
             Ok(outcome) => totals.push(outcome.total),
             Err(error) if error.is_refusal() => return Ok(None),
             Err(error) => return Err(error),
@@ -103,11 +110,7 @@ mod tests {
     fn the_least_total_is_best_and_a_refusal_never() {
         let [plain, zstd, lzo] = ["", "multifd-compression=zstd", "multifd-compression=lzo"]
             .map(|text| text.parse().into_iter().collect::<Vec<Setting>>());
-        let totals = [
-            (&lzo, None),
-            (&plain, Some(300.0)),
-            (&zstd, Some(200.4)),
-        ];
+        let totals = [(&lzo, None), (&plain, Some(300.0)), (&zstd, Some(200.4))];
         assert_eq!(best(&totals), Some(&zstd));
         assert_eq!(
             told(&totals),

@@ -151,9 +151,7 @@ impl Measured for Outcome {
             Some(o.gap_before)
         }),
         figure("longest gap after", Milliseconds, 2, |o| Some(o.gap_after)),
-        figure("guest's work during, of before", Share, 3, |o| {
-            o.work.turns
-        }),
+        figure("guest's work during, of before", Share, 3, |o| o.work.turns),
         figure("  pages rewritten", Share, 3, |o| o.work.written),
         figure("post-copy", Milliseconds, 1, |o| {
             o.postcopy.as_ref().map(|p| p.time)

@@ -28,6 +28,8 @@ pub struct Round {
 #[derive(Debug)]
 pub(super) struct Passes {
     start: Instant,
+    /// Bytes of the guest's memory, as soon as they are told.
+    total: u64,
     seen: Vec<Pass>,
 }
 
@@ -42,6 +44,7 @@ impl Passes {
     pub(super) fn new(start: Instant) -> Self {
         Self {
             start,
+            total: 0,
             seen: Vec::new(),
         }
     }
@@ -49,14 +52,10 @@ impl Passes {
     /// A pass began at that time; `info` is what `query-migrate` said right then.
     pub(super) fn begin(&mut self, at: Instant, info: &Value) {
         let number = |name: &str| info["ram"][name].as_u64().unwrap_or_default();
-        // At the first one it may not have counted yet; then it is all that is left.
-        let remaining = match (self.seen.len(), number("remaining")) {
-            (0, 0) => number("total"),
-            (_, remaining) => remaining,
-        };
+        self.total = self.total.max(number("total"));
         self.seen.push(Pass {
             at: super::ms(at.saturating_duration_since(self.start)),
-            remaining,
+            remaining: number("remaining"),
             transferred: number("transferred"),
         });
     }
@@ -76,7 +75,11 @@ impl Passes {
                 number,
                 begin: this.at,
                 time: next.at - this.at,
-                to_send: this.remaining,
+                // When the first one begins it may not have been counted: that is all of it.
+                to_send: match (number, this.remaining) {
+                    (1, 0) => self.total,
+                    (_, remaining) => remaining,
+                },
                 sent: next.transferred.saturating_sub(this.transferred),
                 dirtied: again.then_some(next.remaining),
             })
@@ -96,9 +99,8 @@ mod tests {
     fn all_is_left_when_the_first_pass_begins() {
         let start = Instant::now();
         let mut passes = Passes::new(start);
-        let info = json!({ "ram": { "remaining": 0, "total": 1000, "transferred": 0 } });
-        passes.begin(start, &info);
-        passes.begin(start, &info);
+        passes.begin(start, &json!({ "status": "setup" }));
+        passes.begin(start, &json!({ "ram": { "remaining": 0, "total": 1000 } }));
         let rounds = passes.rounds(start, 0);
         assert_eq!([rounds[0].to_send, rounds[1].to_send], [1000, 0]);
     }

@@ -7,10 +7,10 @@ use plotters::coord::ranged1d::{AsRangedCoord, Ranged, ValueFormatter};
 use plotters::prelude::*;
 
 /// Width and height in pixels.
-const SIZE: (u32, u32) = (760, 320);
+const SIZE: (u32, u32) = (780, 320);
 
 /// Of it, the width of the legend.
-const LEGEND: u32 = 150;
+const LEGEND: u32 = 175;
 
 /// Size of letters.
 const FONT: u32 = 15;

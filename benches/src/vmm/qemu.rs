@@ -89,20 +89,23 @@ impl Vmm for Qemu {
             "-qmp".to_owned(),
             server(&sockets.qmp),
         ]);
+        if guest.prealloc {
+            // The source as well: the stream calls memory by the name of its backend.
+            let prealloc = match role {
+                Role::Source => "off",
+                Role::Destination => "on",
+            };
+            let memory = guest.memory >> 20;
+            arguments.extend([
+                "-object".to_owned(),
+                format!("memory-backend-ram,id=ram,size={memory}M,prealloc={prealloc}"),
+                "-machine".to_owned(),
+                "memory-backend=ram".to_owned(),
+            ]);
+        }
         match role {
             Role::Source => arguments.push("-S".to_owned()),
-            Role::Destination => {
-                arguments.extend(["-incoming", "defer"].map(str::to_owned));
-                if guest.prealloc {
-                    let memory = guest.memory >> 20;
-                    arguments.extend([
-                        "-object".to_owned(),
-                        format!("memory-backend-ram,id=ram,size={memory}M,prealloc=on"),
-                        "-machine".to_owned(),
-                        "memory-backend=ram".to_owned(),
-                    ]);
-                }
-            }
+            Role::Destination => arguments.extend(["-incoming", "defer"].map(str::to_owned)),
         }
         arguments
     }
