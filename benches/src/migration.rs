@@ -93,19 +93,14 @@ pub fn run(
     let stolen_before = proc::stolen_seconds()?;
     let sent_before = network.sent();
     let begin = Instant::now();
-    source.execute("migrate", json!({ "uri": uri }))?;
     let mut passes = Passes::new(begin);
-    let patience = scenario.postcopy_after.unwrap_or(LONGEST);
-    let mut end = source.wait_migrated(patience, |at, info| passes.begin(at, info))?;
-    if end.is_none() && scenario.postcopy_after.is_some() {
-        source.execute("migrate-start-postcopy", Value::Null)?;
-        end = source.wait_migrated(LONGEST, |at, info| passes.begin(at, info))?;
-    }
-    let end = end.ok_or_else(|| {
-        Error::Wrong(format!(
-            "{}: the migration goes on and on: it was given up after {LONGEST:?}",
-            vmm.name()
-        ))
+    let end = migrate(&mut source, &uri, scenario.postcopy_after, &mut passes);
+    let end = end.map_err(|err| match err.is_refusal() {
+        true => err,
+        false => Error::Wrong(format!(
+            "{err}\nThe destination has printed:\n{}",
+            destination.output()
+        )),
     })?;
     let sent = network.sent();
     let cpu_after = [source.cpu()?, destination.cpu()?];
@@ -151,6 +146,28 @@ pub fn run(
             .rounds(&info)
             .unwrap_or_else(|| passes.rounds(end, number(&info["ram"]["transferred"]))),
         without,
+    })
+}
+
+/// Migrates; returns when the event came that it is completed.
+fn migrate(
+    source: &mut Running,
+    uri: &str,
+    postcopy_after: Option<Duration>,
+    passes: &mut Passes,
+) -> Result<Instant, Error> {
+    source.execute("migrate", json!({ "uri": uri }))?;
+    let patience = postcopy_after.unwrap_or(LONGEST);
+    let mut end = source.wait_migrated(patience, |at, info| passes.begin(at, info))?;
+    if end.is_none() && postcopy_after.is_some() {
+        source.execute("migrate-start-postcopy", Value::Null)?;
+        end = source.wait_migrated(LONGEST, |at, info| passes.begin(at, info))?;
+    }
+    end.ok_or_else(|| {
+        Error::Wrong(format!(
+            "{}: the migration goes on and on: it was given up after {LONGEST:?}",
+            source.name
+        ))
     })
 }
 

@@ -114,7 +114,8 @@ impl Page {
         self.element(
             "p",
             "Figures are medians, with the least and the greatest behind them; ratios are of runs \
-             made right after each other, less than 1 where the first has less.",
+             made right after each other, less than 1 where the first has less. Of the guest's work \
+             more is better, of all other headlines less.",
         );
     }
 
