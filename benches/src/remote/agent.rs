@@ -4,7 +4,7 @@
 //! guest that is in the binary, and nothing else: no program, file or VMM option comes from the
 //! peer.
 
-use std::io::{self, BufReader, Write};
+use std::io::{self, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -55,7 +55,12 @@ impl Agent {
 
     /// Serves the next peer until it goes; `said` gets a line about each thing that happens.
     pub fn serve_one(&self, said: &mut dyn FnMut(String)) -> Result<(), Error> {
-        let (stream, peer) = self.listener.accept().map_err(Error::io("the agent"))?;
+        let (stream, peer) = match self.listener.accept() {
+            Ok(peer) => peer,
+            // A peer that went before it was served is no reason to end.
+            Err(err) if err.kind() == io::ErrorKind::ConnectionAborted => return Ok(()),
+            Err(err) => return Err(Error::io("the agent")(err)),
+        };
         said(format!("{peer}: connected"));
         // What a peer does wrong ends its connection only.
         match self.serve(stream) {
@@ -67,9 +72,11 @@ impl Agent {
 
     fn serve(&self, mut stream: TcpStream) -> io::Result<()> {
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(HELLO))?;
         stream.set_write_timeout(Some(HELLO))?;
-        let mut requests = BufReader::new(stream.try_clone()?);
+        let mut requests = BufReader::new(Patient {
+            stream: stream.try_clone()?,
+            until: Some(Instant::now() + HELLO),
+        });
         let Some(hello) = protocol::read(&mut requests)? else {
             return Ok(());
         };
@@ -92,7 +99,7 @@ impl Agent {
                 .collect(),
         };
         answer(&mut stream, &Answer::Return(serde_json::json!(welcome)))?;
-        stream.set_read_timeout(Some(SILENCE))?;
+        requests.get_mut().until = None;
         let address = stream.local_addr()?.ip();
         let mut session = Session::new(&self.vmms, self.epoch, address)
             .map_err(|err| io::Error::other(err.to_string()))?;
@@ -135,6 +142,51 @@ impl Agent {
     }
 }
 
+/// A peer that is read from only so long.
+struct Patient {
+    stream: TcpStream,
+    /// When all must be there, however little is missing; afterwards silence has its limit.
+    until: Option<Instant>,
+}
+
+impl Read for Patient {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = match self.until {
+            Some(until) => until.saturating_duration_since(Instant::now()),
+            None => SILENCE,
+        };
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.stream.set_read_timeout(Some(left))?;
+        self.stream.read(buffer)
+    }
+}
+
 fn answer(stream: &mut TcpStream, answer: &Answer) -> io::Result<()> {
     stream.write_all(&protocol::line(answer)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_shows_no_token_in_time_is_no_longer_read_from() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        peer.write_all(b"{ {").unwrap();
+        let mut patient = Patient {
+            stream: listener.accept().unwrap().0,
+            until: Some(Instant::now() + HELLO),
+        };
+        let mut byte = [0];
+        assert_eq!(patient.read(&mut byte).unwrap(), 1);
+        // There is more, but it is too late.
+        patient.until = Some(Instant::now());
+        let error = patient.read(&mut byte).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        patient.until = None;
+        assert_eq!(patient.read(&mut byte).unwrap(), 1);
+    }
 }
