@@ -126,6 +126,10 @@ pub fn load() -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use guest_tests::driver::process::Process;
+
     use super::*;
 
     #[test]
@@ -144,10 +148,30 @@ mod tests {
     }
 
     #[test]
-    fn a_process_has_the_time_of_all_its_threads() {
-        let cpu = cpu(std::process::id()).unwrap();
-        assert!(cpu.all >= 0.0);
-        assert_eq!(cpu.vcpus, 0.0);
+    fn the_time_of_vcpus_is_that_of_their_threads_only() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        static ENOUGH: AtomicBool = AtomicBool::new(false);
+        let vcpu = std::thread::Builder::new().name("vcpu0".to_owned());
+        let vcpu = vcpu.spawn(|| {
+            while !ENOUGH.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        });
+        while cpu(std::process::id()).unwrap().vcpus == 0.0 {
+            std::thread::yield_now();
+        }
+        ENOUGH.store(true, Ordering::Relaxed);
+        vcpu.unwrap().join().unwrap();
+
+        let dir = tempfile::tempdir().unwrap();
+        let arguments = ["-c", "while :; do :; done"];
+        let log = dir.path().join("log");
+        let busy = Process::spawn(Path::new("/bin/sh"), arguments, &log).unwrap();
+        let mut used = Cpu::default();
+        while used.all == 0.0 {
+            used = cpu(busy.id()).unwrap();
+        }
+        assert_eq!(used.vcpus, 0.0);
     }
 
     #[test]
