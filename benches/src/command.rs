@@ -2,6 +2,7 @@
 
 mod measure;
 mod options;
+mod tune;
 
 use std::io::{self, IsTerminal};
 use std::path::Path;
@@ -10,11 +11,14 @@ use crate::contenders::{self, Choice, Found};
 use crate::error::Error;
 use crate::machine::Machine;
 use crate::proc;
+use crate::remote::Connection;
+use crate::remote::agent::Agent;
+use crate::remote::token::Token;
 use crate::report::{Report, Section};
 use crate::vmm::{self, Vmm};
 
 pub use options::Options;
-use options::{Common, What};
+use options::{Common, OtherHost, What};
 
 /// Does what the options say; `own` is the build of Ferry that is measured unless they name another.
 pub fn run(options: &Options, own: &Path) -> Result<(), Error> {
@@ -44,9 +48,19 @@ pub fn run(options: &Options, own: &Path) -> Result<(), Error> {
         output.note(note);
     }
     match &options.what {
-        What::Suite { scenario } => measure::suite(scenario, &vmms, &mut output)?,
+        What::Agent { listen, token_file } => return serve(listen, token_file, vmms),
+        What::Suite {
+            scenario,
+            best,
+            other,
+        } => {
+            let agent = connect(other, &mut output)?;
+            measure::suite(scenario, *best, agent, &vmms, &mut output)?;
+        }
         What::Migration(options) => {
-            let section = measure::migration(&options.scenario(), &vmms, &output)?;
+            let mut agent = connect(&options.other, &mut output)?;
+            let (scenario, best) = (options.scenario(), options.best);
+            let section = measure::migration(scenario, best, agent.as_mut(), &vmms, &output)?;
             output.add(section)?;
         }
         What::Start(work) => {
@@ -62,6 +76,23 @@ pub fn run(options: &Options, own: &Path) -> Result<(), Error> {
     } = &output.report.machine;
     println!("Load average: {before} before, {after} after.");
     Ok(())
+}
+
+fn connect(other: &OtherHost, output: &mut Output<'_>) -> Result<Option<Connection>, Error> {
+    let agent = other.connect()?;
+    if let Some(agent) = &agent {
+        output.note(agent.describe());
+    }
+    Ok(agent)
+}
+
+/// Serves one benchmark after the other.
+fn serve(listen: &str, token_file: &Path, vmms: Vec<Box<dyn Vmm>>) -> Result<(), Error> {
+    let agent = Agent::bind(listen, Token::read(token_file)?, vmms)?;
+    println!("Listening at {}.", agent.address()?);
+    loop {
+        agent.serve_one(&mut |what| println!("{what}"))?;
+    }
 }
 
 fn versions(vmms: &[Box<dyn Vmm>]) -> Vec<(String, String)> {

@@ -141,6 +141,7 @@ pub fn run(
         kernel,
         append: options.to_string(),
         memory: MEMORY,
+        prealloc: false,
         drives: vec![drive.clone()],
     };
     let mut running = Running::start(vmm, &guest, Role::Source, dir)?;

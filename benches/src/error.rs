@@ -6,6 +6,7 @@ use guest_tests::driver::qmp::QmpError;
 use guest_tests::driver::serial::WaitError;
 
 use crate::report::plot::PlotError;
+use crate::vmm::Vmm;
 
 /// How long anything may take before a measurement is given up.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -39,6 +40,16 @@ pub enum Error {
         /// What came instead.
         source: WaitError,
     },
+    /// The agent on the other host.
+    #[error("the agent at {address}: {reason}")]
+    Agent {
+        /// Where it listens.
+        address: String,
+        /// What happened there.
+        reason: String,
+        /// Whether a VMM there has refused a command, and is otherwise well.
+        refused: bool,
+    },
     /// A picture of the figures.
     #[error(transparent)]
     Plot(#[from] PlotError),
@@ -56,7 +67,20 @@ impl Error {
 
     /// Whether a VMM has refused a command, and is otherwise well.
     pub fn is_refusal(&self) -> bool {
-        let refused = |error: &QmpError| matches!(error, QmpError::Command { .. });
-        matches!(self, Self::Qmp { source, .. } if refused(source))
+        match self {
+            Self::Qmp { source, .. } => matches!(source, QmpError::Command { .. }),
+            Self::Agent { refused, .. } => *refused,
+            _ => false,
+        }
+    }
+
+    /// A build is to have its memory before the guest comes, and can't.
+    pub fn no_prealloc(vmm: &dyn Vmm) -> Self {
+        Self::Wrong(format!(
+            "{} ({}) doesn't know `--memory SIZE,prealloc=on`: say --without-prealloc, or measure a \
+             build that does",
+            vmm.name(),
+            vmm.program().display()
+        ))
     }
 }

@@ -8,11 +8,15 @@
 //! its [`figure::Figure`]s. Many runs make the rows of a [`report::Report`]. [`command`] is what users
 //! call: `ferry bench`.
 //!
+//! The destination of a migration may be on another host, behind an agent there ([`remote`]); either
+//! way it is an [`end::End`].
+//!
 //! How to run it and what each figure means is in `docs/benchmarks.md`.
 
 pub mod command;
 pub mod contenders;
 pub mod disk;
+pub mod end;
 pub mod error;
 pub mod figure;
 pub mod machine;
@@ -20,6 +24,7 @@ pub mod migration;
 pub mod network;
 pub mod pause;
 pub mod proc;
+pub mod remote;
 pub mod report;
 pub mod scenario;
 pub mod setting;

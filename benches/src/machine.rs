@@ -1,11 +1,11 @@
 //! The machine that was measured on.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::proc;
 
 /// What is known of it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
     /// The processor's name.
     pub processor: String,

@@ -1,5 +1,6 @@
 //! The network between the two processes of a migration.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::process::Command;
 
 use serde_json::Value;
@@ -15,7 +16,7 @@ const BURST: &str = "256k";
 const LATENCY: &str = "20ms";
 
 /// The address of the destination on a link of its own.
-const ADDRESSES: [&str; 2] = ["10.213.77.1", "10.213.77.2"];
+const ADDRESSES: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 213, 77, 1), Ipv4Addr::new(10, 213, 77, 2)];
 
 /// Where the two processes are, and what is between them. Namespaces of its own go with it.
 #[derive(Debug)]
@@ -24,7 +25,7 @@ pub struct Network {
     namespaces: Option<[String; 2]>,
     /// The interface that the migration takes, in the source's.
     interface: &'static str,
-    address: &'static str,
+    address: IpAddr,
 }
 
 impl Network {
@@ -32,8 +33,17 @@ impl Network {
     pub const HOST: Self = Self {
         namespaces: None,
         interface: "lo",
-        address: "127.0.0.1",
+        address: IpAddr::V4(Ipv4Addr::LOCALHOST),
     };
+
+    /// This machine's own network, where a destination listens at that address.
+    pub fn at(address: IpAddr) -> Self {
+        Self {
+            namespaces: None,
+            interface: "lo",
+            address,
+        }
+    }
 
     /// Makes the link. A shaped one needs root, `ip` and `tc` (package iproute2). Loopback is that of
     /// a namespace of its own, so that its traffic can be counted, or else the machine's own.
@@ -41,6 +51,7 @@ impl Network {
         match link {
             Link::Loopback if !may_shape() => Ok(Self::HOST),
             Link::Loopback => Self::loopback().or(Ok(Self::HOST)),
+            Link::Between => Ok(Self::HOST),
             Link::Shaped { mbit } => Self::shaped(mbit),
         }
     }
@@ -61,7 +72,7 @@ impl Network {
         let network = Self {
             namespaces: Some(namespaces.clone()),
             interface: "link0",
-            address: ADDRESSES[1],
+            address: IpAddr::V4(ADDRESSES[1]),
         };
         let [source, destination] = &namespaces;
         for namespace in &namespaces {
@@ -114,7 +125,7 @@ impl Network {
     }
 
     /// Where the destination listens.
-    pub fn address(&self) -> &'static str {
+    pub fn address(&self) -> IpAddr {
         self.address
     }
 

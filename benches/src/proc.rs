@@ -1,16 +1,54 @@
 //! What the kernel knows: CPU time and resident memory of a process, how busy the machine is.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 
-/// The CPU time that a process has used so far, in seconds, user and system, in the resolution of
-/// the kernel's clock tick (10 ms as a rule).
-pub fn cpu_seconds(pid: u32) -> Result<f64, Error> {
-    let stat = read(pid, "stat")?;
-    let ticks = ticks(&stat)
-        .ok_or_else(|| Error::Wrong(format!("/proc/{pid}/stat has no CPU times: '{stat}'")))?;
-    Ok(seconds(ticks))
+/// The CPU time that a VMM has used so far, in seconds, user and system, in the resolution of the
+/// kernel's clock tick (10 ms as a rule).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Cpu {
+    /// Of the whole process, threads included that have ended.
+    pub all: f64,
+    /// Of the vCPUs' threads that are there: the guest's work, and exits that their thread handles.
+    pub vcpus: f64,
+}
+
+/// The CPU time of a process whose vCPUs' threads are named as Ferry or QEMU names them.
+pub fn cpu(pid: u32) -> Result<Cpu, Error> {
+    let of = |stat: &str| {
+        ticks(stat)
+            .map(seconds)
+            .ok_or_else(|| Error::Wrong(format!("/proc/{pid}/stat has no CPU times: '{stat}'")))
+    };
+    let tasks = format!("/proc/{pid}/task");
+    let mut vcpus = 0.0;
+    for task in std::fs::read_dir(&tasks).map_err(Error::io(&tasks))? {
+        let task = task.map_err(Error::io(&tasks))?;
+        // A thread may end at any time.
+        match std::fs::read_to_string(task.path().join("stat")) {
+            Ok(stat) if is_vcpu(&stat) => vcpus += of(&stat)?,
+            _ => {}
+        }
+    }
+    Ok(Cpu {
+        all: of(&read(pid, "stat")?)?,
+        vcpus,
+    })
+}
+
+/// Whether a thread runs a vCPU, by its name: Ferry calls them `vcpu0`, QEMU `CPU 0/KVM` (with
+/// `-name debug-threads=on`).
+fn is_vcpu(stat: &str) -> bool {
+    let name = stat
+        .split_once('(')
+        .and_then(|(_, rest)| rest.rsplit_once(')'))
+        .map_or("", |(name, _)| name);
+    let qemu = name
+        .strip_prefix("CPU ")
+        .and_then(|rest| rest.strip_suffix("/KVM"));
+    let number = qemu.or_else(|| name.strip_prefix("vcpu"));
+    number.is_some_and(|number| number.parse::<u16>().is_ok())
 }
 
 fn seconds(ticks: u64) -> f64 {
@@ -38,7 +76,7 @@ fn ticks(stat: &str) -> Option<u64> {
 }
 
 /// The resident memory of a VMM, in bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Resident {
     /// Of the guest's RAM.
     pub guest: u64,
@@ -88,6 +126,10 @@ pub fn load() -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use guest_tests::driver::process::Process;
+
     use super::*;
 
     #[test]
@@ -95,6 +137,41 @@ mod tests {
         let stat = "7 (a) b) R 1 2 3 4 5 6 7 8 9 10 120 34 0 0 20 0 1";
         assert_eq!(ticks(stat), Some(154));
         assert_eq!(ticks("7 (a"), None);
+    }
+
+    #[test]
+    fn vcpus_are_known_by_the_names_of_their_threads() {
+        let named = |name: &str| is_vcpu(&format!("7 ({name}) R 1 2 3"));
+        assert!(named("vcpu0") && named("vcpu12") && named("CPU 3/KVM"));
+        assert!(!named("vcpu") && !named("vcpu0 x") && !named("live_migration"));
+        assert!(!is_vcpu("7 (ferry"));
+    }
+
+    #[test]
+    fn the_time_of_vcpus_is_that_of_their_threads_only() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        static ENOUGH: AtomicBool = AtomicBool::new(false);
+        let vcpu = std::thread::Builder::new().name("vcpu0".to_owned());
+        let vcpu = vcpu.spawn(|| {
+            while !ENOUGH.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        });
+        while cpu(std::process::id()).unwrap().vcpus == 0.0 {
+            std::thread::yield_now();
+        }
+        ENOUGH.store(true, Ordering::Relaxed);
+        vcpu.unwrap().join().unwrap();
+
+        let dir = tempfile::tempdir().unwrap();
+        let arguments = ["-c", "while :; do :; done"];
+        let log = dir.path().join("log");
+        let busy = Process::spawn(Path::new("/bin/sh"), arguments, &log).unwrap();
+        let mut used = Cpu::default();
+        while used.all == 0.0 {
+            used = cpu(busy.id()).unwrap();
+        }
+        assert_eq!(used.vcpus, 0.0);
     }
 
     #[test]

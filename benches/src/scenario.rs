@@ -16,6 +16,8 @@ pub enum Link {
     /// TCP on 127.0.0.1.
     #[default]
     Loopback,
+    /// TCP between this host and that of an agent, as it is.
+    Between,
     /// TCP between two network namespaces, over a link of that rate.
     Shaped {
         /// Megabits (10^6) a second, each way.
@@ -42,9 +44,23 @@ pub struct Scenario {
     /// When it goes over into post-copy, from the start on; `None` is pre-copy to the end.
     #[serde(rename = "postcopy-after-ms", serialize_with = "as_ms_if_any")]
     pub postcopy_after: Option<Duration>,
+    /// Whether the destination takes all of its RAM from the host before the guest comes. Where
+    /// the machine is itself virtual, the first touch of a page can take longer than all the rest.
+    pub prealloc: bool,
     /// Capabilities and parameters of each VMM.
     pub settings: Settings,
+    /// What else may be best for QEMU; its [`settings`](Self::settings) are one of them.
+    #[serde(skip)]
+    pub qemu_candidates: Vec<Vec<Setting>>,
 }
+
+/// What may be best for QEMU.
+const PLAIN: &[&str] = &[];
+const MULTIFD: &[&str] = &["multifd=on"];
+const ZSTD: &[&str] = &["multifd=on", "multifd-compression=zstd"];
+const XBZRLE: &[&str] = &["xbzrle=on"];
+const XBZRLE_LARGE: &[&str] = &["xbzrle=on", "xbzrle-cache-size=536870912"];
+const COMPRESS: &[&str] = &["compress=on", "compress-threads=2", "decompress-threads=2"];
 
 impl Scenario {
     /// All that have a name, those of the suite in its order.
@@ -68,31 +84,40 @@ impl Scenario {
             ..work
         };
         let gigabit = Link::Shaped { mbit: 1000 };
-        let compressing = |qemu: &[&str]| Settings {
-            ferry: optional(&["multifd=on", "multifd-compression=lz4"]),
-            qemu: optional(qemu),
-        };
-        let zstd = compressing(&["multifd=on", "multifd-compression=zstd"]);
-        let xbzrle = compressing(&["xbzrle=on"]);
+        // The first is what QEMU gets unless it is tuned.
+        let bulk: &[&[&str]] = &[PLAIN, MULTIFD];
+        let dirty: &[&[&str]] = &[PLAIN, XBZRLE, MULTIFD];
+        let words: &[&[&str]] = &[ZSTD, PLAIN, MULTIFD];
+        let narrow: &[&[&str]] = &[XBZRLE, XBZRLE_LARGE, ZSTD, COMPRESS];
         [
-            ("idle", 1, idle, Link::Loopback, Settings::default()),
-            ("busy", 1, busy, Link::Loopback, Settings::default()),
-            ("heavy", 1, heavy, Link::Loopback, Settings::default()),
-            ("sparse", 4, sparse, Link::Loopback, Settings::default()),
-            ("text", 1, text(idle), Link::Loopback, zstd),
-            ("idle-1g", 1, idle, gigabit, Settings::default()),
-            ("busy-1g", 1, busy, gigabit, Settings::default()),
-            ("text-1g", 1, text(busy), gigabit, xbzrle),
+            ("idle", 1, idle, Link::Loopback, bulk),
+            ("busy", 1, busy, Link::Loopback, bulk),
+            ("heavy", 1, heavy, Link::Loopback, bulk),
+            ("sparse", 4, sparse, Link::Loopback, bulk),
+            ("text", 1, text(idle), Link::Loopback, words),
+            ("idle-1g", 1, idle, gigabit, bulk),
+            ("busy-1g", 1, busy, gigabit, dirty),
+            ("text-1g", 1, text(busy), gigabit, narrow),
         ]
         .into_iter()
-        .map(|(name, gib, work, link, settings)| Self {
+        .map(|(name, gib, work, link, qemu)| Self {
             name: name.to_owned(),
             memory: gib << 30,
             work,
             link,
             downtime_limit: Duration::from_millis(30),
             postcopy_after: None,
-            settings,
+            // The link is what takes time there, and memory that is never used is the point of
+            // "sparse".
+            prealloc: link == Link::Loopback && name != "sparse",
+            settings: Settings {
+                ferry: match work.data {
+                    Data::Text => optional(&["multifd=on", "multifd-compression=lz4"]),
+                    _ => vec![],
+                },
+                qemu: qemu.first().map(|best| optional(best)).unwrap_or_default(),
+            },
+            qemu_candidates: qemu.iter().map(|settings| optional(settings)).collect(),
         })
         .collect()
     }
@@ -124,7 +149,9 @@ impl fmt::Display for Scenario {
             link,
             downtime_limit,
             postcopy_after,
+            prealloc,
             settings,
+            qemu_candidates: _,
         } = self;
         let Options {
             fill,
@@ -144,11 +171,15 @@ impl fmt::Display for Scenario {
         write!(f, "; heartbeat every {heartbeat} µs; ")?;
         match link {
             Link::Loopback => write!(f, "over loopback")?,
+            Link::Between => write!(f, "to another host")?,
             Link::Shaped { mbit } => write!(f, "over {mbit} Mbit/s")?,
         }
         match postcopy_after {
             None => write!(f, ", downtime limit {} ms", downtime_limit.as_millis())?,
             Some(after) => write!(f, ", post-copy after {} ms", after.as_millis())?,
+        }
+        if *prealloc {
+            write!(f, ", the destination's memory preallocated")?;
         }
         for (name, settings) in [("Ferry", &settings.ferry), ("QEMU", &settings.qemu)] {
             if !settings.is_empty() {
@@ -187,12 +218,24 @@ mod tests {
     }
 
     #[test]
+    fn qemu_gets_one_of_its_candidates() {
+        for scenario in Scenario::all() {
+            let (settings, candidates) = (&scenario.settings.qemu, &scenario.qemu_candidates);
+            assert!(candidates.contains(settings), "{}", scenario.name);
+        }
+        let preallocated = Scenario::all().into_iter().filter(|all| all.prealloc);
+        let names: Vec<String> = preallocated.map(|scenario| scenario.name).collect();
+        assert_eq!(names, ["idle", "busy", "heavy", "text"]);
+    }
+
+    #[test]
     fn a_description_has_all_that_matters() {
         let described = |name: &str| Scenario::named(name).unwrap().to_string();
         assert_eq!(
             described("heavy"),
             "guest of 1024 MiB, 512M of it random, rewrites 150000 pages/s in 256M, sequential; \
-             heartbeat every 200 µs; over loopback, downtime limit 30 ms"
+             heartbeat every 200 µs; over loopback, downtime limit 30 ms, \
+             the destination's memory preallocated"
         );
         assert_eq!(
             described("text-1g"),

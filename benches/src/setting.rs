@@ -6,8 +6,9 @@ use std::str::FromStr;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::end::End;
 use crate::error::Error;
-use crate::vmm::{Kind, Running};
+use crate::vmm::Kind;
 
 /// A capability or a parameter, by its name in QMP.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -80,7 +81,7 @@ impl Settings {
 }
 
 /// Tells a process its settings; returns those that it doesn't know and that are not required.
-pub fn apply(process: &mut Running, settings: &[Setting]) -> Result<Vec<String>, Error> {
+pub fn apply(process: &mut dyn End, settings: &[Setting]) -> Result<Vec<String>, Error> {
     if settings.is_empty() {
         return Ok(Vec::new());
     }

@@ -74,6 +74,7 @@ fn first_byte(vmm: &dyn Vmm, memory: u64, dir: &Path) -> Result<f64, Error> {
         kernel,
         append: String::new(),
         memory,
+        prealloc: false,
         drives: vec![],
     };
     let log = std::fs::File::create(dir.join("start.log")).map_err(Error::io("a log"))?;
@@ -124,6 +125,7 @@ fn resident(vmm: &dyn Vmm, scenario: &Scenario, dir: &Path) -> Result<Resident, 
         kernel,
         append: scenario.work.to_string(),
         memory: scenario.memory,
+        prealloc: false,
         drives: vec![],
     };
     let mut running = Running::start(vmm, &guest, Role::Source, dir)?;

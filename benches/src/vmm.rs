@@ -2,24 +2,20 @@
 
 mod ferry;
 mod qemu;
+mod running;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use guest_tests::driver::process::Process;
-use guest_tests::driver::qmp::{Client, QmpError};
-use guest_tests::driver::serial::Watcher;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::error::{Error, PATIENCE};
 use crate::migration::Round;
-use crate::network::Network;
 
 pub use ferry::Ferry;
 pub use qemu::Qemu;
+pub use running::Running;
 
 /// What a VMM boots.
 #[derive(Clone, Debug)]
@@ -30,6 +26,8 @@ pub struct Guest {
     pub append: String,
     /// Its RAM in bytes, whole MiB.
     pub memory: u64,
+    /// Whether the destination takes all of its RAM from the host before it listens.
+    pub prealloc: bool,
     /// Its disks.
     pub drives: Vec<Drive>,
 }
@@ -145,6 +143,11 @@ pub trait Vmm {
     /// Its arguments for a guest that runs at once and writes to standard output.
     fn direct_arguments(&self, guest: &Guest) -> Vec<String>;
 
+    /// Whether this build can have its RAM before it listens ([`Guest::prealloc`]).
+    fn knows_prealloc(&self) -> bool {
+        true
+    }
+
     /// The downtime in an answer to `query-migrate`.
     fn downtime(&self, info: &Value) -> Option<Reported>;
 
@@ -160,162 +163,4 @@ pub fn version(vmm: &dyn Vmm) -> String {
     let said = output.map(|output| output.stdout).unwrap_or_default();
     let said = String::from_utf8_lossy(&said);
     said.lines().next().unwrap_or_default().to_owned()
-}
-
-/// A running VMM.
-#[derive(Debug)]
-pub struct Running {
-    name: String,
-    /// The process.
-    pub process: Process,
-    /// The guest's serial port.
-    pub serial: Watcher,
-    qmp: Client,
-}
-
-impl Running {
-    /// Starts a process whose sockets are in `dir`. No guest runs yet.
-    pub fn start(vmm: &dyn Vmm, guest: &Guest, role: Role, dir: &Path) -> Result<Self, Error> {
-        Self::start_in(&Network::HOST, vmm, guest, role, dir)
-    }
-
-    /// The same in a network.
-    pub fn start_in(
-        network: &Network,
-        vmm: &dyn Vmm,
-        guest: &Guest,
-        role: Role,
-        dir: &Path,
-    ) -> Result<Self, Error> {
-        let side = match role {
-            Role::Source => "source",
-            Role::Destination => "destination",
-        };
-        let name = format!("{}, {side}", vmm.name());
-        let path = |what: &str| dir.join(format!("{side}.{what}"));
-        let sockets = Sockets {
-            qmp: path("qmp"),
-            serial: path("serial"),
-        };
-        for socket in [&sockets.qmp, &sockets.serial] {
-            // Of the run before.
-            let _ = std::fs::remove_file(socket);
-        }
-        let arguments = vmm.arguments(guest, role, &sockets);
-        let log = path("log");
-        let process = match network.namespace(role) {
-            None => Process::spawn(vmm.program(), arguments, &log),
-            Some(namespace) => {
-                // It becomes the program, with the same process id.
-                let mut all = ["netns", "exec", namespace].map(str::to_owned).to_vec();
-                all.push(vmm.program().display().to_string());
-                all.extend(arguments);
-                Process::spawn(Path::new("ip"), all, &log)
-            }
-        };
-        let process =
-            process.map_err(Error::io(format!("starting {}", vmm.program().display())))?;
-        let qmp = Client::connect(&sockets.qmp, PATIENCE).map_err(|source| Error::Qmp {
-            name: name.clone(),
-            source,
-            output: process.output(),
-        })?;
-        let serial = Watcher::connect(&sockets.serial, PATIENCE)
-            .map_err(Error::io(format!("{name}: serial port")))?;
-        Ok(Self {
-            name,
-            process,
-            serial,
-            qmp,
-        })
-    }
-
-    /// Runs a QMP command.
-    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Error> {
-        self.qmp
-            .execute(command, arguments)
-            .map_err(|source| Error::Qmp {
-                name: self.name.clone(),
-                source,
-                output: self.process.output(),
-            })
-    }
-
-    /// Waits for a line of the guest that `parse` takes.
-    pub fn wait_for<T>(&self, parse: impl FnMut(&str) -> Option<T>) -> Result<T, Error> {
-        match self.serial.wait_for(PATIENCE, parse) {
-            Ok((found, _)) => Ok(found),
-            Err(source) => Err(Error::Guest {
-                name: self.name.clone(),
-                source,
-            }),
-        }
-    }
-
-    /// Sends a command to the guest.
-    pub fn send(&mut self, command: u8) -> Result<(), Error> {
-        let what = format!("{}: serial port", self.name);
-        self.serial.send(&[command]).map_err(Error::io(what))
-    }
-
-    /// Lets it listen on a free port of that address; returns both.
-    pub fn listen(&mut self, address: &str) -> Result<String, Error> {
-        self.execute(
-            "migrate-incoming",
-            json!({ "uri": format!("tcp:{address}:0") }),
-        )?;
-        let info = self.execute("query-migrate", Value::Null)?;
-        let address = &info["socket-address"][0];
-        match (address["host"].as_str(), address["port"].as_str()) {
-            (Some(host), Some(port)) => Ok(format!("tcp:{host}:{port}")),
-            _ => Err(Error::Wrong(format!(
-                "{}: where does it listen? {info}",
-                self.name
-            ))),
-        }
-    }
-
-    /// Waits until the migration has ended, well or not, and returns when that was told; `None` if
-    /// it goes on after `patience`. When a pass over the guest's memory begins, `at_pass` gets what
-    /// `query-migrate` says then.
-    pub fn wait_migrated(
-        &mut self,
-        patience: Duration,
-        mut at_pass: impl FnMut(Instant, &Value),
-    ) -> Result<Option<Instant>, Error> {
-        let deadline = Instant::now() + patience;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let event = match self
-                .qmp
-                .wait_event_of(&["MIGRATION", "MIGRATION_PASS"], left)
-            {
-                Ok(event) => event,
-                Err(QmpError::Timeout(..)) => return Ok(None),
-                Err(source) => {
-                    return Err(Error::Qmp {
-                        name: self.name.clone(),
-                        source,
-                        output: self.process.output(),
-                    });
-                }
-            };
-            if event.name == "MIGRATION_PASS" {
-                at_pass(event.at, &self.execute("query-migrate", Value::Null)?);
-                continue;
-            }
-            match event.data["status"].as_str() {
-                Some("completed") => return Ok(Some(event.at)),
-                Some("failed" | "cancelled") => {
-                    let info = self.execute("query-migrate", Value::Null)?;
-                    return Err(Error::Wrong(format!(
-                        "{}: the migration failed: {info}\n{}",
-                        self.name,
-                        self.process.output()
-                    )));
-                }
-                _ => {}
-            }
-        }
-    }
 }

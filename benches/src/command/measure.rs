@@ -3,13 +3,15 @@
 use serde_json::json;
 
 use super::Output;
-use super::options::Disk;
+use super::options::{Best, Disk};
+use super::tune;
 use crate::contenders::in_turn;
 use crate::error::Error;
 use crate::figure::{Row, Unit};
+use crate::remote::Connection;
 use crate::report::Section;
 use crate::scenario::{Link, Scenario};
-use crate::vmm::{Drive, Qemu, Vmm};
+use crate::vmm::{Drive, Kind, Qemu, Vmm};
 use crate::{disk, migration, network, pause, start};
 
 fn scratch() -> Result<tempfile::TempDir, Error> {
@@ -24,6 +26,8 @@ fn scratch() -> Result<tempfile::TempDir, Error> {
 /// note.
 pub(super) fn suite(
     chosen: &[Scenario],
+    best: Best,
+    mut agent: Option<Connection>,
     vmms: &[Box<dyn Vmm>],
     output: &mut Output<'_>,
 ) -> Result<(), Error> {
@@ -33,33 +37,65 @@ pub(super) fn suite(
     };
     let may_shape = network::may_shape();
     for scenario in all {
-        if scenario.link == Link::Loopback || may_shape {
-            let section = migration(&scenario, vmms, output)?;
-            output.add(section)?;
-        } else {
-            output.note(format!(
-                "WARNING: {} is left out: a shaped link needs root",
-                scenario.name
-            ));
+        let without = match scenario.link {
+            Link::Loopback | Link::Between => None,
+            Link::Shaped { .. } if agent.is_some() => Some("shaped links are for one host"),
+            Link::Shaped { .. } if may_shape => None,
+            Link::Shaped { .. } => Some("a shaped link needs root"),
+        };
+        if let Some(reason) = without {
+            let name = scenario.name;
+            output.note(format!("WARNING: {name} is left out: {reason}"));
+            continue;
         }
+        let section = migration(best.of(scenario), best, agent.as_mut(), vmms, output)?;
+        output.add(section)?;
     }
     Ok(())
 }
 
 pub(super) fn migration(
-    scenario: &Scenario,
+    mut scenario: Scenario,
+    best: Best,
+    mut agent: Option<&mut Connection>,
     vmms: &[Box<dyn Vmm>],
     output: &Output<'_>,
 ) -> Result<Section, Error> {
+    if agent.is_some() {
+        if scenario.link != Link::Loopback {
+            return Err(Error::Wrong(format!(
+                "{}: shaped links are for one host; say --link 0 for the network between the two",
+                scenario.name
+            )));
+        }
+        scenario.link = Link::Between;
+    }
     let dir = scratch()?;
+    let mut tuned = None;
+    if let Some(qemu) = vmms.iter().find(|vmm| vmm.kind() == Kind::Qemu)
+        && best.tune_qemu
+    {
+        let say = |what: &str| output.progress(&format!("{}, {what}", scenario.name));
+        let tuning = tune::qemu(
+            qemu.as_ref(),
+            &scenario,
+            agent.as_deref_mut(),
+            dir.path(),
+            say,
+        )?;
+        scenario.settings.qemu = tuning.best;
+        tuned = Some(tuning.note);
+    }
+    let scenario = &scenario;
     let runs = in_turn(
         output.common.runs,
         vmms,
         |what| output.progress(&format!("{}, {what}", scenario.name)),
-        |vmm| migration::run(vmm, scenario, dir.path()),
+        |vmm| migration::run(vmm, scenario, agent.as_deref_mut(), dir.path()),
     )?;
     let mut section = Section::of(&scenario.name, scenario.to_string(), vmms, &runs);
     section.input = json!(scenario);
+    section.notes.extend(tuned);
     section.plots = migration::plots::all(&section, &runs);
     for (vmm, runs) in vmms.iter().zip(&runs) {
         if let Some(run) = runs.first().filter(|run| !run.without.is_empty()) {

@@ -1,16 +1,17 @@
 //! What the command line can say.
 
+mod migration;
+
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use guest_tests::Size;
-use guest_tests::dirtier::{Data, Pattern, Rate};
 use guest_tests::mmio::Wait;
 
-use crate::scenario::{Link, Scenario};
-use crate::setting::Setting;
+use crate::scenario::Scenario;
 use crate::vmm::{DriveCache, DriveFormat};
+
+pub(super) use migration::{Best, Migration, OtherHost, Work};
 
 /// Measures Ferry, and QEMU beside it, on this machine.
 #[derive(Args, Clone, Debug, PartialEq)]
@@ -53,6 +54,10 @@ pub(super) enum What {
         /// Only this one; can be given several times
         #[arg(long, value_name = "NAME", value_parser = known_scenario)]
         scenario: Vec<Scenario>,
+        #[command(flatten)]
+        best: Best,
+        #[command(flatten)]
+        other: OtherHost,
     },
     /// A running guest moves to a second process on this machine
     Migration(Box<Migration>),
@@ -66,6 +71,15 @@ pub(super) enum What {
     },
     /// How fast the guest's driver finds its disk
     Disk(Disk),
+    /// Runs destinations for a benchmark on another host, until it is ended
+    Agent {
+        /// Where to listen; port 0 is any that is free
+        #[arg(long, value_name = "HOST:PORT")]
+        listen: String,
+        /// A file with the secret that the other host must know: 16 bytes or more
+        #[arg(long, value_name = "FILE")]
+        token_file: PathBuf,
+    },
 }
 
 #[derive(Args, Clone, Debug, PartialEq)]
@@ -93,59 +107,6 @@ pub(super) struct Disk {
     pub(super) dir: PathBuf,
 }
 
-#[derive(Args, Clone, Debug, PartialEq)]
-pub(super) struct Migration {
-    #[command(flatten)]
-    work: Work,
-    /// The downtime limit
-    #[arg(long, value_name = "MS")]
-    downtime_limit: Option<u64>,
-    /// Over a link of so many Mbit/s between two network namespaces (needs root), or on loopback if
-    /// it is 0
-    #[arg(long, value_name = "MBIT")]
-    link: Option<u32>,
-    /// Switch to post-copy so many ms after the start
-    #[arg(long, value_name = "MS")]
-    postcopy_after: Option<u64>,
-    /// Capabilities and parameters for Ferry, instead of the scenario's
-    #[arg(long, value_name = "NAME=VALUE,…", value_delimiter = ',')]
-    ferry_with: Option<Vec<Setting>>,
-    /// Capabilities and parameters for QEMU, instead of the scenario's
-    #[arg(long, value_name = "NAME=VALUE,…", value_delimiter = ',')]
-    qemu_with: Option<Vec<Setting>>,
-}
-
-/// A known scenario, and where it is to differ.
-#[derive(Args, Clone, Debug, PartialEq)]
-pub(super) struct Work {
-    /// idle (1 GiB, 512 MiB random, rewriting nothing), busy (20,000 pages/s in 64 MiB), heavy
-    /// (150,000 pages/s in 256 MiB), sparse (4 GiB, 64 MiB touched, idle), text (as idle, text-like
-    /// data), idle-1g, busy-1g or text-1g (over 1 Gbit/s; text-1g is busy)
-    #[arg(default_value = "busy", value_parser = known_scenario)]
-    scenario: Scenario,
-    /// The guest's memory
-    #[arg(long, value_parser = word::<Size>)]
-    memory: Option<Size>,
-    /// How much of it is filled
-    #[arg(long, value_parser = word::<Size>)]
-    fill: Option<Size>,
-    /// With what: random, text, zero
-    #[arg(long, value_parser = word::<Data>)]
-    data: Option<Data>,
-    /// How much is rewritten
-    #[arg(long, value_parser = word::<Size>)]
-    working_set: Option<Size>,
-    /// At so many pages a second, or `max`
-    #[arg(long, value_parser = word::<Rate>)]
-    rate: Option<Rate>,
-    /// In which order: sequential, random, hot
-    #[arg(long, value_parser = word::<Pattern>)]
-    pattern: Option<Pattern>,
-    /// µs between heartbeats
-    #[arg(long)]
-    heartbeat: Option<u64>,
-}
-
 fn known_scenario(name: &str) -> Result<Scenario, String> {
     Scenario::named(name).ok_or_else(|| {
         let names: Vec<String> = Scenario::all()
@@ -161,49 +122,15 @@ fn word<T: std::str::FromStr>(text: &str) -> Result<T, String> {
         .map_err(|_| "neither a known word nor a number with a unit (K, M, G)".to_owned())
 }
 
-impl Work {
-    pub(super) fn scenario(&self) -> Scenario {
-        let mut scenario = self.scenario.clone();
-        let work = &mut scenario.work;
-        scenario.memory = self.memory.map_or(scenario.memory, |Size(bytes)| bytes);
-        work.fill = self.fill.unwrap_or(work.fill);
-        work.data = self.data.unwrap_or(work.data);
-        work.ws = self.working_set.unwrap_or(work.ws);
-        work.rate = self.rate.unwrap_or(work.rate);
-        work.pattern = self.pattern.unwrap_or(work.pattern);
-        work.heartbeat = self.heartbeat.unwrap_or(work.heartbeat);
-        scenario
-    }
-}
-
-impl Migration {
-    pub(super) fn scenario(&self) -> Scenario {
-        let mut scenario = self.work.scenario();
-        match self.link {
-            None => {}
-            Some(0) => scenario.link = Link::Loopback,
-            Some(mbit) => scenario.link = Link::Shaped { mbit },
-        }
-        if let Some(limit) = self.downtime_limit {
-            scenario.downtime_limit = Duration::from_millis(limit);
-        }
-        scenario.postcopy_after = self.postcopy_after.map(Duration::from_millis);
-        let settings = &mut scenario.settings;
-        if let Some(given) = &self.ferry_with {
-            settings.ferry.clone_from(given);
-        }
-        if let Some(given) = &self.qemu_with {
-            settings.qemu.clone_from(given);
-        }
-        scenario
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use clap::Parser;
+    use guest_tests::dirtier::Rate;
 
     use super::*;
+    use crate::scenario::Link;
 
     #[derive(Debug, Parser)]
     struct Cli {
@@ -244,10 +171,21 @@ mod tests {
     }
 
     #[test]
+    fn memory_is_there_before_where_it_is_asked_for() {
+        let prealloc = |arguments: &[&str]| migration(arguments).unwrap().prealloc;
+        assert!(prealloc(&["idle"]) && !prealloc(&["idle", "--without-prealloc"]));
+        assert!(!prealloc(&["idle-1g"]) && prealloc(&["idle-1g", "--prealloc"]));
+        assert!(migration(&["idle", "--prealloc", "--without-prealloc"]).is_err());
+        assert!(migration(&["text", "--tune-qemu", "--qemu-with=multifd=on"]).is_err());
+    }
+
+    #[test]
     fn what_is_wrong_is_told() {
         let error = migration(&["fast"]).unwrap_err().to_string();
         assert!(error.contains("idle, busy, heavy"), "{error}");
         assert!(migration(&["--qemu-with=multifd"]).is_err());
+        assert!(migration(&["--destination=host:7000"]).is_err());
+        assert!(Cli::try_parse_from(["bench", "agent", "--listen=127.0.0.1:0"]).is_err());
         assert!(Cli::try_parse_from(["bench", "suite", "--runs=0"]).is_err());
     }
 }

@@ -3,6 +3,7 @@
 use serde::Serialize;
 use serde_json::Value;
 
+use super::cost::{CpuTime, GuestWork};
 use super::rounds::Round;
 use crate::figure::Unit::{Count, Mebibytes, Milliseconds, Seconds, Share};
 use crate::figure::{Figure, Measured, Unit};
@@ -18,6 +19,8 @@ pub struct Outcome {
     /// From the last heartbeat at the source to the first at the destination, as they were read:
     /// on a busy machine the reading may be late, and this negative.
     pub felt: f64,
+    /// By how much `felt` may be wrong, because two hosts' clocks were compared.
+    pub clock_uncertainty: Option<f64>,
     /// The downtime as the source says.
     pub reported: Reported,
     /// The longest time between heartbeats before the migration: what the machine itself does.
@@ -26,14 +29,16 @@ pub struct Outcome {
     pub gap_before: f64,
     /// The same at the destination.
     pub gap_after: f64,
+    /// How much the guest did from the command until right after the end.
+    pub work: GuestWork,
     /// What the source says that it sent.
     pub bytes: u64,
     /// What went over the link, packets' headers included, where it can be told.
     pub wire: Option<u64>,
     /// How often the source has gone over the guest's memory.
     pub rounds: u64,
-    /// CPU time of both processes from the command to the event, the guest's included.
-    pub cpu_seconds: f64,
+    /// CPU time of both processes from the command to the event.
+    pub cpu: CpuTime,
     /// CPU time that other virtual machines of the same host have taken from this one meanwhile:
     /// a run in which it is much says little.
     pub stolen: f64,
@@ -124,6 +129,9 @@ impl Measured for Outcome {
             Some(o.total_reported)
         }),
         figure("downtime felt", Milliseconds, 2, |o| Some(o.felt)),
+        figure("  clocks compared within", Milliseconds, 3, |o| {
+            o.clock_uncertainty
+        }),
         figure("downtime reported", Milliseconds, 2, |o| {
             Some(o.reported.total)
         }),
@@ -143,6 +151,8 @@ impl Measured for Outcome {
             Some(o.gap_before)
         }),
         figure("longest gap after", Milliseconds, 2, |o| Some(o.gap_after)),
+        figure("guest's work during, of before", Share, 3, |o| o.work.turns),
+        figure("  pages rewritten", Share, 3, |o| o.work.written),
         figure("post-copy", Milliseconds, 1, |o| {
             o.postcopy.as_ref().map(|p| p.time)
         }),
@@ -168,7 +178,10 @@ impl Measured for Outcome {
             Some(o.bytes as f64 / MIB)
         }),
         figure("rounds", Count, 0, |o| Some(o.rounds as f64)),
-        figure("CPU", Seconds, 2, |o| Some(o.cpu_seconds)),
+        figure("CPU", Seconds, 2, |o| Some(o.cpu.all)),
+        figure("CPU beside the vCPUs", Seconds, 2, |o| {
+            Some(o.cpu.beside_vcpus)
+        }),
         figure("stolen from this machine", Milliseconds, 0, |o| {
             Some(o.stolen)
         }),
@@ -180,6 +193,13 @@ impl Measured for Outcome {
         ),
     ];
 
-    const HEADLINES: &'static [&'static str] =
-        &["total", "downtime felt", "downtime reported", "sent", "CPU"];
+    const HEADLINES: &'static [&'static str] = &[
+        "total",
+        "downtime felt",
+        "downtime reported",
+        "guest's work during, of before",
+        "sent",
+        "CPU",
+        "CPU beside the vCPUs",
+    ];
 }

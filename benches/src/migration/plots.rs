@@ -48,13 +48,14 @@ fn convergence(vmms: &[String], runs: &[Vec<Outcome>]) -> Plot {
     };
     let series = vmms.iter().zip(runs).map(|(name, runs)| Series {
         name: name.clone(),
-        style: Style::Line,
+        style: Style::Steps,
         lines: runs.iter().map(left).collect(),
     });
     Plot {
         title: "Left to send when a round begins, every run".to_owned(),
         x: "ms from the command on".to_owned(),
-        y: "MiB".to_owned(),
+        whole_x: false,
+        y: "MiB (bottom: nothing)".to_owned(),
         log_from: Some(PAGE),
         series: series.collect(),
     }
@@ -72,7 +73,8 @@ fn rounds(vmm: &str, run: &Outcome) -> Plot {
     Plot {
         title: format!("{vmm}: rounds of the run with the median total"),
         x: "round".to_owned(),
-        y: "MiB".to_owned(),
+        whole_x: true,
+        y: "MiB (bottom: nothing)".to_owned(),
         log_from: Some(PAGE),
         series: vec![
             series("left to send", |round| Some(round.to_send)),
@@ -104,6 +106,7 @@ fn downtimes(vmms: &[String], runs: &[Vec<Outcome>]) -> Plot {
     Plot {
         title: "Downtime, felt and reported, every run".to_owned(),
         x: "reported, ms".to_owned(),
+        whole_x: false,
         y: "felt, ms".to_owned(),
         log_from: None,
         series,
@@ -112,15 +115,18 @@ fn downtimes(vmms: &[String], runs: &[Vec<Outcome>]) -> Plot {
 
 /// The headline figures of the first VMM by those of another, pair by pair.
 fn ratios(section: &Section, other: usize) -> Plot {
-    let headlines = section.rows.iter().filter(|row| row.headline);
-    let mut series: Vec<Series> = headlines
-        .filter(|row| row.name != "downtime reported")
+    const SHOWN: [&str; 4] = ["total", "downtime felt", "sent", "CPU beside the vCPUs"];
+    let shown = section.rows.iter();
+    let mut series: Vec<Series> = shown
+        .filter(|row| SHOWN.contains(&row.name.as_str()))
         .map(|row| {
             let pairs = (1u32..).zip(row.ratios(other));
-            line(
-                &row.name,
-                pairs.filter_map(|(run, ratio)| Some((f64::from(run), ratio?))),
-            )
+            let points = pairs.filter_map(|(run, ratio)| Some((f64::from(run), ratio?)));
+            Series {
+                name: row.name.clone(),
+                style: Style::Points,
+                lines: vec![points.collect()],
+            }
         })
         .collect();
     let runs = section.rows.iter().map(|row| row.ratios(other).len()).max();
@@ -128,7 +134,7 @@ fn ratios(section: &Section, other: usize) -> Plot {
     series.push(Series {
         name: "the same".to_owned(),
         style: Style::Guide,
-        lines: vec![vec![(0.0, 1.0), (last, 1.0)]],
+        lines: vec![vec![(0.5, 1.0), (last + 0.5, 1.0)]],
     });
     let name = |vmm: usize| {
         section
@@ -140,6 +146,7 @@ fn ratios(section: &Section, other: usize) -> Plot {
     Plot {
         title: format!("{} by {}, pair by pair", name(0), name(other)),
         x: "run".to_owned(),
+        whole_x: true,
         y: "ratio".to_owned(),
         log_from: None,
         series,

@@ -28,6 +28,8 @@ pub struct Round {
 #[derive(Debug)]
 pub(super) struct Passes {
     start: Instant,
+    /// Bytes of the guest's memory, as soon as they are told.
+    total: u64,
     seen: Vec<Pass>,
 }
 
@@ -42,6 +44,7 @@ impl Passes {
     pub(super) fn new(start: Instant) -> Self {
         Self {
             start,
+            total: 0,
             seen: Vec::new(),
         }
     }
@@ -49,6 +52,7 @@ impl Passes {
     /// A pass began at that time; `info` is what `query-migrate` said right then.
     pub(super) fn begin(&mut self, at: Instant, info: &Value) {
         let number = |name: &str| info["ram"][name].as_u64().unwrap_or_default();
+        self.total = self.total.max(number("total"));
         self.seen.push(Pass {
             at: super::ms(at.saturating_duration_since(self.start)),
             remaining: number("remaining"),
@@ -71,7 +75,11 @@ impl Passes {
                 number,
                 begin: this.at,
                 time: next.at - this.at,
-                to_send: this.remaining,
+                // When the first one begins it may not have been counted: that is all of it.
+                to_send: match (number, this.remaining) {
+                    (1, 0) => self.total,
+                    (_, remaining) => remaining,
+                },
                 sent: next.transferred.saturating_sub(this.transferred),
                 dirtied: again.then_some(next.remaining),
             })
@@ -86,6 +94,16 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn all_is_left_when_the_first_pass_begins() {
+        let start = Instant::now();
+        let mut passes = Passes::new(start);
+        passes.begin(start, &json!({ "status": "setup" }));
+        passes.begin(start, &json!({ "ram": { "remaining": 0, "total": 1000 } }));
+        let rounds = passes.rounds(start, 0);
+        assert_eq!([rounds[0].to_send, rounds[1].to_send], [1000, 0]);
+    }
 
     #[test]
     fn a_pass_lasts_until_the_next_one() {

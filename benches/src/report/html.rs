@@ -12,11 +12,12 @@ body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:84rem;paddin
 table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}\
 th,td{border-bottom:1px solid #ddd;padding:.25rem .75rem;text-align:right;white-space:nowrap}\
 th:first-child,td:first-child{text-align:left;white-space:pre}\
-thead th{border-bottom:2px solid #888}\
+thead th{border-bottom:2px solid #888;white-space:normal;vertical-align:bottom}\
 tr.headline td{font-weight:600}\
 .plots{display:flex;flex-wrap:wrap;gap:1rem}\
 .plots svg{max-width:100%;height:auto}\
-.note{background:#fff4d6;padding:.4rem .8rem}";
+.note{background:#f2f2f2;padding:.4rem .8rem}\
+.warning{background:#fff4d6;border-left:4px solid #d55e00;padding:.4rem .8rem}";
 
 /// The whole page.
 pub(super) fn page(report: &Report) -> Result<String, PlotError> {
@@ -85,7 +86,10 @@ impl Page {
 
     fn notes(&mut self, notes: &[String]) {
         for note in notes {
-            self.markup("<p class=\"note\">");
+            self.markup(match note.starts_with("WARNING") {
+                true => "<p class=\"warning\">",
+                false => "<p class=\"note\">",
+            });
             self.text(note);
             self.markup("</p>\n");
         }
@@ -114,7 +118,8 @@ impl Page {
         self.element(
             "p",
             "Figures are medians, with the least and the greatest behind them; ratios are of runs \
-             made right after each other, less than 1 where the first has less.",
+             made right after each other, less than 1 where the first has less. Of the guest's work \
+             more is better, of all other headlines less.",
         );
     }
 
@@ -207,7 +212,10 @@ mod tests {
                 processor: "EPYC <b>".to_owned(),
                 ..Machine::default()
             },
-            notes: vec!["a <script>note</script>".to_owned()],
+            notes: vec![
+                "a <script>note</script>".to_owned(),
+                "WARNING: b".to_owned(),
+            ],
             sections: vec![Section {
                 title: "idle \"&\"".to_owned(),
                 description: "guest".to_owned(),
@@ -227,6 +235,7 @@ mod tests {
                 plots: vec![Plot {
                     title: "by round".to_owned(),
                     x: "round".to_owned(),
+                    whole_x: true,
                     y: "MiB".to_owned(),
                     log_from: None,
                     series: vec![Series {
@@ -268,7 +277,8 @@ mod tests {
             assert!(page.contains(figure), "{figure}");
         }
         assert_eq!(page.matches("<svg").count(), 1);
-        assert_eq!(page.matches("<circle").count(), 2);
+        // Two points, and the legend's.
+        assert_eq!(page.matches("<circle").count(), 3);
     }
 
     #[test]
@@ -277,6 +287,7 @@ mod tests {
         assert!(page.contains("EPYC &lt;b&gt;"));
         assert!(page.contains("a &lt;script&gt;note&lt;/script&gt;"));
         assert!(page.contains("idle &quot;&amp;&quot;"));
+        assert!(page.contains("<p class=\"warning\">WARNING: b</p>"));
     }
 
     #[test]

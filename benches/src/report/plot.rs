@@ -7,14 +7,23 @@ use plotters::coord::ranged1d::{AsRangedCoord, Ranged, ValueFormatter};
 use plotters::prelude::*;
 
 /// Width and height in pixels.
-const SIZE: (u32, u32) = (640, 320);
+const SIZE: (u32, u32) = (780, 320);
+
+/// Of it, the width of the legend.
+const LEGEND: u32 = 175;
+
+/// Size of letters.
+const FONT: u32 = 15;
+
+/// How many labels a horizontal axis has at most.
+const LABELS: usize = 11;
 
 /// The colours of the series, told apart by those who don't see all colours, too.
 const COLOURS: [RGBColor; 4] = [
-    RGBColor(0, 95, 180),
-    RGBColor(215, 95, 0),
-    RGBColor(0, 140, 100),
-    RGBColor(170, 60, 140),
+    RGBColor(0, 100, 180),
+    RGBColor(213, 94, 0),
+    RGBColor(0, 130, 95),
+    RGBColor(175, 75, 135),
 ];
 
 /// A picture of some figures.
@@ -24,6 +33,8 @@ pub struct Plot {
     pub title: String,
     /// What the horizontal axis counts, with its unit.
     pub x: String,
+    /// Whether the horizontal axis counts whole things from 1 on.
+    pub whole_x: bool,
     /// What the vertical axis counts, with its unit.
     pub y: String,
     /// Whether the vertical axis is logarithmic, and then where it begins at the latest: what is
@@ -49,6 +60,8 @@ pub struct Series {
 pub enum Style {
     /// Points, and lines from each to the next.
     Line,
+    /// Points, and each goes on until the next.
+    Steps,
     /// Points only.
     Points,
     /// A thin grey line to compare with.
@@ -78,7 +91,7 @@ impl Plot {
             None => self.draw(&area, self.range(0.0, |(_, y)| y)),
             Some(from) => {
                 let range = self.range(from, |(_, y)| y.max(from));
-                self.draw(&area, range.log_scale())
+                self.draw(&area, (range.start..range.end * 1.5).log_scale())
             }
         };
         drawn.map_err(|error| PlotError {
@@ -112,16 +125,26 @@ impl Plot {
         Y::CoordDescType: Ranged<ValueType = f64> + ValueFormatter<f64>,
     {
         area.fill(&WHITE)?;
-        let mut chart = ChartBuilder::on(area)
+        // Beside the picture, where it hides nothing.
+        let (area, legend) = area.split_horizontally(SIZE.0 - LEGEND);
+        let x = self.range(0.0, |(x, _)| x);
+        let (x, labels) = match self.whole_x {
+            true => (0.5..(x.end.floor() + 0.5), x.end as usize),
+            false => (x, LABELS),
+        };
+        let mut chart = ChartBuilder::on(&area)
             .margin(10)
-            .caption(&self.title, ("sans-serif", 16))
-            .x_label_area_size(36)
-            .y_label_area_size(60)
-            .build_cartesian_2d(self.range(0.0, |(x, _)| x), y)
+            .caption(&self.title, ("sans-serif", 19))
+            .x_label_area_size(42)
+            .y_label_area_size(62)
+            .build_cartesian_2d(x, y)
             .map_err(|error| error.to_string())?;
         chart
             .configure_mesh()
             .light_line_style(TRANSPARENT)
+            .label_style(("sans-serif", FONT))
+            .axis_desc_style(("sans-serif", FONT))
+            .x_labels(labels.clamp(1, LABELS))
             .x_desc(&self.x)
             .y_desc(&self.y)
             .x_label_formatter(&|value| short(*value))
@@ -129,33 +152,66 @@ impl Plot {
             .draw()?;
         let bottom = self.log_from.unwrap_or(f64::MIN);
         for (number, series) in self.series.iter().enumerate() {
-            let colour = match (series.style, COLOURS.get(number % COLOURS.len())) {
-                (Style::Guide, _) | (_, None) => RGBColor(130, 130, 130),
-                (_, Some(colour)) => *colour,
-            };
-            for (index, line) in series.lines.iter().enumerate() {
-                let points = line.iter().map(|&(x, y)| (x, y.max(bottom)));
-                let dots = points.clone().map(|at| Circle::new(at, 3, colour.filled()));
+            let colour = series.colour(number);
+            for line in &series.lines {
+                let points: Vec<(f64, f64)> =
+                    line.iter().map(|&(x, y)| (x, y.max(bottom))).collect();
                 if series.style != Style::Points {
-                    chart.draw_series(LineSeries::new(points, colour.stroke_width(1)))?;
+                    let corners = series.corners(&points);
+                    chart.draw_series(LineSeries::new(corners, colour.stroke_width(1)))?;
                 }
-                let dots = dots.filter(|_| series.style != Style::Guide);
-                let drawn = chart.draw_series(dots)?;
-                if index == 0 {
-                    drawn.label(&series.name).legend(move |(x, y)| {
-                        Rectangle::new([(x, y - 3), (x + 12, y + 3)], colour.filled())
-                    });
+                if series.style != Style::Guide {
+                    chart.draw_series(points.iter().map(|at| marker(number, *at, colour)))?;
                 }
             }
+            let y = 48 + 22 * i32::try_from(number)?;
+            match series.style {
+                Style::Guide => legend.draw(&PathElement::new(
+                    vec![(2, y), (16, y)],
+                    colour.stroke_width(1),
+                ))?,
+                _ => legend.draw(&marker(number, (9, y), colour))?,
+            }
+            let text = ("sans-serif", FONT).into_text_style(&legend);
+            legend.draw(&Text::new(series.name.as_str(), (22, y - 7), text))?;
         }
-        chart
-            .configure_series_labels()
-            .background_style(WHITE.mix(0.8))
-            .border_style(RGBColor(200, 200, 200))
-            .position(SeriesLabelPosition::UpperRight)
-            .draw()?;
         area.present()?;
         Ok(())
+    }
+}
+
+impl Series {
+    fn colour(&self, number: usize) -> RGBColor {
+        match (self.style, COLOURS.get(number % COLOURS.len())) {
+            (Style::Guide, _) | (_, None) => RGBColor(110, 110, 110),
+            (_, Some(colour)) => *colour,
+        }
+    }
+
+    /// Where its line goes along.
+    fn corners(&self, points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+        if self.style != Style::Steps {
+            return points.to_vec();
+        }
+        let steps = points.windows(2).flat_map(|pair| match pair {
+            [(x, y), (next, _)] => vec![(*x, *y), (*next, *y)],
+            _ => vec![],
+        });
+        steps.chain(points.last().copied()).collect()
+    }
+}
+
+/// A point of that series: colours are not all that tells them apart.
+fn marker<B: DrawingBackend, At: Clone + 'static>(
+    series: usize,
+    at: At,
+    colour: RGBColor,
+) -> DynElement<'static, B, At> {
+    match series % 4 {
+        0 => Circle::new(at, 3, colour.filled()).into_dyn(),
+        1 => TriangleMarker::new(at, 5, colour.filled()).into_dyn(),
+        2 => Cross::new(at, 3, colour.stroke_width(2)).into_dyn(),
+        _ => Circle::new(at, 4, colour.stroke_width(2)).into_dyn(),
     }
 }
 
@@ -182,6 +238,7 @@ mod tests {
         Plot {
             title: "left <to> send".to_owned(),
             x: "ms".to_owned(),
+            whole_x: false,
             y: "MiB".to_owned(),
             log_from,
             series: vec![Series {
@@ -200,7 +257,8 @@ mod tests {
                 .svg()
                 .unwrap();
             assert!(svg.starts_with("<svg "), "{svg}");
-            assert_eq!(svg.matches("<circle").count(), 3);
+            // One of them is the legend's.
+            assert_eq!(svg.matches("<circle").count(), 4);
             assert!(svg.contains("left &lt;to&gt; send") && svg.contains("a &amp; b"));
             assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
         }
@@ -212,6 +270,28 @@ mod tests {
         assert!(plot(Some(1.0), &[]).svg().is_ok());
         assert!(plot(None, &[]).is_empty());
         assert!(!plot(None, &[(1.0, 1.0)]).is_empty());
+    }
+
+    #[test]
+    fn a_step_lasts_until_the_next() {
+        let series = Series {
+            name: String::new(),
+            style: Style::Steps,
+            lines: vec![],
+        };
+        assert_eq!(
+            series.corners(&[(0.0, 9.0), (2.0, 4.0), (3.0, 0.0)]),
+            [(0.0, 9.0), (2.0, 9.0), (2.0, 4.0), (3.0, 4.0), (3.0, 0.0)]
+        );
+        assert_eq!(series.corners(&[]), []);
+    }
+
+    #[test]
+    fn whole_things_have_whole_labels() {
+        let mut plot = plot(None, &[(1.0, 5.0), (2.0, 6.0), (3.0, 4.0)]);
+        plot.whole_x = true;
+        let svg = plot.svg().unwrap();
+        assert!(!svg.contains("\n1.5\n") && svg.contains("\n3\n"), "{svg}");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Ferry itself.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::Value;
 
@@ -40,7 +41,12 @@ impl Vmm for Ferry {
                 arguments.extend(machine(guest));
                 arguments.push("--paused".to_owned());
             }
-            Role::Destination => arguments.push("--incoming=defer".to_owned()),
+            Role::Destination => {
+                arguments.push("--incoming=defer".to_owned());
+                if guest.prealloc {
+                    arguments.push(format!("--memory={}M,prealloc=on", guest.memory >> 20));
+                }
+            }
         }
         arguments
     }
@@ -51,6 +57,11 @@ impl Vmm for Ferry {
             .into();
         arguments.extend(machine(guest));
         arguments
+    }
+
+    fn knows_prealloc(&self) -> bool {
+        let output = Command::new(&self.program).args(["run", "--help"]).output();
+        output.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).contains("prealloc="))
     }
 
     fn downtime(&self, info: &Value) -> Option<Reported> {

@@ -89,6 +89,20 @@ impl Vmm for Qemu {
             "-qmp".to_owned(),
             server(&sockets.qmp),
         ]);
+        if guest.prealloc {
+            // The source as well: the stream calls memory by the name of its backend.
+            let prealloc = match role {
+                Role::Source => "off",
+                Role::Destination => "on",
+            };
+            let memory = guest.memory >> 20;
+            arguments.extend([
+                "-object".to_owned(),
+                format!("memory-backend-ram,id=ram,size={memory}M,prealloc={prealloc}"),
+                "-machine".to_owned(),
+                "memory-backend=ram".to_owned(),
+            ]);
+        }
         match role {
             Role::Source => arguments.push("-S".to_owned()),
             Role::Destination => arguments.extend(["-incoming", "defer"].map(str::to_owned)),
@@ -121,6 +135,9 @@ fn machine(guest: &Guest) -> Vec<String> {
         "-no-user-config",
         "-display",
         "none",
+        // By their names its vCPUs' threads are known.
+        "-name",
+        "bench,debug-threads=on",
     ]
     .map(str::to_owned)
     .into();

@@ -126,6 +126,9 @@ crate::fields::reports! {
             swept: u64,
             /// Heartbeats since the start.
             heartbeats: u64,
+            /// Turns of the loop since the start, in most of which there is nothing to do: how many
+            /// there are in a second is what the guest gets of its CPU.
+            turns: u64,
             /// µs of the longest time between two turns of the loop since the last status: what
             /// the guest itself has felt of a stop. Printing reports does not count.
             longest_gap_us: u64,

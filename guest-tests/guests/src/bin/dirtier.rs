@@ -109,6 +109,7 @@ struct Dirtier {
     written: u64,
     swept: u64,
     heartbeats: u64,
+    turns: u64,
     errors: u64,
     longest_gap: u64,
     longest_back: u64,
@@ -138,6 +139,7 @@ impl Dirtier {
             written: 0,
             swept: 0,
             heartbeats: 0,
+            turns: 0,
             errors: 0,
             longest_gap: 0,
             longest_back: 0,
@@ -200,6 +202,7 @@ impl Dirtier {
     /// What belongs into every turn: the gap, the heartbeat, commands. Gives the time.
     fn turn(&mut self, timers: &mut [&mut Timer]) -> u64 {
         let now = tsc::now();
+        self.turns += 1;
         if now < self.last_turn {
             self.longest_back = self.longest_back.max(self.last_turn - now);
             for timer in timers
@@ -234,6 +237,7 @@ impl Dirtier {
                     written: self.written,
                     swept: self.swept,
                     heartbeats: self.heartbeats,
+                    turns: self.turns,
                     longest_gap_us: self.microseconds(self.longest_gap),
                     longest_back_us: self.microseconds(self.longest_back),
                     errors: self.errors,
