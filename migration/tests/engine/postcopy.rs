@@ -33,7 +33,7 @@ macro_rules! require_userfault {
         }
     };
 }
-use require_userfault;
+pub(crate) use require_userfault;
 
 pub(crate) fn listener() -> (Listener, Uri) {
     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
