@@ -24,9 +24,7 @@ pub use self::unconfirmed::Unconfirmed;
 
 use self::arriving::Arriving;
 use self::blobs::Blobs;
-use self::channels::Channels;
 use self::disks::Disks;
-use self::memory::Memory;
 use self::postcopy::Late;
 use crate::cancel::Cancel;
 use crate::channel::{Channel, ChannelError};
@@ -203,22 +201,9 @@ impl Destination<'_> {
             }
             None => None,
         };
-        let placement = Arc::new(placement);
-        let memory = Memory::new(Arc::clone(&placement), picked);
-        let channels = match listener.filter(|_| multifd) {
-            Some(listener) => {
-                let with = (self.job, &self.clock);
-                Some(Channels::start(
-                    hello.id, picked, placement, listener, channel, with,
-                )?)
-            }
-            None => {
-                drop(placement);
-                None
-            }
-        };
-
-        let mut arriving = Arriving::new(memory, channels, late);
+        let listener = listener.filter(|_| multifd);
+        let agreed = (hello.id, picked);
+        let mut arriving = Arriving::begin(placement, late, agreed, listener, channel, self)?;
         let (sections, end) = self
             .take_in(channel, &hello, &mut disks, &mut arriving)
             .map_err(|error| arriving.explain(error, channel))?;

@@ -106,7 +106,7 @@ fn awaited(kind: Kind, over: &Cancel, later: Option<Kind>) -> Awaited<'_> {
 fn who_is_waited_for_later_stays_whatever_else_it_says() {
     let mut listener = bind("tcp:127.0.0.1:0").unwrap();
     let (cancel, over) = (Cancel::new().unwrap(), Cancel::new().unwrap());
-    // Nobody who waits for longer than nothing stays pending otherwise.
+    // Whoever has not said all is dropped at once.
     let deadlines = Deadlines {
         preamble: Duration::ZERO,
         ..Deadlines::default()

@@ -10,6 +10,8 @@ use super::postcopy::Late;
 use super::{Destination, DestinationError, out_of_order};
 use crate::channel::{Arrived, Channel};
 use crate::frame::Kind;
+use crate::listener::Listener;
+use crate::message::Id;
 use crate::placement::{Incomplete, Placement};
 use crate::progress::Bytes;
 
@@ -25,13 +27,32 @@ pub(super) struct Arriving {
 }
 
 impl Arriving {
-    pub(super) fn new(early: Memory, channels: Option<Channels>, late: Option<Late>) -> Self {
-        Self {
-            early: Some(early),
+    /// After ACCEPT on `main`. More connections come to `listener`, if there is one.
+    pub(super) fn begin(
+        placement: Placement,
+        late: Option<Late>,
+        (id, picked): (Id, u32),
+        listener: Option<Listener>,
+        main: &mut Channel,
+        destination: &Destination<'_>,
+    ) -> Result<Self, DestinationError> {
+        let placement = Arc::new(placement);
+        let channels = match listener {
+            Some(listener) => {
+                let (there, with) = (
+                    Arc::clone(&placement),
+                    (destination.job, &destination.clock),
+                );
+                Some(Channels::start((id, picked), there, listener, main, with)?)
+            }
+            None => None,
+        };
+        Ok(Self {
+            early: Some(Memory::new(placement, picked)),
             channels,
             received: Default::default(),
             late,
-        }
+        })
     }
 
     /// Receives and places memory that comes on the first connection.

@@ -55,8 +55,7 @@ impl Channels {
     /// Takes the data connections of a migration in, which was told that these capabilities are
     /// picked. `main` is its first connection, on which HELLO was the only frame so far.
     pub(super) fn start(
-        id: Id,
-        picked: u32,
+        (id, picked): (Id, u32),
         placement: Arc<Placement>,
         listener: Listener,
         main: &mut Channel,

@@ -3,14 +3,14 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use migration::cancel::Cancel;
 use migration::destination;
 use migration::frame::{HEADER_LEN, Header, Kind};
-use migration::layout::PAGE_SIZE;
+use migration::layout::{GuestRam, Layout, PAGE_SIZE};
 use migration::listener::Listener;
 use migration::message::{
     Accept, AddressRun, Go, Hello, Id, MULTIFD, POSTCOPY, Preamble, Return, Sync, encode_barrier,
@@ -128,6 +128,7 @@ struct Coming {
     arriving: Arriving,
     cancel: Cancel,
     progress: Arc<Progress>,
+    ram: GuestRam,
 }
 
 impl Coming {
@@ -144,8 +145,14 @@ impl Coming {
         job.deadlines.linger = short().linger;
         change(&mut job);
         let (cancel, progress) = (job.cancel.clone(), Arc::clone(&job.progress));
+        let (send, ram) = mpsc::channel();
         let arriving = std::thread::spawn(move || {
-            let mut vm = Destination::default();
+            let mut vm = Destination {
+                on_prepare: Some(Box::new(move |ram: &GuestRam| {
+                    send.send(ram.clone()).unwrap();
+                })),
+                ..Destination::default()
+            };
             let incoming = listener.accept(&job.cancel, &job.deadlines).unwrap();
             let result = destination::receive(&mut vm, incoming, Some(listener), &job);
             (vm, result)
@@ -160,6 +167,7 @@ impl Coming {
             arriving,
             cancel,
             progress,
+            ram: ram.recv().unwrap(),
         }
     }
 
@@ -266,7 +274,7 @@ fn the_newer_copy_of_a_page_wins() {
         coming.main.say(zero(START, PAGES), &[]);
         let (mut older, mut newer) = (coming.channel(0), coming.channel(1));
         let mut expected = vec![vec![0; PAGE_SIZE as usize]; PAGES as usize];
-        for round in 0..40 {
+        for round in 0..2 * PAGES {
             let number = round % PAGES;
             let (old, new) = (content(round), content(1000 + round));
             let sent = coming.sent(&[&older, &newer]);
@@ -282,6 +290,12 @@ fn the_newer_copy_of_a_page_wins() {
             };
             by.say(barrier(&sent), &[]);
             by.page(number, &new);
+            // A barrier that holds nothing up has time to show that.
+            for _ in 0..10 {
+                std::thread::sleep(Duration::from_millis(1));
+                let layout = Layout::of(&coming.ram).unwrap();
+                assert!(page(&coming.ram, &layout, number) != new, "it did not wait");
+            }
             older.stream.write_all(&held_back[3000..]).unwrap();
             expected[number as usize] = new;
         }
@@ -323,6 +337,8 @@ fn the_source_has_the_last_word() {
     coming.main.page(0, &content(2));
     let reason = b"the user does not want it".to_vec();
     coming.main.say((Kind::Cancel, reason), &[]);
+    coming.main.end();
+    while coming.main.hear().is_some() {}
     drop(coming.main);
     let error = coming.arriving.join().unwrap().1.unwrap_err();
     let expected = "the source cancelled: the user does not want it";

@@ -150,8 +150,11 @@ fn the_first_of_each_kind() {
         ) {
             continue;
         }
-        // And those are used only if asked for: see `encoded`.
-        if matches!(kind, Kind::Compressed | Kind::Xbzrle) {
+        // And those are used only if asked for: see `encoded` and `channels`.
+        if matches!(
+            kind,
+            Kind::Compressed | Kind::Xbzrle | Kind::Channel | Kind::Barrier
+        ) {
             continue;
         }
         for at in POSITIONS {
