@@ -350,6 +350,9 @@ fn a_connection_that_breaks_when_all_of_it_was_placed_is_no_failure() {
     let mut coming = Coming::begin(|_| ());
     coming.main.say(zero(START, PAGES), &[]);
     let mut channel = coming.channel(0);
+    // Behind the zeroes.
+    let sent = coming.sent(&[&channel]);
+    channel.say(barrier(&sent), &[]);
     channel.page(0, &content(1));
     let sent = coming.sent(&[&channel]);
     coming.main.say(barrier(&sent), &[]);
