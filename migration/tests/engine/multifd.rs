@@ -145,7 +145,7 @@ struct Seen {
     frames: BTreeMap<usize, u64>,
     /// What CHANNEL said which it is.
     channels: BTreeMap<usize, usize>,
-    /// Frames of pages since the last BARRIER on the first connection, at a SYNC.
+    /// BARRIERs on the first connection.
     barriers: usize,
     /// The last one on the first connection.
     last: Vec<u64>,
@@ -224,10 +224,10 @@ fn barriers_tell_what_goes_before() {
     }
 }
 
-/// One connection is slow: what it brings is old when it comes, and must not replace what others
-/// brought in later passes.
+/// Few pages, in many passes, each time on whichever connection has room: what one brings late must
+/// not replace what another one brought in a later pass.
 #[test]
-fn a_slow_connection_brings_nothing_old() {
+fn what_is_written_all_the_time_arrives_as_it_was_last() {
     let mut vm = Source::new(3000, 0);
     vm.run(Writes {
         pages: 64,

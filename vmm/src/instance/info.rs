@@ -374,12 +374,10 @@ pub(super) fn change(parameters: &Parameters, change: ParameterChange) -> Comman
     if let Some(level) = multifd_zstd_level {
         parameters.set_zstd_level(ZstdLevel::new(level).map_err(|err| refused(&err))?);
     }
-    if let Some(channels) = multifd_channels {
-        let channels = u8::try_from(channels).ok().and_then(NonZeroU8::new);
-        // What is out of range has been refused.
-        channels
-            .into_iter()
-            .for_each(|channels| parameters.set_multifd_channels(channels));
+    // What is out of range has been refused.
+    let channels = multifd_channels.and_then(|channels| u8::try_from(channels).ok());
+    if let Some(channels) = channels.and_then(NonZeroU8::new) {
+        parameters.set_multifd_channels(channels);
     }
     if let Some(compression) = multifd_compression {
         parameters.set_compression(match compression {
