@@ -10,7 +10,7 @@
 //! - The source: [`source`], with its passes over memory (`rounds`, `outgoing`, [`pagemap`],
 //!   `zero`), what it does to pages on their way ([`compression`], [`xbzrle`]), its passes over
 //!   disks (`blocks`, `read_ahead`), its side of the connection (`session`), and arithmetic
-//!   ([`convergence`], [`pacing`]).
+//!   ([`convergence`], [`pacing`], [`throttle`]); `timeout` ends what takes too long.
 //! - The destination: [`listener`], [`destination`], and the arriving memory: `placement` before
 //!   the switch, [`destination::late`] with [`userfault`] after it.
 //! - A guest in a file: [`snapshot`], described in docs/snapshot.md.
@@ -50,6 +50,8 @@ pub mod section;
 mod session;
 pub mod snapshot;
 pub mod source;
+pub mod throttle;
+mod timeout;
 pub mod uri;
 pub mod userfault;
 pub mod vm;

@@ -1,11 +1,17 @@
 //! What a user may change at any time, also while a migration runs.
 
+mod throttle;
+mod timeout;
+
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::compression::{Method, Setting, ZstdLevel};
 use crate::xbzrle::DEFAULT_CACHE_SIZE;
 use crate::xbzrle::cache::{Cache, SizeError};
+
+pub use throttle::{ThrottleOutOfRange, ThrottleParameters};
+pub use timeout::{Timeout, TimeoutAction, TimeoutParameters};
 
 /// The longest downtime limit: 2000 s, as in QEMU.
 pub const MAX_DOWNTIME_LIMIT: Duration = Duration::from_millis(2_000_000);
@@ -38,6 +44,8 @@ pub struct Parameters {
     zstd_level: AtomicU8,
     xbzrle: AtomicBool,
     xbzrle_cache_size: AtomicU64,
+    throttle: ThrottleParameters,
+    timeout: TimeoutParameters,
 }
 
 impl Default for Parameters {
@@ -54,6 +62,8 @@ impl Default for Parameters {
             zstd_level: AtomicU8::new(ZstdLevel::default().get()),
             xbzrle: AtomicBool::new(false),
             xbzrle_cache_size: AtomicU64::new(DEFAULT_CACHE_SIZE),
+            throttle: ThrottleParameters::default(),
+            timeout: TimeoutParameters::default(),
         }
     }
 }
@@ -172,6 +182,16 @@ impl Parameters {
     /// Sets [`zstd_level`](Self::zstd_level).
     pub fn set_zstd_level(&self, level: ZstdLevel) {
         self.zstd_level.store(level.get(), Ordering::Relaxed);
+    }
+
+    /// Whether a guest that doesn't converge is slowed down, and how.
+    pub fn throttle(&self) -> &ThrottleParameters {
+        &self.throttle
+    }
+
+    /// How long a migration may take, and what then.
+    pub fn timeout(&self) -> &TimeoutParameters {
+        &self.timeout
     }
 
     /// The size of the XBZRLE cache in bytes; `None` if XBZRLE is off.

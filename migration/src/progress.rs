@@ -9,6 +9,7 @@ use crate::disk::BLOCK_SIZE;
 use crate::frame::Kind;
 use crate::layout::PAGE_SIZE;
 use crate::message::BlobChunk;
+use crate::throttle::Throttle;
 use crate::xbzrle;
 
 /// How many rounds are kept for [`Snapshot::rounds`].
@@ -305,6 +306,8 @@ pub struct Snapshot {
     pub xbzrle: Option<xbzrle::Figures>,
     /// Compression; `None` if it is off and never was on.
     pub compression: Option<Compression>,
+    /// How the guest is slowed down, because it writes faster than its memory moves.
+    pub throttle: Throttle,
     /// Pages that were never touched, and so never read.
     pub skipped: u64,
     /// Rounds begun so far, the last one with the guest stopped included.

@@ -1,6 +1,7 @@
 //! What happens while the guest runs: the offer, the blobs, and rounds until the rest fits.
 
 use std::io::Read;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::{Contents, Next, Source, SourceError, blocks_error, pass_error, vm};
@@ -113,7 +114,9 @@ impl Source<'_> {
     ) -> Result<(u64, Next), SourceError> {
         let mut number = 0;
         let control = self.job.postcopy.clone();
-        let is_started = || control.as_ref().is_some_and(Control::is_started);
+        let forced = self.pressure.forced();
+        let is_hurried =
+            || forced.load(Ordering::Relaxed) || control.as_ref().is_some_and(Control::is_started);
         guest.disks.harvest();
         let mut harvested_at = self.clock.now();
         loop {
@@ -134,7 +137,7 @@ impl Source<'_> {
             let blocks_time = self.clock.now().saturating_sub(began);
             let sent = guest
                 .memory
-                .send(pass, number, self.vm, session, progress, &is_started)
+                .send(pass, number, self.vm, session, progress, &is_hurried)
                 .map_err(pass_error)?;
             let mark = session.mark(number)?;
             guest.disks.flush(number, session, progress)?;
@@ -191,10 +194,13 @@ impl Source<'_> {
             if self.wants_postcopy(number, converges) && self.disks_fit(session, rest) {
                 return Ok((number, Next::Postcopy));
             }
+            if forced.load(Ordering::Relaxed) {
+                return Ok((number, Next::SwitchOver));
+            }
             match decision {
                 // A pass that was broken off has left more behind than the log knows.
                 Decision::SwitchOver => return Ok((number, Next::SwitchOver)),
-                Decision::AnotherRound => {}
+                Decision::AnotherRound => self.slow_down(session, &round, sent.skipped)?,
                 Decision::NeverFits => session.idle(IDLE)?,
             }
         }

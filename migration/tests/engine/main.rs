@@ -10,6 +10,7 @@
 mod block_errors;
 mod blocks;
 mod cancelling;
+mod convergence;
 mod cuts;
 mod damage;
 mod disks;
