@@ -257,6 +257,19 @@ impl Convergence {
         }
     }
 
+    /// Bytes of pages that are moved in a second, on a link that may be used at `limit` bytes a
+    /// second if that is not zero: more if they take less than they have. `None` if nothing has been
+    /// measured.
+    pub fn page_rate(&self, limit: u64) -> Option<f64> {
+        let page_bytes = self.page_bytes.unwrap_or(PAGE_ON_WIRE as f64).max(1.0);
+        let measured = self.bandwidth.estimate()?;
+        let bandwidth = match limit {
+            0 => measured,
+            limit => measured.min(limit as f64),
+        };
+        Some(bandwidth / page_bytes * PAGE_SIZE as f64)
+    }
+
     /// Pages that the guest dirties a second, from the last round.
     pub fn dirty_rate(&self) -> f64 {
         self.dirty_rate

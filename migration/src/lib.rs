@@ -10,7 +10,7 @@
 //! - The source: [`source`], with its passes over memory (`rounds`, `page_sender`, `outgoing`,
 //!   [`pagemap`], `holes`, `zero`), what it does to pages on their way ([`compression`], [`xbzrle`]), its passes over
 //!   disks (`blocks`, `read_ahead`), its side of the connection (`session`), and arithmetic
-//!   ([`convergence`], [`pacing`]).
+//!   ([`convergence`], [`pacing`], [`throttle`]); `timeout` ends what takes too long.
 //! - The destination: [`listener`], [`destination`], its further connections
 //!   (`destination::channels`), and the arriving memory: `placement` before the switch,
 //!   [`destination::late`] with [`userfault`] after it.
@@ -54,6 +54,8 @@ pub mod section;
 mod session;
 pub mod snapshot;
 pub mod source;
+pub mod throttle;
+mod timeout;
 pub mod uri;
 pub mod userfault;
 pub mod vm;

@@ -1,5 +1,8 @@
 //! What a user may change at any time, also while a migration runs.
 
+mod throttle;
+mod timeout;
+
 use std::num::NonZeroU8;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
@@ -7,6 +10,9 @@ use std::time::Duration;
 use crate::compression::{Method, Setting, ZstdLevel};
 use crate::xbzrle::DEFAULT_CACHE_SIZE;
 use crate::xbzrle::cache::{Cache, SizeError};
+
+pub use throttle::{ThrottleOutOfRange, ThrottleParameters};
+pub use timeout::{Timeout, TimeoutAction, TimeoutParameters};
 
 /// The longest downtime limit: 2000 s, as in QEMU.
 pub const MAX_DOWNTIME_LIMIT: Duration = Duration::from_millis(2_000_000);
@@ -46,6 +52,8 @@ pub struct Parameters {
     multifd: AtomicBool,
     multifd_channels: AtomicU8,
     multifd_all: AtomicBool,
+    throttle: ThrottleParameters,
+    timeout: TimeoutParameters,
 }
 
 impl Default for Parameters {
@@ -66,6 +74,8 @@ impl Default for Parameters {
             multifd: AtomicBool::new(false),
             multifd_channels: AtomicU8::new(DEFAULT_CHANNELS.get()),
             multifd_all: AtomicBool::new(false),
+            throttle: ThrottleParameters::default(),
+            timeout: TimeoutParameters::default(),
         }
     }
 }
@@ -184,6 +194,16 @@ impl Parameters {
     /// Sets [`zstd_level`](Self::zstd_level).
     pub fn set_zstd_level(&self, level: ZstdLevel) {
         self.zstd_level.store(level.get(), Ordering::Relaxed);
+    }
+
+    /// Whether a guest that doesn't converge is slowed down, and how.
+    pub fn throttle(&self) -> &ThrottleParameters {
+        &self.throttle
+    }
+
+    /// How long a migration may take, and what then.
+    pub fn timeout(&self) -> &TimeoutParameters {
+        &self.timeout
     }
 
     /// The size of the XBZRLE cache in bytes; `None` if XBZRLE is off.

@@ -9,6 +9,7 @@ use crate::disk::BLOCK_SIZE;
 use crate::frame::Kind;
 use crate::layout::PAGE_SIZE;
 use crate::message::BlobChunk;
+use crate::throttle::Throttle;
 use crate::xbzrle;
 use crate::zero_copy::Sends;
 
@@ -337,6 +338,8 @@ pub struct Snapshot {
     pub zero_copy: Option<Sends>,
     /// More connections; `None` if they were not asked for.
     pub multifd: Option<Multifd>,
+    /// How the guest is slowed down, because it writes faster than its memory moves.
+    pub throttle: Throttle,
     /// Pages that were never touched, and so never read.
     pub skipped: u64,
     /// Rounds begun so far, the last one with the guest stopped included.

@@ -1,6 +1,7 @@
 //! The source: from the offer to the hand-over. See docs/design.md for who may run the guest when.
 
 pub(crate) mod channels;
+mod convergence;
 mod disks;
 mod late;
 mod precopy;
@@ -11,6 +12,7 @@ use std::time::Duration;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use self::convergence::Pressure;
 use self::late::{Late, LateEnd};
 use crate::blocks::{BlocksError, Disks};
 use crate::cancel::Cancel;
@@ -113,6 +115,15 @@ pub enum SourceError {
         /// Why not.
         error: std::io::Error,
     },
+    /// What the timeout is to do is not possible.
+    #[error(
+        "the timeout is to go over into post-copy, which this migration may not: switch the \
+         capability postcopy-ram on at both sides, or set another action"
+    )]
+    TimeoutAction,
+    /// No thread.
+    #[error("cannot watch the time: {0}")]
+    Timeout(std::io::Error),
     /// No random number.
     #[error("cannot get random bytes for the migration's identifier: {0}")]
     Random(std::io::Error),
@@ -242,6 +253,7 @@ struct Source<'a> {
     id: Id,
     step: Step,
     step_began: Duration,
+    pressure: Pressure,
 }
 
 /// Migrates the guest of `vm`. Returns when it is clear where the guest is; the progress then has
@@ -260,6 +272,7 @@ pub fn migrate(vm: &mut dyn SourceVm, peer: Peer, job: &Job) -> Outcome {
         logged: Vec::new(),
         id: Id([0; 16]),
         step: Step::Connect,
+        pressure: Pressure::default(),
     };
     let result = source.run(peer);
     source.end(result)
@@ -267,6 +280,7 @@ pub fn migrate(vm: &mut dyn SourceVm, peer: Peer, job: &Job) -> Outcome {
 
 impl Source<'_> {
     fn run(&mut self, peer: Peer) -> Result<Moved, SourceError> {
+        self.start_timeout()?;
         getrandom(&mut self.id.0, GetRandomFlags::empty())
             .map_err(|error| SourceError::Random(error.into()))?;
         let (stream, uri) = match peer {
@@ -381,7 +395,8 @@ impl Source<'_> {
             Ok(Moved::Late(downtime, end)) => return self.end_late(downtime, end),
             Err(error) => error,
         };
-        // First of all the guest goes on, before anything that takes time.
+        // First of all the guest goes on, as it likes, before anything that takes time.
+        self.end_pressure();
         let failed_by_destination = failed_by_destination(&error);
         let guest = match self.owner {
             Owner::Running => Guest::Untouched,
@@ -483,6 +498,7 @@ impl Source<'_> {
     }
 
     fn stop_logging(&mut self) {
+        self.end_pressure();
         if std::mem::take(&mut self.logging) {
             self.vm.stop_dirty_log();
         }

@@ -12,6 +12,7 @@ use crate::bitmap::{PageBitmap, PageRun};
 use crate::disk::{DestinationDisk, Disk, SourceDisk};
 use crate::layout::{GuestRam, Layout};
 use crate::section::Section;
+use crate::throttle::Throttle;
 
 /// Why a machine could not do what the engine asked. The engine adds what it was doing.
 pub type VmError = Box<dyn std::error::Error + Send + Sync>;
@@ -92,6 +93,14 @@ pub trait SourceVm {
     /// engine. The default knows none.
     fn free_pages(&mut self) -> Vec<PageRun> {
         Vec::new()
+    }
+
+    /// Slows the guest down, or lets it run as it likes again, at once: called while the guest runs,
+    /// and with [`Throttle::Off`] whenever it was slowed down, however the migration goes on.
+    /// Slowing it down must keep no [`pause`](Self::pause) waiting. The default does nothing.
+    fn throttle(&mut self, throttle: Throttle) -> Result<(), VmError> {
+        let _ = throttle;
+        Ok(())
     }
 
     /// Stops the guest; a guest that is stopped already stays so. In-flight device work is

@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::channels::{Channels, Setup};
@@ -162,7 +163,9 @@ impl Source<'_> {
         let mut number = 0;
         let mut refinement = Refinement::default();
         let control = self.job.postcopy.clone();
-        let is_started = || control.as_ref().is_some_and(Control::is_started);
+        let forced = self.pressure.forced();
+        let is_hurried =
+            || forced.load(Ordering::Relaxed) || control.as_ref().is_some_and(Control::is_started);
         guest.disks.harvest();
         let mut harvested_at = self.clock.now();
         loop {
@@ -183,7 +186,7 @@ impl Source<'_> {
             let blocks_time = self.clock.now().saturating_sub(began);
             let sent = guest
                 .memory
-                .send(pass, number, self.vm, session, progress, &is_started)
+                .send(pass, number, self.vm, session, progress, &is_hurried)
                 .map_err(pass_error)?;
             let mark = session.mark(number)?;
             guest.disks.flush(number, session, progress)?;
@@ -240,13 +243,19 @@ impl Source<'_> {
             if self.wants_postcopy(number, converges) && self.disks_fit(session, rest) {
                 return Ok((number, Next::Postcopy));
             }
+            if forced.load(Ordering::Relaxed) {
+                return Ok((number, Next::SwitchOver));
+            }
             match decision {
                 Decision::SwitchOver => {
                     if !self.is_worth_a_round(&mut refinement, session, rest) {
                         return Ok((number, Next::SwitchOver));
                     }
                 }
-                Decision::AnotherRound => refinement.does_not_fit(),
+                Decision::AnotherRound => {
+                    refinement.does_not_fit();
+                    self.slow_down(session, &round, sent.skipped)?;
+                }
                 Decision::NeverFits => {
                     refinement.does_not_fit();
                     session.idle(IDLE)?;

@@ -20,6 +20,7 @@ impl Source<'_> {
         round: u64,
         mut late: Option<&mut Late>,
     ) -> Result<Downtime, SourceError> {
+        self.stop_timeout();
         // The guest is not stopped for a migration that is over.
         session.channel.check_cancel()?;
         self.enter(Step::Stop);
@@ -30,10 +31,15 @@ impl Source<'_> {
         let deadline = Instant::now()
             + 2 * self.job.parameters.downtime_limit()
             + self.job.deadlines.stop_margin;
-        session.channel.link().set_until(Some(deadline));
+        // Forced, it may take as long as it does, as long as something moves.
+        let until = (!self.pressure.is_forced()).then_some(deadline);
+        session.channel.link().set_until(until);
         session.stop_pacing();
         let pause = self.vm.pause().map_err(vm("stopping the guest"))?;
         self.owner = Owner::Stopped(pause);
+        // Not before: it would write all the faster until it stops. For a guest that stands still
+        // it is a few stores.
+        self.unthrottle();
         let bytes_before = session.sent_bytes();
         let blocks_before = session.channel.sent_blocks();
         // A guest that its user had paused long ago has no downtime but what is added here.

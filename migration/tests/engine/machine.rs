@@ -2,7 +2,7 @@
 //! and a dirty log like KVM's with manual protection.
 
 use std::io::{Cursor, Read, Write};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -12,6 +12,7 @@ use migration::clock::{Clock, MonotonicClock};
 use migration::disk::{DestinationDisk, Disk, SourceDisk};
 use migration::layout::{GuestRam, Layout, PAGE_SIZE};
 use migration::section::{Section, Sections};
+use migration::throttle::Throttle;
 use migration::vm::{Blob, DestinationVm, Offer, Pause, SourceVm, Start, VmError};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -108,6 +109,8 @@ struct Guest {
 struct Shared {
     guest: Mutex<Guest>,
     wake: Condvar,
+    /// The share of time in percent that the guest doesn't run.
+    throttled: AtomicU8,
 }
 
 /// The machine that a guest leaves, again and again if need be.
@@ -161,6 +164,7 @@ impl Source {
             shared: Arc::new(Shared {
                 guest: Mutex::default(),
                 wake: Condvar::new(),
+                throttled: AtomicU8::new(0),
             }),
             thread: None,
         }
@@ -212,7 +216,8 @@ impl Source {
                     }
                 }
                 drop(guest);
-                std::thread::sleep(writes.rest);
+                let runs = 100 - u32::from(shared.throttled.load(Ordering::SeqCst));
+                std::thread::sleep(writes.rest * 100 / runs);
             }
         }));
     }
@@ -328,6 +333,13 @@ impl SourceVm for Source {
         for run in dirty.runs(first, count, u64::MAX) {
             log.clear_range(run.first, run.count);
         }
+        Ok(())
+    }
+
+    fn throttle(&mut self, throttle: Throttle) -> Result<(), VmError> {
+        self.called(&format!("throttle {throttle:?}"))?;
+        let share = throttle.share().unwrap_or(0);
+        self.shared.throttled.store(share, Ordering::SeqCst);
         Ok(())
     }
 

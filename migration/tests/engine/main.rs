@@ -11,6 +11,7 @@ mod block_errors;
 mod blocks;
 mod cancelling;
 mod channels;
+mod convergence;
 mod cuts;
 mod damage;
 mod disks;

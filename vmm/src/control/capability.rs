@@ -11,6 +11,10 @@ use super::command::{CommandError, CommandResult};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MigrationCapability {
+    /// A guest that writes faster than its memory moves is slowed down.
+    AutoConverge,
+    /// The same, but only those vCPUs that write, as much as the link asks.
+    DirtyLimit,
     /// MIGRATION and MIGRATION_PASS are sent.
     Events,
     /// The guest may move ahead of its memory.
@@ -23,11 +27,20 @@ pub enum MigrationCapability {
 
 impl MigrationCapability {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Events, Self::PostcopyRam, Self::Xbzrle, Self::Multifd];
+    pub const ALL: [Self; 6] = [
+        Self::AutoConverge,
+        Self::DirtyLimit,
+        Self::Events,
+        Self::PostcopyRam,
+        Self::Xbzrle,
+        Self::Multifd,
+    ];
 
     /// The name in QMP and in the monitor.
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::AutoConverge => "auto-converge",
+            Self::DirtyLimit => "dirty-limit",
             Self::Events => "events",
             Self::PostcopyRam => "postcopy-ram",
             Self::Xbzrle => "xbzrle",
@@ -67,6 +80,10 @@ pub struct MigrationCapabilityStatus {
 /// Every capability, on or off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
+    /// [`MigrationCapability::AutoConverge`].
+    pub auto_converge: bool,
+    /// [`MigrationCapability::DirtyLimit`].
+    pub dirty_limit: bool,
     /// [`MigrationCapability::Events`].
     pub events: bool,
     /// [`MigrationCapability::PostcopyRam`].
@@ -80,6 +97,8 @@ pub struct Capabilities {
 impl Default for Capabilities {
     fn default() -> Self {
         Self {
+            auto_converge: false,
+            dirty_limit: false,
             events: true,
             postcopy_ram: false,
             xbzrle: false,
@@ -92,6 +111,8 @@ impl Capabilities {
     /// Each with its state.
     pub fn list(self) -> Vec<MigrationCapabilityStatus> {
         let Self {
+            auto_converge,
+            dirty_limit,
             events,
             postcopy_ram,
             xbzrle,
@@ -100,6 +121,8 @@ impl Capabilities {
         let status = |capability| MigrationCapabilityStatus {
             capability,
             state: match capability {
+                MigrationCapability::AutoConverge => auto_converge,
+                MigrationCapability::DirtyLimit => dirty_limit,
                 MigrationCapability::Events => events,
                 MigrationCapability::PostcopyRam => postcopy_ram,
                 MigrationCapability::Xbzrle => xbzrle,
@@ -113,6 +136,8 @@ impl Capabilities {
     pub fn after(mut self, changes: &[MigrationCapabilityStatus]) -> Self {
         for change in changes {
             match change.capability {
+                MigrationCapability::AutoConverge => self.auto_converge = change.state,
+                MigrationCapability::DirtyLimit => self.dirty_limit = change.state,
                 MigrationCapability::Events => self.events = change.state,
                 MigrationCapability::PostcopyRam => self.postcopy_ram = change.state,
                 MigrationCapability::Xbzrle => self.xbzrle = change.state,

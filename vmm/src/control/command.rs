@@ -11,6 +11,8 @@ pub use super::balloon::{BalloonInfo, FerryBalloonInfo};
 pub use super::block::BlockInfo;
 pub use super::capability::{Capabilities, MigrationCapability, MigrationCapabilityStatus};
 pub use super::compression::{CompressionInfo, MultifdCompression, XbzrleCacheStats};
+pub use super::convergence::{ConvergenceChange, ConvergenceParameters, TimeoutAction};
+pub use super::dirty_rate::{DirtyRateInfo, DirtyRateMode, DirtyRateRequest, DirtyRateStatus};
 pub use super::event::{Event, EventKind, ShutdownCause};
 pub use super::migrate_request::{MigrateRequest, StorageCopy};
 pub use super::migration::{
@@ -127,6 +129,14 @@ pub trait Control: Send + Sync {
     /// How the migration under way, or else the last one, is doing.
     fn migration_info(&self) -> MigrationInfo;
 
+    /// Begins to measure how much the guest writes, in the background. The request has been
+    /// [checked](DirtyRateRequest::check). Fails while a migration is under way, or while that is
+    /// measured already.
+    fn calc_dirty_rate(&self, request: DirtyRateRequest) -> CommandResult<()>;
+
+    /// What was measured. A migration that begins meanwhile ends the measuring.
+    fn dirty_rate(&self) -> DirtyRateInfo;
+
     /// The parameters of migrations.
     fn parameters(&self) -> MigrationParameters;
 
@@ -147,6 +157,12 @@ pub trait Control: Send + Sync {
 }
 
 impl dyn Control {
+    /// [Checks](DirtyRateRequest::check) what is to be measured, and begins.
+    pub fn measure_dirty_rate(&self, request: DirtyRateRequest) -> CommandResult<()> {
+        request.check()?;
+        self.calc_dirty_rate(request)
+    }
+
     /// [Checks](ParameterChange::check) and makes a change of parameters.
     pub fn change_parameters(&self, change: ParameterChange) -> CommandResult<()> {
         change.check()?;

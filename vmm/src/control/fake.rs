@@ -227,6 +227,17 @@ impl Control for FakeMachine {
         self.state().info.clone()
     }
 
+    fn calc_dirty_rate(&self, request: DirtyRateRequest) -> CommandResult<()> {
+        self.call(format!(
+            "calc_dirty_rate {} {} {}",
+            request.calc_time, request.sample_pages, request.mode
+        ))
+    }
+
+    fn dirty_rate(&self) -> DirtyRateInfo {
+        DirtyRateInfo::default()
+    }
+
     fn parameters(&self) -> MigrationParameters {
         self.state().parameters
     }

@@ -116,6 +116,9 @@ pub struct MigrationInfo {
     /// Milliseconds from the start to the first page.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub setup_time: Option<u64>,
+    /// The share of time in percent that vCPUs are kept from running, while they are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_throttle_percentage: Option<u64>,
     /// Milliseconds that all vCPUs waited for pages at the same time, after the guest had moved;
     /// only at the destination, as are the next three. None of it is downtime.
     #[serde(skip_serializing_if = "Option::is_none")]

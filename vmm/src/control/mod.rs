@@ -11,6 +11,8 @@ pub mod block;
 pub mod capability;
 pub mod command;
 pub mod compression;
+pub mod convergence;
+pub mod dirty_rate;
 pub mod event;
 pub mod migrate_request;
 pub mod migration;

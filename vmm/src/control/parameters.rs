@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use super::command::{AnnounceChange, AnnounceParameters, CommandError, CommandResult};
 use super::compression::MultifdCompression;
+use super::convergence::{ConvergenceChange, ConvergenceParameters};
 
 /// QAPI's `MigrationParameters`, as far as Ferry has them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -35,6 +36,9 @@ pub struct MigrationParameters {
     /// Ours: whether it does so as soon as it is clear that the rest will never fit.
     #[serde(rename = "x-postcopy-no-convergence")]
     pub postcopy_no_convergence: bool,
+    /// How a guest is slowed down that doesn't converge, and how long that may take.
+    #[serde(flatten)]
+    pub convergence: ConvergenceParameters,
     /// How a guest that has arrived is announced to the network.
     #[serde(flatten)]
     pub announce: AnnounceParameters,
@@ -54,6 +58,7 @@ impl Default for MigrationParameters {
             postcopy_after_rounds: 0,
             postcopy_after_time: 0,
             postcopy_no_convergence: false,
+            convergence: ConvergenceParameters::default(),
             announce: AnnounceParameters::default(),
         }
     }
@@ -84,6 +89,8 @@ pub struct ParameterChange {
     pub postcopy_after_time: Option<u64>,
     /// See [`MigrationParameters::postcopy_no_convergence`].
     pub postcopy_no_convergence: Option<bool>,
+    /// See [`MigrationParameters::convergence`].
+    pub convergence: ConvergenceChange,
     /// See [`MigrationParameters::announce`].
     pub announce: AnnounceChange,
 }
@@ -104,6 +111,7 @@ impl ParameterChange {
                 "Parameter 'multifd-channels' expects a value between 1 and 255, got {channels}"
             )));
         }
+        self.convergence.check()?;
         if let Some(level) = self.multifd_zstd_level
             && !(1..=20).contains(&level)
         {
@@ -144,9 +152,11 @@ impl ParameterChange {
             postcopy_after_rounds,
             postcopy_after_time,
             postcopy_no_convergence,
+            convergence,
             announce,
         } = *self;
         announce.apply(&mut parameters.announce);
+        convergence.apply(&mut parameters.convergence);
         if let Some(value) = max_bandwidth {
             parameters.max_bandwidth = value;
         }

@@ -9,9 +9,9 @@ use tracing::{info as log, warn};
 use super::{Exit, Instance, State, info};
 use crate::control::command::{
     AnnounceRequest, BalloonInfo, BlockInfo, Capabilities, CommandError, CommandResult, Control,
-    CpuInfo, ErrorClass, Event, EventKind, FerryBalloonInfo, MigrateRequest,
-    MigrationCapabilityStatus, MigrationInfo, MigrationParameters, NetworkInfo, ParameterChange,
-    RunState, ShutdownCause, SnapshotInfo, StatusInfo, Uri, Work,
+    CpuInfo, DirtyRateInfo, DirtyRateRequest, ErrorClass, Event, EventKind, FerryBalloonInfo,
+    MigrateRequest, MigrationCapabilityStatus, MigrationInfo, MigrationParameters, NetworkInfo,
+    ParameterChange, RunState, ShutdownCause, SnapshotInfo, StatusInfo, Uri, Work,
 };
 use crate::machine::{Machine, backends};
 
@@ -263,6 +263,14 @@ impl Control for Instance {
 
     fn migration_info(&self) -> MigrationInfo {
         self.show_migration()
+    }
+
+    fn calc_dirty_rate(&self, request: DirtyRateRequest) -> CommandResult<()> {
+        self.measure_dirty_rate(request)
+    }
+
+    fn dirty_rate(&self) -> DirtyRateInfo {
+        self.show_dirty_rate()
     }
 
     fn parameters(&self) -> MigrationParameters {

@@ -10,6 +10,7 @@ use migration::progress::{
 use migration::uri::Uri;
 use migration::xbzrle::Figures;
 
+use super::convergence;
 use crate::control::command::{
     AnnounceParameters, BytesByKind, CommandError, CommandResult, CompressionInfo, DowntimeParts,
     FerryMigrationInfo, MigrationInfo, MigrationParameters, MigrationRound, MigrationStats,
@@ -80,6 +81,7 @@ pub(super) fn outgoing(snapshot: &Snapshot) -> MigrationInfo {
         total_time: Some(ms(snapshot.total_time)),
         downtime: snapshot.downtime.map(|downtime| ms(downtime.total)),
         expected_downtime: snapshot.expected_downtime.map(ms),
+        cpu_throttle_percentage: snapshot.throttle.share().map(u64::from),
         setup_time: begun.then(|| ms(snapshot.setup_time)),
         postcopy_blocktime: postcopy.blocktime.map(ms),
         postcopy_vcpu_blocktime: postcopy.vcpu_blocktime.iter().copied().map(ms).collect(),
@@ -340,6 +342,7 @@ pub(super) fn parameters(
             u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
         }),
         postcopy_no_convergence: parameters.postcopy_no_convergence(),
+        convergence: convergence::parameters(parameters),
         announce,
     }
 }
@@ -358,9 +361,11 @@ pub(super) fn change(parameters: &Parameters, change: ParameterChange) -> Comman
         postcopy_after_rounds,
         postcopy_after_time,
         postcopy_no_convergence,
+        convergence,
         announce: _,
     } = change;
     let refused = |err: &dyn std::error::Error| CommandError::generic(err.to_string());
+    convergence::change(parameters, convergence)?;
     if let Some(limit) = downtime_limit {
         parameters
             .set_downtime_limit_ms(limit)

@@ -7,6 +7,7 @@ use migration::progress::Status;
 use migration::userfault::Userfault;
 
 use super::Instance;
+use super::convergence;
 use super::incoming::{self, Incoming};
 use super::outgoing::Outgoing;
 use crate::control::command::{
@@ -45,6 +46,7 @@ impl Instance {
         if postcopy {
             refuse_file(&request.address)?;
         }
+        convergence::check_timeout(&self.0.parameters, postcopy)?;
         let blockers = guest.devices().migration_blockers();
         if !blockers.is_empty() {
             return Err(CommandError::generic(blockers.join("\n")));
@@ -187,11 +189,19 @@ impl Instance {
             return Err(in_progress());
         }
         let after = state.capabilities.after(changes);
+        if after.auto_converge && after.dirty_limit {
+            return Err(CommandError::generic(
+                "dirty-limit conflicts with auto-converge: either of them is available at a time",
+            ));
+        }
         if after.postcopy_ram && state.run == RunState::Inmigrate {
             check_userfaultfd()?;
         }
         self.0.parameters.set_xbzrle(after.xbzrle);
         self.0.parameters.set_multifd(after.multifd);
+        let throttle = self.0.parameters.throttle();
+        throttle.set_auto_converge(after.auto_converge);
+        throttle.set_dirty_limit(after.dirty_limit);
         state.capabilities = after;
         Ok(())
     }

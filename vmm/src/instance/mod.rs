@@ -11,6 +11,8 @@ mod announce;
 mod arriving;
 mod arriving_disk;
 mod commands;
+mod convergence;
+mod dirty_rate;
 mod guest_events;
 mod incoming;
 mod info;
@@ -34,6 +36,7 @@ use tokio::sync::{Notify, broadcast, watch};
 use tracing::{error, info};
 
 use self::announce::Announcement;
+use self::dirty_rate::DirtyRate;
 use self::guest_events::GuestEvents;
 pub use self::incoming::WaitError;
 
@@ -116,6 +119,8 @@ struct State {
     outgoing: Option<Outgoing>,
     /// The migration to here, for a process that was started with `--incoming`.
     incoming: Option<Incoming>,
+    /// The measuring of what the guest writes, under way or the last.
+    dirty_rate: Option<DirtyRate>,
     /// The work on a snapshot that is under way.
     snapshot: Option<SnapshotJob>,
     /// How a guest that has arrived is announced to the network.
@@ -268,6 +273,7 @@ impl Instance {
             guest: None,
             outgoing: None,
             incoming: None,
+            dirty_rate: None,
             snapshot: None,
             announce: AnnounceParameters::default(),
             announcement: None,

@@ -22,6 +22,7 @@ use migration::progress::{Observer, Progress, Snapshot, Status};
 use migration::section::Section;
 use migration::snapshot;
 use migration::source::{self, Guest, Job, Outcome, Peer};
+use migration::throttle::Throttle;
 use migration::uri::Uri;
 use migration::vm::{Blob, Offer, Pause, SourceVm, VmError};
 use tracing::{debug, error, warn};
@@ -304,6 +305,10 @@ impl SourceVm for Source {
     }
 
     fn start_dirty_log(&mut self) -> Result<(), VmError> {
+        // There is one log.
+        if let Some(rate) = &mut self.shared.state().dirty_rate {
+            rate.end();
+        }
         let mut log = self.guest.vm().dirty_log()?;
         log.start(self.guest.vm())?;
         self.log = Some(log);
@@ -342,6 +347,11 @@ impl SourceVm for Source {
     fn protect(&mut self, dirty: &PageBitmap, first: u64, count: u64) -> Result<(), VmError> {
         let log = self.log.as_mut().ok_or(LOG_IS_OFF)?;
         Ok(log.protect(self.guest.vm(), dirty, first, count)?)
+    }
+
+    fn throttle(&mut self, throttle: Throttle) -> Result<(), VmError> {
+        self.guest.throttle(throttle);
+        Ok(())
     }
 
     fn pause(&mut self) -> Result<Pause, VmError> {
@@ -480,7 +490,7 @@ fn page_runs(ram: &GuestRam, free: &FreePages) -> Vec<PageRun> {
 
 /// How many pages of the log are armed at a time for hints: 1 GiB. KVM holds up page faults
 /// meanwhile.
-const ARM_PAGES: u64 = 1 << 18;
+pub(super) const ARM_PAGES: u64 = 1 << 18;
 
 const LOG_IS_OFF: &str = "the dirty log is off";
 const NO_FILES: &str = "the machine has no kernel";

@@ -7,7 +7,7 @@
 )]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::slice;
 
 use kvm_bindings::{
@@ -38,6 +38,7 @@ ioctl_io_nr!(KVM_SET_TSC_KHZ, KVMIO, 0xa2);
 ioctl_io_nr!(KVM_GET_TSC_KHZ, KVMIO, 0xa3);
 ioctl_iowr_nr!(KVM_GET_MSRS, KVMIO, 0x88, kvm_msrs);
 ioctl_iow_nr!(KVM_SET_MSRS, KVMIO, 0x89, kvm_msrs);
+ioctl_io_nr!(KVM_GET_STATS_FD, KVMIO, 0xce);
 ioctl_ior_nr!(KVM_GET_XSAVE, KVMIO, 0xa4, kvm_xsave);
 ioctl_ior_nr!(KVM_GET_XSAVE2, KVMIO, 0xcf, kvm_xsave);
 ioctl_iow_nr!(KVM_SET_XSAVE, KVMIO, 0xa5, kvm_xsave);
@@ -53,7 +54,6 @@ fn checked(name: &'static str, result: libc::c_int) -> Result<libc::c_int, Ioctl
 
 /// Takes over an open `/dev/kvm`.
 pub(super) fn kvm_from_fd(fd: RawFd) -> kvm_ioctls::Kvm {
-    use std::os::fd::FromRawFd;
     // SAFETY: the only caller has just got the descriptor from `into_raw_fd` and gives it away.
     // Whether it is KVM is checked next, by its API version; until then only ioctls without
     // arguments are made on it.
@@ -267,6 +267,18 @@ fn one_msr(index: u32, data: u64) -> Result<Msrs, IoctlError> {
         name: "KVM_GET_MSRS",
         source: io::Error::from_raw_os_error(libc::ENOMEM),
     })
+}
+
+/// The file of a vCPU's statistics; `None` where KVM has none (before Linux 5.14).
+pub(crate) fn stats_fd(vcpu: &VcpuFd) -> Result<Option<OwnedFd>, IoctlError> {
+    // SAFETY: the ioctl has no argument.
+    let result = unsafe { ioctl(vcpu, KVM_GET_STATS_FD()) };
+    match checked("KVM_GET_STATS_FD", result) {
+        // SAFETY: KVM has just made the descriptor, for the caller.
+        Ok(fd) => Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) })),
+        Err(error) if error.source.raw_os_error() == Some(libc::ENOTTY) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// The port access that a vCPU left the guest for. The data are `count` items of `size` bytes.

@@ -7,6 +7,7 @@ mod capabilities;
 mod dirty_log;
 pub(crate) mod ioctl;
 mod slots;
+mod stats;
 mod vm;
 mod vm_state;
 
@@ -22,6 +23,7 @@ pub use capabilities::{Capabilities, ManualProtect};
 pub use dirty_log::DirtyLog;
 pub use ioctl::VcpuClockFd;
 pub use slots::Slot;
+pub use stats::VcpuStats;
 pub use vm::{MAX_VCPUS, Vm};
 pub use vm_state::{IRQCHIP_SECTION, PIT_SECTION, VM_STATE_VERSION, VmState, VmStateError};
 

@@ -6,7 +6,9 @@
 pub mod backends;
 pub mod config;
 mod devices;
+mod dirty_limit;
 mod pause;
+mod throttle;
 mod virtio;
 
 use std::fs::File;
@@ -22,6 +24,7 @@ use migration::section::{Section, SectionError, Sections};
 use self::backends::{BackendError, Backends};
 use self::config::MachineConfig;
 pub use self::devices::{DeviceError, DeviceStateError, Devices};
+use self::dirty_limit::DirtyLimit;
 pub use self::pause::StillRunning;
 use crate::affinity::AffinityError;
 use crate::boot::{self, BootError, BootSource};
@@ -126,6 +129,8 @@ struct Vcpus {
     stopped: Option<ClockState>,
     /// Clocks that arrived with the guest, to be set when it starts.
     arrived: Option<ClockState>,
+    /// Who writes how much, while that is limited.
+    dirty_limit: DirtyLimit,
     /// The vCPUs were reset: what stopped them before is over.
     fresh: bool,
 }
@@ -204,6 +209,7 @@ impl Machine {
                 threads,
                 stopped: None,
                 arrived: None,
+                dirty_limit: DirtyLimit::default(),
                 fresh: true,
             }),
         })

@@ -19,8 +19,10 @@ use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use kvm_ioctls::VcpuFd;
+use rustix::thread::gettid;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 
 thread_local! {
@@ -79,6 +81,63 @@ impl Kickable {
 impl Drop for Kickable {
     fn drop(&mut self) {
         IMMEDIATE_EXIT.set(ptr::null());
+    }
+}
+
+/// A timer that kicks the thread that has made it.
+pub(super) struct KickTimer {
+    timer: libc::timer_t,
+    // It kicks the thread that it was made on.
+    not_send: PhantomData<*const ()>,
+}
+
+impl KickTimer {
+    pub(super) fn new() -> Result<Self, io::Error> {
+        let mut timer: libc::timer_t = ptr::null_mut();
+        // SAFETY: all zeroes is a value of this C structure.
+        let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
+        event.sigev_notify = libc::SIGEV_THREAD_ID;
+        event.sigev_signo = SIGRTMIN();
+        event.sigev_notify_thread_id = gettid().as_raw_nonzero().get();
+        // SAFETY: both pointers are to locals of the right type.
+        let result = unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer) };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self {
+            timer,
+            not_send: PhantomData,
+        })
+    }
+
+    /// Kicks once, after that time; what was started before is forgotten.
+    pub(super) fn start(&self, after: Duration) -> Result<(), io::Error> {
+        let none = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let value = libc::itimerspec {
+            it_interval: none,
+            it_value: libc::timespec {
+                tv_sec: after.as_secs() as libc::time_t,
+                // All zeroes would stop it.
+                tv_nsec: libc::c_long::from(after.subsec_nanos()).max(1),
+            },
+        };
+        // SAFETY: the timer exists until `self` is dropped; the value is a local.
+        let result = unsafe { libc::timer_settime(self.timer, 0, &value, ptr::null_mut()) };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for KickTimer {
+    fn drop(&mut self) {
+        // SAFETY: the timer exists, and nobody uses it afterwards. A kick that is under way finds
+        // the thread, as `self` never leaves it.
+        unsafe { libc::timer_delete(self.timer) };
     }
 }
 

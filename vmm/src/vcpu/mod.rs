@@ -11,6 +11,7 @@ mod run;
 mod saved;
 mod state;
 mod thread;
+mod throttle;
 
 use std::time::Duration;
 
@@ -23,6 +24,7 @@ pub(crate) use msrs::{MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE};
 pub(crate) use saved::CpuidEntry;
 pub use state::{StateError, VERSION, VcpuState};
 pub use thread::{Pending, VcpuEnded, VcpuStatus, VcpuThread};
+pub use throttle::MAX_SHARE;
 
 use crate::boot::BootState;
 use crate::cpuid::{self, Cpuid};

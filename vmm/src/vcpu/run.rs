@@ -13,6 +13,7 @@ use migration::clock::{Clock, MonotonicClock};
 
 use super::io::{IoBus, IoOutcome, VcpuEvent};
 use super::kick::Kickable;
+use super::throttle::Turns;
 use super::{Left, Vcpu};
 use crate::kvm::ioctl::{self, InternalError};
 use crate::software_kvm;
@@ -35,10 +36,19 @@ enum Exit {
 impl Vcpu {
     /// Runs the guest until `pause` is asked for, or something happens that ends the run. On
     /// return the access that the vCPU was in is finished: its state can be read.
-    pub(super) fn run(&mut self, kickable: &Kickable, bus: &dyn IoBus, pause: &AtomicBool) -> Left {
+    pub(super) fn run(
+        &mut self,
+        kickable: &Kickable,
+        bus: &dyn IoBus,
+        pause: &AtomicBool,
+        turns: &mut Turns<'_>,
+    ) -> Left {
         let mut at = MonotonicClock.now();
         let mut event = None;
         while event.is_none() && !pause.load(Ordering::SeqCst) {
+            if !turns.may_enter(pause) {
+                continue;
+            }
             let exit = self.enter(bus, &mut at);
             // Before the request is looked at again: see `kick`.
             kickable.set_immediate_exit(false);

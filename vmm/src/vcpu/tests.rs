@@ -329,3 +329,52 @@ fn a_reset_brings_back_the_power_on_state() {
     machine.run();
     assert_eq!(event(&machine), (0, VcpuEvent::Reset));
 }
+
+/// A guest that counts in a register.
+const COUNT: [u8; 5] = [
+    0x48, 0xff, 0xc3, // again: inc rbx
+    0xeb, 0xfb, // jmp again
+];
+
+/// How far it counts from one look at it to another, in each of which it is paused.
+fn counted(machine: &mut Machine, time: Duration) -> u64 {
+    let before = regs(machine, 0).rbx;
+    machine.run();
+    std::thread::sleep(time);
+    machine.pause();
+    regs(machine, 0).rbx - before
+}
+
+#[test]
+fn a_throttled_vcpu_does_less_and_then_as_much_as_before() {
+    let Some(kvm) = kvm_or_skip() else { return };
+    let mut machine = Machine::new(&kvm, 1);
+    machine.enter_user_mode(&COUNT);
+    let time = Duration::from_millis(500);
+    let free = counted(&mut machine, time);
+    machine.threads[0].throttle(97);
+    let throttled = counted(&mut machine, time);
+    machine.threads[0].throttle(0);
+    let again = counted(&mut machine, time);
+    // Others may use the processors too: what counts is that the difference is large.
+    assert!(throttled > 0, "it must get anywhere at all");
+    assert!(throttled < free / 3, "{throttled} of {free}");
+    assert!(again > throttled * 3, "{again} after {throttled}");
+}
+
+/// Every rest would be longer than the guest's own turns.
+#[test]
+fn a_vcpu_that_rests_is_paused_and_runs_on_any_number_of_times() {
+    let Some(kvm) = kvm_or_skip() else { return };
+    let mut machine = Machine::new(&kvm, 1);
+    machine.enter_user_mode(&COUNT);
+    machine.threads[0].throttle(MAX_SHARE);
+    for _ in 0..300 {
+        machine.run();
+        machine.pause();
+    }
+    // While it is stopped, too, it can be throttled and let go.
+    machine.threads[0].throttle(0);
+    assert!(counted(&mut machine, Duration::from_millis(50)) > 0);
+    assert_eq!(machine.threads[0].throttled(), 0);
+}

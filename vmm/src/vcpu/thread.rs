@@ -24,7 +24,9 @@ use rustix::thread::gettid;
 
 use super::io::{EventSink, IoBus, VcpuEvent};
 use super::kick::{self, Kickable};
+use super::throttle::{Throttle, Turns};
 use super::{Left, Vcpu};
+use crate::kvm::VcpuStats;
 use crate::kvm::ioctl::VcpuClockFd;
 
 /// What a vCPU's thread is doing.
@@ -56,6 +58,7 @@ enum Command {
 struct Shared {
     /// Whether the vCPU is wanted out of the guest.
     pause: AtomicBool,
+    throttle: Throttle,
     status: Mutex<VcpuStatus>,
     changed: Condvar,
     /// When the guest was last about to be entered, and last left, in nanoseconds of
@@ -97,6 +100,8 @@ pub struct VcpuThread {
     commands: Option<Sender<Command>>,
     thread: Option<JoinHandle<()>>,
     clock: VcpuClockFd,
+    /// `None` where KVM has none.
+    stats: Option<VcpuStats>,
 }
 
 /// The result of a call on a vCPU's thread, to be waited for.
@@ -123,8 +128,13 @@ impl VcpuThread {
         kick::install()?;
         let index = vcpu.index;
         let clock = VcpuClockFd::of(&vcpu.fd, vcpu.host_tsc_khz)?;
+        let stats = VcpuStats::of(&vcpu.fd).unwrap_or_else(|error| {
+            tracing::debug!(vcpu = index, %error, "no statistics");
+            None
+        });
         let shared = Arc::new(Shared {
             pause: AtomicBool::new(false),
+            throttle: Throttle::default(),
             status: Mutex::new(VcpuStatus::Paused { event: None }),
             changed: Condvar::new(),
             entered_at: AtomicU64::new(0),
@@ -149,6 +159,7 @@ impl VcpuThread {
             commands: Some(commands),
             thread: Some(thread),
             clock,
+            stats,
         };
         this.thread_id = is_ready
             .recv()
@@ -196,9 +207,25 @@ impl VcpuThread {
     /// Asks the vCPU to leave the guest, and returns at once.
     pub fn request_pause(&self) {
         self.shared.pause.store(true, Ordering::SeqCst);
+        self.shared.throttle.pause_requested();
         if let Some(thread) = &self.thread {
             kick::kick(thread);
         }
+    }
+
+    /// From here on keeps the vCPU out of the guest for this share of its time, in percent, at most
+    /// [`MAX_SHARE`](super::MAX_SHARE); 0 lets it run as it likes. A pause takes no longer for that.
+    pub fn throttle(&self, share: u8) {
+        if self.shared.throttle.set(share)
+            && let Some(thread) = &self.thread
+        {
+            kick::kick(thread);
+        }
+    }
+
+    /// The share of its time in percent that the vCPU is kept out of the guest.
+    pub fn throttled(&self) -> u8 {
+        self.shared.throttle.share()
     }
 
     /// Waits until the vCPU is out of the guest and its state can be read. Returns why it is:
@@ -275,6 +302,11 @@ impl VcpuThread {
         &self.clock
     }
 
+    /// KVM's statistics of the vCPU, to be read at any time; `None` where it has none.
+    pub fn stats(&self) -> Option<&VcpuStats> {
+        self.stats.as_ref()
+    }
+
     fn send(&self, command: Command) -> Result<(), VcpuEnded> {
         self.commands
             .as_ref()
@@ -338,22 +370,24 @@ impl Body {
                 return;
             }
         };
+        let shared = Arc::clone(&self.shared);
+        let mut turns = Turns::new(&shared.throttle);
         while let Ok(command) = self.commands.recv() {
             match command {
                 Command::Call(f) => f(&mut self.vcpu),
-                Command::Run => self.run_guest(&kickable),
+                Command::Run => self.run_guest(&kickable, &mut turns),
             }
         }
     }
 
-    fn run_guest(&mut self, kickable: &Kickable) {
+    fn run_guest(&mut self, kickable: &Kickable, turns: &mut Turns<'_>) {
         let shared = &self.shared;
         while !shared.pauses() {
             store(&shared.entered_at, MonotonicClock.now());
             // The lock, so that a waiter is either not yet waiting or is woken.
             drop(shared.status());
             shared.changed.notify_all();
-            let Left { at, event } = self.vcpu.run(kickable, &*self.bus, &shared.pause);
+            let Left { at, event } = self.vcpu.run(kickable, &*self.bus, &shared.pause, turns);
             store(&shared.left_at, at);
             // Before the status: whoever has waited for the pause must find the event, or a
             // migration could take the guest away and forget the reset that it asked for. Whoever

@@ -15,6 +15,7 @@ mod boot;
 mod bridge;
 mod console;
 mod control;
+mod convergence;
 mod disk;
 mod encoded;
 mod failure;

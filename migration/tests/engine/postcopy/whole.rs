@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use migration::parameters::TimeoutAction;
 use migration::progress::Status;
 
 use super::{Moving, at_once, busy, require_userfault};
@@ -35,6 +36,21 @@ fn a_guest_moves_in_the_middle_of_its_rounds() {
     let left = Arc::clone(&moving.left);
     moving.finish();
     assert!(left.snapshot().downtime.is_some());
+}
+
+#[test]
+fn a_guest_moves_when_its_time_is_up() {
+    require_userfault!();
+    let moving = Moving::begin(busy(16_384), |job, _| {
+        // Never converges.
+        job.parameters.set_downtime_limit_ms(0).unwrap();
+        job.parameters.timeout().set_ms(300);
+        let postcopy = TimeoutAction::Postcopy;
+        job.parameters.timeout().set_action(postcopy);
+    });
+    let came = Arc::clone(&moving.came);
+    moving.finish();
+    assert!(came.snapshot().postcopy.is_some());
 }
 
 #[test]

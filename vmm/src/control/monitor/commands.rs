@@ -112,6 +112,13 @@ pub const COMMANDS: &[Command] = &[
         },
     },
     Command {
+        names: &["calc_dirty_rate"],
+        parameters: "[-b] seconds [samples]",
+        help: "measure how much the guest writes: by as many pages of a GiB, or by the dirty log (-b)",
+        completion: Completion::None,
+        run: migrate::calc_dirty_rate,
+    },
+    Command {
         names: &["cont", "c"],
         parameters: "",
         help: "run the guest, or run it on",

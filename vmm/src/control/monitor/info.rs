@@ -7,7 +7,7 @@ use super::info_migrate::migration;
 use super::line::Words;
 use super::session::Session;
 use crate::control::block::{BlockInfo, IoStatus};
-use crate::control::command::{CommandError, ErrorClass, RunState};
+use crate::control::command::{CommandError, DirtyRateMode, ErrorClass, RunState};
 use crate::control::size::format_size;
 
 /// Something that `info` shows.
@@ -38,6 +38,12 @@ pub const TOPICS: &[Topic] = &[
         parameters: "",
         help: "the vCPUs and their threads",
         show: cpus,
+    },
+    Topic {
+        name: "dirty_rate",
+        parameters: "",
+        help: "how much the guest writes, as calc_dirty_rate has measured it",
+        show: dirty_rate,
     },
     Topic {
         name: "migrate",
@@ -190,6 +196,29 @@ fn cpus(session: &Session, _: &mut Words) -> Result<String, Failure> {
     Ok(session.machine().cpus().into_iter().map(line).collect())
 }
 
+fn dirty_rate(session: &Session, _: &mut Words) -> Result<String, Failure> {
+    let info = session.machine().dirty_rate();
+    let mut text = format!(
+        "Status: {}\nStart Time: {} (s)\n",
+        info.status.as_str(),
+        info.start_time
+    );
+    if info.mode == DirtyRateMode::PageSampling {
+        let _ = writeln!(text, "Sample Pages: {} (per GB)", info.sample_pages);
+    }
+    let _ = writeln!(
+        text,
+        "Period: {} (sec)\nMode: {}",
+        info.calc_time, info.mode
+    );
+    match info.dirty_rate {
+        Some(rate) => writeln!(text, "Dirty rate: {rate} (MB/s)"),
+        None => writeln!(text, "Dirty rate: (not ready)"),
+    }
+    .unwrap_or_default();
+    Ok(text)
+}
+
 fn networks(session: &Session, _: &mut Words) -> Result<String, Failure> {
     let mut text = String::new();
     for (index, net) in (0..).zip(session.machine().networks()) {
@@ -285,6 +314,14 @@ fn parameters(session: &Session, _: &mut Words) -> Result<String, Failure> {
          x-postcopy-after-rounds: {}\n\
          x-postcopy-after-time: {} ms\n\
          x-postcopy-no-convergence: {}\n\
+         throttle-trigger-threshold: {}\n\
+         cpu-throttle-initial: {}\n\
+         cpu-throttle-increment: {}\n\
+         cpu-throttle-tailslow: {}\n\
+         max-cpu-throttle: {}\n\
+         vcpu-dirty-limit: {} MB/s\n\
+         x-migration-timeout: {} ms\n\
+         x-migration-timeout-action: {}\n\
          announce-initial: {} ms\n\
          announce-max: {} ms\n\
          announce-rounds: {}\n\
@@ -300,6 +337,14 @@ fn parameters(session: &Session, _: &mut Words) -> Result<String, Failure> {
         parameters.postcopy_after_rounds,
         parameters.postcopy_after_time,
         on_off(parameters.postcopy_no_convergence),
+        parameters.convergence.trigger_threshold,
+        parameters.convergence.initial,
+        parameters.convergence.increment,
+        on_off(parameters.convergence.tailslow),
+        parameters.convergence.max,
+        parameters.convergence.vcpu_dirty_limit,
+        parameters.convergence.timeout,
+        parameters.convergence.timeout_action,
         parameters.announce.initial,
         parameters.announce.max,
         parameters.announce.rounds,

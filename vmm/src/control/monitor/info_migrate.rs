@@ -44,6 +44,9 @@ fn write_migration(text: &mut String, info: &MigrationInfo) -> std::fmt::Result 
     if let Some(xbzrle) = &info.xbzrle_cache {
         write_xbzrle(text, xbzrle)?;
     }
+    if let Some(share) = info.cpu_throttle_percentage {
+        writeln!(text, "cpu throttle percentage: {share}")?;
+    }
     write_postcopy(text, info)?;
     if let Some(disk) = &info.disk {
         write_disk(text, disk)?;

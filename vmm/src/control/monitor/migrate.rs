@@ -4,23 +4,32 @@ use super::commands::{Failure, Reply, on_or_off};
 use super::line::Words;
 use super::session::Session;
 use crate::control::command::{
-    CommandError, MigrateRequest, MigrationCapabilityStatus, ParameterChange, StorageCopy, Uri,
+    CommandError, DirtyRateMode, DirtyRateRequest, MigrateRequest, MigrationCapabilityStatus,
+    ParameterChange, StorageCopy, Uri,
 };
 use crate::control::size::parse_size;
 
 /// The migration parameters that `migrate_set_parameter` knows.
-pub const PARAMETERS: [&str; 15] = [
+pub const PARAMETERS: [&str; 23] = [
     "announce-initial",
     "announce-max",
     "announce-rounds",
     "announce-step",
     "avail-switchover-bandwidth",
+    "cpu-throttle-increment",
+    "cpu-throttle-initial",
+    "cpu-throttle-tailslow",
     "downtime-limit",
     "max-bandwidth",
+    "max-cpu-throttle",
     "max-postcopy-bandwidth",
     "multifd-channels",
     "multifd-compression",
     "multifd-zstd-level",
+    "throttle-trigger-threshold",
+    "vcpu-dirty-limit",
+    "x-migration-timeout",
+    "x-migration-timeout-action",
     "x-postcopy-after-rounds",
     "x-postcopy-after-time",
     "x-postcopy-no-convergence",
@@ -97,15 +106,44 @@ pub fn set_parameter(session: &mut Session, mut words: Words) -> Result<Reply, F
         "x-postcopy-after-rounds" => set.postcopy_after_rounds = Some(whole(&value)?),
         "x-postcopy-after-time" => set.postcopy_after_time = Some(milliseconds(&value)?),
         "x-postcopy-no-convergence" => set.postcopy_no_convergence = Some(on_or_off(&value)?),
-        _ => match set.announce.value_mut(&name) {
-            Some(to) => *to = Some(whole(&value)?),
-            None => {
-                let desc = format!("invalid parameter value: {name}");
-                return Err(CommandError::generic(desc).into());
+        "cpu-throttle-tailslow" => set.convergence.tailslow = Some(on_or_off(&value)?),
+        "x-migration-timeout" => set.convergence.timeout = Some(milliseconds(&value)?),
+        "x-migration-timeout-action" => set.convergence.timeout_action = Some(value.parse()?),
+        _ => {
+            let ParameterChange {
+                announce,
+                convergence,
+                ..
+            } = &mut set;
+            let known = announce.value_mut(&name).or(convergence.value_mut(&name));
+            match known {
+                Some(to) => *to = Some(whole(&value)?),
+                None => {
+                    let desc = format!("invalid parameter value: {name}");
+                    return Err(CommandError::generic(desc).into());
+                }
             }
-        },
+        }
     }
     change(session, set)
+}
+
+/// Begins to measure how much the guest writes.
+pub fn calc_dirty_rate(session: &mut Session, mut words: Words) -> Result<Reply, Failure> {
+    let mode = match words.options("b")?.contains('b') {
+        true => DirtyRateMode::DirtyBitmap,
+        false => DirtyRateMode::PageSampling,
+    };
+    let calc_time = whole(&words.required()?)?;
+    let samples = words.optional().map(|word| whole(&word)).transpose()?;
+    words.finish()?;
+    session.machine().measure_dirty_rate(DirtyRateRequest {
+        calc_time,
+        sample_pages: samples.unwrap_or(DirtyRateRequest::SAMPLE_PAGES),
+        mode,
+    })?;
+    let text = "Starting dirty rate measurement: see info dirty_rate\n";
+    Ok(Reply::Text(text.to_owned()))
 }
 
 /// Sets the most that a migration may send.

@@ -33,6 +33,7 @@ pub enum Execution {
 const COMMANDS: &[(&str, Handler)] = &[
     ("balloon", balloon),
     ("announce-self", announce_self),
+    ("calc-dirty-rate", migrate::calc_dirty_rate),
     ("cont", |machine, arguments| {
         nothing(arguments, || machine.cont())
     }),
@@ -60,6 +61,9 @@ const COMMANDS: &[(&str, Handler)] = &[
     }),
     ("query-commands", query_commands),
     ("query-cpus-fast", query_cpus_fast),
+    ("query-dirty-rate", |machine, arguments| {
+        query(arguments, || machine.dirty_rate())
+    }),
     ("query-migrate", |machine, arguments| {
         query(arguments, || machine.migration_info())
     }),

@@ -7,8 +7,8 @@ use serde_json::Value;
 use super::arguments::Arguments;
 use super::commands::nothing;
 use crate::control::command::{
-    AnnounceChange, CommandError, CommandResult, Control, MigrateRequest,
-    MigrationCapabilityStatus, ParameterChange, StorageCopy, Uri,
+    AnnounceChange, CommandError, CommandResult, Control, ConvergenceChange, DirtyRateMode,
+    DirtyRateRequest, MigrateRequest, MigrationCapabilityStatus, ParameterChange, StorageCopy, Uri,
 };
 
 /// Starts a migration, or goes on with one that is paused in post-copy.
@@ -127,6 +127,18 @@ pub fn set_parameters(
     mut arguments: Arguments,
 ) -> CommandResult<Value> {
     let compression = arguments.string("multifd-compression")?;
+    let mut convergence = ConvergenceChange {
+        tailslow: arguments.boolean("cpu-throttle-tailslow")?,
+        ..ConvergenceChange::default()
+    };
+    for name in ConvergenceChange::NUMBERS {
+        if let Some(to) = convergence.value_mut(name) {
+            *to = arguments.unsigned(name)?;
+        }
+    }
+    if let Some(action) = arguments.string("x-migration-timeout-action")? {
+        convergence.timeout_action = Some(action.parse()?);
+    }
     let change = ParameterChange {
         max_bandwidth: arguments.unsigned("max-bandwidth")?,
         avail_switchover_bandwidth: arguments.unsigned("avail-switchover-bandwidth")?,
@@ -139,6 +151,7 @@ pub fn set_parameters(
         postcopy_after_rounds: arguments.unsigned("x-postcopy-after-rounds")?,
         postcopy_after_time: arguments.unsigned("x-postcopy-after-time")?,
         postcopy_no_convergence: arguments.boolean("x-postcopy-no-convergence")?,
+        convergence,
         announce: AnnounceChange {
             initial: arguments.unsigned("announce-initial")?,
             max: arguments.unsigned("announce-max")?,
@@ -147,6 +160,23 @@ pub fn set_parameters(
         },
     };
     nothing(arguments, || machine.change_parameters(change))
+}
+
+/// Begins to measure how much the guest writes.
+pub fn calc_dirty_rate(
+    machine: &Arc<dyn Control>,
+    mut arguments: Arguments,
+) -> CommandResult<Value> {
+    let calc_time = arguments.unsigned("calc-time")?;
+    let mode = arguments.string("mode")?;
+    let request = DirtyRateRequest {
+        calc_time: arguments.required("calc-time", calc_time)?,
+        sample_pages: arguments
+            .unsigned("sample-pages")?
+            .unwrap_or(DirtyRateRequest::SAMPLE_PAGES),
+        mode: mode.map_or(Ok(DirtyRateMode::default()), |mode| mode.parse())?,
+    };
+    nothing(arguments, || machine.measure_dirty_rate(request))
 }
 
 /// Switches capabilities.

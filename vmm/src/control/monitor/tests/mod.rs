@@ -260,7 +260,8 @@ fn info_shows_the_machine() {
     );
     assert_eq!(
         done(&mut session, "info migrate_capabilities"),
-        "events: on\npostcopy-ram: off\nxbzrle: off\nmultifd: off\n"
+        "auto-converge: off\ndirty-limit: off\nevents: on\npostcopy-ram: off\nxbzrle: off\n\
+         multifd: off\n"
     );
 }
 
@@ -338,7 +339,10 @@ fn migration_parameters_have_qemus_units() {
          multifd-channels: 2\nmultifd-compression: none\nmultifd-zstd-level: 1\n\
          xbzrle-cache-size: 67108864 bytes\n\
          x-postcopy-after-rounds: 0\nx-postcopy-after-time: 0 ms\n\
-         x-postcopy-no-convergence: off\nannounce-initial: 50 ms\nannounce-max: 550 ms\n\
+         x-postcopy-no-convergence: off\nthrottle-trigger-threshold: 50\n\
+         cpu-throttle-initial: 20\ncpu-throttle-increment: 10\ncpu-throttle-tailslow: off\n\
+         max-cpu-throttle: 99\nvcpu-dirty-limit: 1 MB/s\nx-migration-timeout: 0 ms\n\
+         x-migration-timeout-action: cancel\nannounce-initial: 50 ms\nannounce-max: 550 ms\n\
          announce-rounds: 5\nannounce-step: 100 ms\n"
     );
     for line in [
@@ -346,6 +350,10 @@ fn migration_parameters_have_qemus_units() {
         "migrate_set_parameter multifd-channels 4",
         "migrate_set_parameter multifd-zstd-level 7",
         "migrate_set_parameter xbzrle-cache-size 128M",
+        "migrate_set_parameter cpu-throttle-tailslow on",
+        "migrate_set_parameter max-cpu-throttle 80",
+        "migrate_set_parameter x-migration-timeout 60000",
+        "migrate_set_parameter x-migration-timeout-action force",
     ] {
         assert_eq!(done(&mut session, line), "");
     }
@@ -353,11 +361,21 @@ fn migration_parameters_have_qemus_units() {
     assert_eq!(p.multifd_compression, MultifdCompression::Zstd);
     assert_eq!(p.multifd_channels, 4);
     assert_eq!((p.multifd_zstd_level, p.xbzrle_cache_size), (7, 128 << 20));
+    let convergence = ConvergenceParameters {
+        tailslow: true,
+        max: 80,
+        timeout: 60_000,
+        timeout_action: TimeoutAction::Force,
+        ..Default::default()
+    };
+    assert_eq!(p.convergence, convergence);
     for line in [
         "migrate_set_parameter multifd-compression zlib",
         "migrate_set_parameter multifd-channels 0",
         "migrate_set_parameter multifd-zstd-level 0",
         "migrate_set_parameter xbzrle-cache-size 100M",
+        "migrate_set_parameter cpu-throttle-initial 100",
+        "migrate_set_parameter x-migration-timeout-action explode",
     ] {
         assert!(is_failure(&done(&mut session, line)), "{line}");
     }

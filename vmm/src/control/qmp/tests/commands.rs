@@ -26,12 +26,17 @@ async fn queries_answer_in_the_shape_of_the_schema() {
                 "announce-step": 100, "max-postcopy-bandwidth": 0, "x-postcopy-after-rounds": 0,
                 "x-postcopy-after-time": 0, "x-postcopy-no-convergence": false,
                 "multifd-channels": 2, "multifd-compression": "none", "multifd-zstd-level": 1,
-                "xbzrle-cache-size": 64 << 20,
+                "xbzrle-cache-size": 64 << 20, "throttle-trigger-threshold": 50,
+                "cpu-throttle-initial": 20, "cpu-throttle-increment": 10,
+                "cpu-throttle-tailslow": false, "max-cpu-throttle": 99,
+                "vcpu-dirty-limit": 1, "x-migration-timeout": 0, "x-migration-timeout-action": "cancel",
             }),
         ),
         (
             "query-migrate-capabilities",
             json!([
+                {"capability": "auto-converge", "state": false},
+                {"capability": "dirty-limit", "state": false},
                 {"capability": "events", "state": true},
                 {"capability": "postcopy-ram", "state": false},
                 {"capability": "xbzrle", "state": false},
@@ -87,6 +92,7 @@ async fn every_listed_command_exists_and_refuses_unknown_arguments() {
         // What a command needs, so that the unknown argument is all that is wrong.
         let mut arguments = match name {
             "balloon" => json!({"value": 1}),
+            "calc-dirty-rate" => json!({"calc-time": 1}),
             "migrate" | "migrate-incoming" | "migrate-recover" => json!({"uri": "tcp:h:1"}),
             "migrate-set-capabilities" => json!({"capabilities": []}),
             "human-monitor-command" => json!({"command-line": "stop"}),
@@ -281,7 +287,9 @@ async fn parameters_and_capabilities_are_checked_and_set() {
     let set = json!({"downtime-limit": 50, "max-bandwidth": u64::MAX, "announce-rounds": 2,
         "max-postcopy-bandwidth": 5, "x-postcopy-after-rounds": 3, "x-postcopy-after-time": 1500,
         "x-postcopy-no-convergence": true, "multifd-compression": "zstd",
-        "multifd-channels": 4, "multifd-zstd-level": 3, "xbzrle-cache-size": 8192});
+        "multifd-channels": 4, "multifd-zstd-level": 3, "xbzrle-cache-size": 8192, "cpu-throttle-initial": 30,
+        "cpu-throttle-tailslow": true, "x-migration-timeout": 5000,
+        "x-migration-timeout-action": "postcopy"});
     client.execute("migrate-set-parameters", set).await.unwrap();
     assert_eq!(
         client
@@ -293,8 +301,10 @@ async fn parameters_and_capabilities_are_checked_and_set() {
             "announce-initial": 50, "announce-max": 550, "announce-rounds": 2,
             "announce-step": 100, "max-postcopy-bandwidth": 5, "x-postcopy-after-rounds": 3,
             "x-postcopy-after-time": 1500, "x-postcopy-no-convergence": true,
-            "multifd-channels": 4, "multifd-compression": "zstd", "multifd-zstd-level": 3,
-            "xbzrle-cache-size": 8192,
+            "multifd-channels": 4, "multifd-compression": "zstd", "multifd-zstd-level": 3, "xbzrle-cache-size": 8192,
+            "throttle-trigger-threshold": 50, "cpu-throttle-initial": 30,
+            "cpu-throttle-increment": 10, "cpu-throttle-tailslow": true, "max-cpu-throttle": 99,
+            "vcpu-dirty-limit": 1, "x-migration-timeout": 5000, "x-migration-timeout-action": "postcopy",
         })
     );
     for (arguments, desc) in [
@@ -362,12 +372,14 @@ async fn parameters_and_capabilities_are_checked_and_set() {
         .await
         .unwrap();
     let Capabilities {
+        auto_converge,
+        dirty_limit,
         events,
         postcopy_ram,
         xbzrle,
         multifd,
     } = setup.machine.capabilities();
-    assert!(!events && postcopy_ram && !xbzrle && !multifd);
+    assert!(!auto_converge && !dirty_limit && !events && postcopy_ram && !xbzrle && !multifd);
     for (arguments, desc) in [
         (json!({}), "Parameter 'capabilities' is missing"),
         (
