@@ -98,7 +98,6 @@ mod tests {
     use migration::bitmap::PageBitmap;
     use migration::layout::Layout;
 
-    use super::*;
     use crate::kvm::tests::kvm_or_skip;
     use crate::test_guest::Machine;
 
