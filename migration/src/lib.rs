@@ -9,7 +9,7 @@
 //! - What users see and set: [`uri`], [`parameters`], [`progress`], [`cancel`].
 //! - The source: [`source`], with its passes over memory (`rounds`, `page_sender`, `outgoing`,
 //!   [`pagemap`], `holes`, `zero`), what it does to pages on their way ([`compression`], [`xbzrle`]), its passes over
-//!   disks (`blocks`, `read_ahead`), its side of the connection (`session`), and arithmetic
+//!   disks (`blocks`, `read_ahead`), its side of the connection (`session`, `send_buffer`), and arithmetic
 //!   ([`convergence`], [`pacing`], [`throttle`]); `timeout` ends what takes too long.
 //! - The destination: [`listener`], [`destination`], its further connections
 //!   (`destination::channels`), and the arriving memory: `placement` before the switch,
@@ -51,6 +51,7 @@ pub mod protocol;
 pub mod read_ahead;
 mod rounds;
 pub mod section;
+mod send_buffer;
 mod session;
 pub mod snapshot;
 pub mod source;

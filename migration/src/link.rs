@@ -10,6 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 
 use crate::cancel::Cancel;
+use crate::send_buffer;
 use crate::zero_copy::ZeroCopy;
 
 /// How long the engine waits for what.
@@ -123,8 +124,8 @@ impl Stream {
                 .unwrap_or(u32::MAX);
             sockopt::set_tcp_user_timeout(&self.fd, millis)?;
         }
-        // The buffers' sizes are left to the kernel: it grows those of TCP to what the link
-        // needs, which setting them by hand would end.
+        // The buffers' sizes are left to the kernel, which grows those of TCP to what the link
+        // needs, until more is known of it: see `send_buffer`.
         Ok(())
     }
 }
@@ -186,6 +187,13 @@ impl Link {
             until: None,
             zero_copy: None,
         })
+    }
+
+    /// Bounds what waits in the kernel to what a link with that round trip needs.
+    pub(crate) fn fit_send_buffer(&self, round_trip: Duration) {
+        if self.stream.tcp {
+            send_buffer::fit(self.stream.as_fd(), round_trip);
+        }
     }
 
     /// From here on pages are sent without a copy, if the socket can do that.

@@ -334,12 +334,10 @@ impl Source<'_> {
         self.offer(session, &offer, uri.is_some())?;
         *late = self.join(uri.as_ref())?;
         let memory = Arc::new(GuestPages::new(self.vm.ram())?);
-        self.connect_more(session, uri.as_ref(), &memory)?;
         self.enter(Step::Blobs);
         self.send_blobs(session, &offer)?;
-        for _ in 0..2 {
-            session.measure_round_trip()?;
-        }
+        session.measure_round_trip()?;
+        self.connect_more(session, uri.as_ref(), &memory)?;
         let mut guest = Contents {
             disks: Disks::open(self.vm, &offer).map_err(vm("opening a disk"))?,
             memory: Memory::new(memory),

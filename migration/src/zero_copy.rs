@@ -43,6 +43,16 @@ impl Sends {
     fn is_useless(&self) -> bool {
         self.done >= TRIED && self.copied == self.done
     }
+
+    /// Those of another connection as well.
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self {
+            tried: self.tried + other.tried,
+            done: self.done + other.done,
+            copied: self.copied + other.copied,
+            refused: self.refused + other.refused,
+        }
+    }
 }
 
 /// A socket on which it was switched on.

@@ -28,6 +28,7 @@ use crate::page_sender::Counts;
 use crate::progress::{Bytes, Compression, Multifd};
 use crate::rounds::Pass;
 use crate::uri::Uri;
+use crate::zero_copy::Sends;
 
 /// Runs of pages for one connection.
 #[derive(Debug, Default)]
@@ -56,6 +57,7 @@ pub(crate) struct Totals {
     pub(crate) by_kind: Bytes,
     pub(crate) counts: Counts,
     pub(crate) compression: Option<Compression>,
+    pub(crate) zero_copy: Option<Sends>,
 }
 
 impl Totals {
@@ -70,6 +72,8 @@ impl Totals {
             compression.pages += other.pages;
             compression.bytes += other.bytes;
         }
+        let zero_copy = [self.zero_copy, other.zero_copy];
+        self.zero_copy = zero_copy.into_iter().flatten().reduce(Sends::and);
     }
 }
 
@@ -80,6 +84,10 @@ pub(crate) struct Setup {
     pub(crate) deadlines: Deadlines,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) memory: Arc<GuestPages>,
+    /// The shortest that is known.
+    pub(crate) round_trip: Duration,
+    /// Whether pages are to be sent without a copy.
+    pub(crate) zero_copy: bool,
 }
 
 /// The connections beside the first one. Dropped, they are broken off.

@@ -110,6 +110,8 @@ impl Source<'_> {
             deadlines: self.job.deadlines.clone(),
             clock: Arc::clone(&self.clock),
             memory: Arc::clone(memory),
+            round_trip: session.convergence.round_trip(),
+            zero_copy: self.job.parameters.zero_copy_send(),
         };
         let count = count.get();
         let channels = Channels::start(setup, count.into(), self.job.parameters.multifd_all())

@@ -87,6 +87,8 @@ impl Worker {
             id,
             deadlines,
             clock,
+            round_trip,
+            zero_copy,
             ..
         } = &*self.setup;
         let stream = connect(uri, &self.connecting, deadlines)?;
@@ -101,6 +103,10 @@ impl Worker {
         .encode(&mut body);
         channel.send_raw(&Preamble::OURS.encode())?;
         channel.send(Kind::Channel, &body)?;
+        channel.link().fit_send_buffer(*round_trip);
+        if *zero_copy {
+            channel.enable_zero_copy();
+        }
         Ok(channel)
     }
 
@@ -130,6 +136,7 @@ fn totals(lane: &Lane, sender: &PageSender) -> Totals {
         by_kind: lane.channel.sent(),
         counts: sender.counts(),
         compression: sender.compression(),
+        zero_copy: lane.channel.zero_copy(),
     }
 }
 
