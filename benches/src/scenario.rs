@@ -107,12 +107,12 @@ impl Scenario {
             link,
             downtime_limit: Duration::from_millis(30),
             postcopy_after: None,
-            // The link is what takes time there, and memory that is never used is the point of
-            // "sparse".
-            prealloc: link == Link::Loopback && name != "sparse",
+            // Where all of it goes over the link that is what takes time, and memory that is never used
+            // is the point of "sparse".
+            prealloc: (link == Link::Loopback && name != "sparse") || name == "text-1g",
             settings: Settings {
                 ferry: match work.data {
-                    Data::Text => optional(&["multifd=on", "multifd-compression=lz4"]),
+                    Data::Text => optional(&["multifd=on", "multifd-compression=zstd"]),
                     _ => vec![],
                 },
                 qemu: qemu.first().map(|best| optional(best)).unwrap_or_default(),
@@ -225,7 +225,7 @@ mod tests {
         }
         let preallocated = Scenario::all().into_iter().filter(|all| all.prealloc);
         let names: Vec<String> = preallocated.map(|scenario| scenario.name).collect();
-        assert_eq!(names, ["idle", "busy", "heavy", "text"]);
+        assert_eq!(names, ["idle", "busy", "heavy", "text", "text-1g"]);
     }
 
     #[test]
@@ -240,8 +240,9 @@ mod tests {
         assert_eq!(
             described("text-1g"),
             "guest of 1024 MiB, 512M of it text, rewrites 20000 pages/s in 64M, sequential; \
-             heartbeat every 200 µs; over 1000 Mbit/s, downtime limit 30 ms; \
-             Ferry: multifd=on multifd-compression=lz4; QEMU: xbzrle=on"
+             heartbeat every 200 µs; over 1000 Mbit/s, downtime limit 30 ms, \
+             the destination's memory preallocated; \
+             Ferry: multifd=on multifd-compression=zstd; QEMU: xbzrle=on"
         );
     }
 }

@@ -115,6 +115,8 @@ pub struct Reported {
     pub load: Option<f64>,
     /// From the agreement to the first instruction.
     pub start: Option<f64>,
+    /// What the whole was estimated to be when it was decided to stop the guest.
+    pub expected: Option<f64>,
 }
 
 /// The program that a VMM is, in whatever build or configuration.

@@ -141,6 +141,9 @@ impl Measured for Outcome {
         figure("  send", Milliseconds, 2, |o| o.reported.send),
         figure("  load", Milliseconds, 2, |o| o.reported.load),
         figure("  start", Milliseconds, 2, |o| o.reported.start),
+        figure("estimated - reported", Milliseconds, 2, |o| {
+            Some(o.reported.expected? - o.reported.total)
+        }),
         figure("felt - reported", Milliseconds, 2, |o| {
             Some(o.felt - o.reported.total)
         }),

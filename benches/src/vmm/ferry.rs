@@ -75,6 +75,7 @@ impl Vmm for Ferry {
             send: ms("send"),
             load: ms("load"),
             start: ms("start"),
+            expected: ms("expected"),
         })
     }
 
