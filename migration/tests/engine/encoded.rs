@@ -32,7 +32,7 @@ fn text(seed: u64, len: usize) -> Vec<u8> {
 }
 
 /// A paused guest with text in every second page, and noise in every tenth.
-fn guest(pages: u64) -> Source {
+pub(crate) fn guest(pages: u64) -> Source {
     let mut vm = Source::new(pages, 300);
     vm.blobs.clear();
     for number in 0..vm.layout.pages() {
@@ -108,7 +108,7 @@ fn what_a_busy_guest_writes_while_it_is_compressed_arrives() {
 }
 
 /// Few words of many pages, again and again, on a link that takes its time.
-const SCATTERED: Writes = Writes {
+pub(crate) const SCATTERED: Writes = Writes {
     pages: 400,
     batch: 100,
     blocks: 0,
@@ -291,7 +291,7 @@ fn what_was_not_picked_is_not_used() {
 }
 
 /// Makes the checksums of a frame right again.
-fn seal(bytes: &mut [u8]) {
+pub(crate) fn seal(bytes: &mut [u8]) {
     let header: [u8; HEADER_LEN] = bytes[..HEADER_LEN].try_into().unwrap();
     let mut word = [0; 4];
     word.copy_from_slice(&header[8..12]);

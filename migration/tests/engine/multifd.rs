@@ -21,18 +21,18 @@ use crate::proxy::{Fate, Frame, Proxy};
 use crate::whole::{BUSY, assert_moved, destination_job, source_job};
 
 /// The first connection of all; the others carry pages.
-const FIRST: usize = 0;
+pub(crate) const FIRST: usize = 0;
 
-struct Ended {
-    outcome: Outcome,
-    error: String,
-    ran: bool,
-    left: Snapshot,
-    came: Snapshot,
+pub(crate) struct Ended {
+    pub(crate) outcome: Outcome,
+    pub(crate) error: String,
+    pub(crate) ran: bool,
+    pub(crate) left: Snapshot,
+    pub(crate) came: Snapshot,
 }
 
 /// Migrates over so many connections beside the first one, all in use, through a proxy.
-fn migrate(
+pub(crate) fn migrate(
     vm: &mut Source,
     channels: u8,
     uri: &str,
@@ -77,13 +77,13 @@ fn migrate(
     }
 }
 
-fn pass(_: &mut Frame) -> Fate {
+pub(crate) fn pass(_: &mut Frame) -> Fate {
     Fate::Pass
 }
 
-const TCP: &str = "tcp:127.0.0.1:0";
+pub(crate) const TCP: &str = "tcp:127.0.0.1:0";
 
-fn carries_pages(kind: Option<Kind>) -> bool {
+pub(crate) fn carries_pages(kind: Option<Kind>) -> bool {
     matches!(
         kind,
         Some(Kind::Pages | Kind::Compressed | Kind::Xbzrle | Kind::Zero)
@@ -138,6 +138,12 @@ fn the_numbers_of_all_connections_add_up() {
     assert_eq!(came.ram.normal, left.ram.normal);
 }
 
+/// Which one it is, as CHANNEL says.
+pub(crate) fn channel_index(frame: &Frame) -> usize {
+    let at = HEADER_LEN + 16;
+    u32::from_le_bytes(frame.bytes[at..at + 4].try_into().unwrap()) as usize
+}
+
 /// What was seen of each connection, on its way from the source.
 #[derive(Default)]
 struct Seen {
@@ -161,9 +167,7 @@ impl Seen {
         *self.frames.entry(frame.connection).or_default() += 1;
         match kind {
             Kind::Channel => {
-                let at = HEADER_LEN + 16;
-                let index = u32::from_le_bytes(frame.bytes[at..at + 4].try_into().unwrap());
-                self.channels.insert(frame.connection, index as usize);
+                self.channels.insert(frame.connection, channel_index(frame));
             }
             Kind::Barrier if frame.connection == FIRST => {
                 self.barriers += 1;
@@ -313,7 +317,7 @@ fn at_data(nth: usize, mut act: impl FnMut(&mut Frame) -> Fate) -> impl FnMut(&m
     }
 }
 
-fn assert_stayed(vm: &Source, ended: &Ended) {
+pub(crate) fn assert_stayed(vm: &Source, ended: &Ended) {
     assert!(!ended.ran && vm.is_running(), "{:?}", ended.outcome);
     assert!(!ended.error.is_empty());
 }

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use migration::frame::{HEADER_LEN, Kind};
 use migration::link::Stream;
@@ -33,6 +34,8 @@ pub(crate) struct Frame {
 pub(crate) enum Fate {
     /// It goes on, as it is or as it was changed.
     Pass,
+    /// It goes on, and takes as long as on a link of so many bytes a second.
+    PassSlowly(u32),
     /// This many bytes of it go on; then the connection ends.
     Cut(usize),
     /// It goes on; then the connection ends.
@@ -174,6 +177,11 @@ fn connect<S: Socket>(near: &S, far: &S, connection: usize, decide: &Decide) {
                 let fate = decide.lock().unwrap()(&mut frame);
                 let (len, cut) = match fate {
                     Fate::Pass => (frame.bytes.len(), false),
+                    Fate::PassSlowly(rate) => {
+                        let seconds = frame.bytes.len() as f64 / f64::from(rate);
+                        std::thread::sleep(Duration::from_secs_f64(seconds));
+                        (frame.bytes.len(), false)
+                    }
                     Fate::PassAndCut => (frame.bytes.len(), true),
                     Fate::Cut(len) => (len.min(frame.bytes.len()), true),
                     Fate::Hold => {

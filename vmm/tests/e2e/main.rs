@@ -29,6 +29,7 @@ mod lifecycle;
 mod linux;
 mod memory;
 mod migrate;
+mod multifd;
 mod mutation;
 mod net;
 mod ping;

@@ -195,7 +195,7 @@ fn memory_that_cannot_be_is_refused_at_the_start() {
         ];
         let log = dir.path().join("log");
         let mut process =
-            guest_tests::driver::process::Process::spawn(crate::harness::ferry(), &arguments, &log)
+            guest_tests::driver::process::Process::spawn(crate::harness::ferry(), arguments, &log)
                 .unwrap();
         if !memory.contains("prealloc") {
             // Only a guest that is there needs it.
@@ -208,7 +208,7 @@ fn memory_that_cannot_be_is_refused_at_the_start() {
             ];
             process = guest_tests::driver::process::Process::spawn(
                 crate::harness::ferry(),
-                &arguments,
+                arguments,
                 &log,
             )
             .unwrap();

@@ -7,6 +7,7 @@ mod disks;
 mod kills;
 mod memory;
 mod moving;
+mod multifd;
 mod network;
 mod recovery;
 mod sockets;
