@@ -17,7 +17,7 @@ pub use super::event::{Event, EventKind, ShutdownCause};
 pub use super::migrate_request::{MigrateRequest, StorageCopy};
 pub use super::migration::{
     BytesByKind, DowntimeParts, FerryMigrationInfo, MigrationInfo, MigrationRound, MigrationStats,
-    MigrationStatus, MultifdInfo,
+    MigrationStatus, MultifdInfo, ZeroCopyInfo,
 };
 pub use super::network::{AnnounceChange, AnnounceParameters, AnnounceRequest, NetworkInfo};
 pub use super::parameters::{MigrationParameters, ParameterChange};

@@ -261,7 +261,7 @@ fn info_shows_the_machine() {
     assert_eq!(
         done(&mut session, "info migrate_capabilities"),
         "auto-converge: off\ndirty-limit: off\nevents: on\npostcopy-ram: off\nxbzrle: off\n\
-         multifd: off\n"
+         multifd: off\nzero-copy-send: off\n"
     );
 }
 
@@ -411,6 +411,12 @@ fn info_migrate_tells_what_there_is_to_tell() {
                 stop: 80,
                 ..Default::default()
             }),
+            zero_copy: Some(ZeroCopyInfo {
+                sends: 40,
+                done: 38,
+                copied: 3,
+                refused: 2,
+            }),
             ..Default::default()
         }),
         ..Default::default()
@@ -424,6 +430,7 @@ fn info_migrate_tells_what_there_is_to_tell() {
         "dirty sync count: 2\n",
         "page size: 4 kbytes\n",
         "downtime parts: stop 80 us,",
+        "\nzero copy: 42 sends, 5 copied\n",
     ] {
         assert!(text.contains(part), "{part} is not in {text}");
     }

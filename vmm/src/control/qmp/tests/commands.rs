@@ -41,6 +41,7 @@ async fn queries_answer_in_the_shape_of_the_schema() {
                 {"capability": "postcopy-ram", "state": false},
                 {"capability": "xbzrle", "state": false},
                 {"capability": "multifd", "state": false},
+                {"capability": "zero-copy-send", "state": false},
             ]),
         ),
     ] {
@@ -378,8 +379,10 @@ async fn parameters_and_capabilities_are_checked_and_set() {
         postcopy_ram,
         xbzrle,
         multifd,
+        zero_copy_send,
     } = setup.machine.capabilities();
     assert!(!auto_converge && !dirty_limit && !events && postcopy_ram && !xbzrle && !multifd);
+    assert!(!zero_copy_send);
     for (arguments, desc) in [
         (json!({}), "Parameter 'capabilities' is missing"),
         (
@@ -440,6 +443,41 @@ async fn the_monitor_answers_in_a_string() {
     assert_eq!(
         client.refused("human-monitor-command", none).await,
         "Parameter 'cpu-index' expects a CPU number"
+    );
+}
+
+#[tokio::test]
+async fn sends_without_a_copy_are_told_and_those_that_were_copied_under_qemus_name() {
+    let setup = Setup::new();
+    let mut client = setup.client().await;
+    let on = json!({"capabilities": [{"capability": "zero-copy-send", "state": true}]});
+    client
+        .execute("migrate-set-capabilities", on)
+        .await
+        .unwrap();
+    assert!(setup.machine.capabilities().zero_copy_send);
+    setup.machine.state().info = MigrationInfo {
+        status: MigrationStatus::Active,
+        ram: Some(MigrationStats {
+            dirty_sync_missed_zero_copy: 5,
+            ..Default::default()
+        }),
+        ferry: Some(FerryMigrationInfo {
+            zero_copy: Some(ZeroCopyInfo {
+                sends: 40,
+                done: 38,
+                copied: 3,
+                refused: 2,
+            }),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let info = client.execute("query-migrate", json!({})).await.unwrap();
+    assert_eq!(info["ram"]["dirty-sync-missed-zero-copy"], 5);
+    assert_eq!(
+        info["x-ferry"]["zero-copy"],
+        json!({"sends": 40, "done": 38, "copied": 3, "refused": 2})
     );
 }
 
