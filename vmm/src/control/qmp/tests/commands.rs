@@ -482,6 +482,52 @@ async fn sends_without_a_copy_are_told_and_those_that_were_copied_under_qemus_na
 }
 
 #[tokio::test]
+async fn a_forecast_is_for_the_link_that_is_given_or_known() {
+    let setup = Setup::new();
+    let mut client = setup.client().await;
+    let name = "x-query-migration-forecast";
+    setup.machine.state().parameters.max_bandwidth = 0;
+    let refused = client.refused(name, json!({})).await;
+    assert!(refused.contains("give it"), "{refused}");
+    let refused = client.refused(name, json!({"bandwidth": 0})).await;
+    assert!(refused.contains("at least 1, got 0"), "{refused}");
+
+    setup.machine.state().forecast = MigrationForecast {
+        least_downtime: 4,
+        throttle_needed: Some(40),
+        memory: 7,
+        dirty_rate: 8,
+        ..MigrationForecast::default()
+    };
+    // Measured, limited, assumed, given: the last that is there counts.
+    let mut expected = json!({
+        "converges": false, "least-downtime": 4, "throttle-needed": 40,
+        "memory": 7, "dirty-rate": 8, "bandwidth": 1,
+    });
+    setup.machine.state().info.ferry = Some(FerryMigrationInfo {
+        bandwidth: Some(1),
+        ..Default::default()
+    });
+    let told = client.execute(name, json!({})).await.unwrap();
+    assert_eq!(told, expected);
+    setup.machine.state().parameters.max_bandwidth = 2;
+    let told = client.execute(name, json!({})).await.unwrap();
+    assert_eq!(told["bandwidth"], 2);
+    setup.machine.state().parameters.avail_switchover_bandwidth = 3;
+    let told = client.execute(name, json!({})).await.unwrap();
+    assert_eq!(told["bandwidth"], 3);
+    expected["bandwidth"] = json!(4);
+    let told = client.execute(name, json!({"bandwidth": 4})).await.unwrap();
+    assert_eq!(told, expected);
+
+    setup.machine.state().failure = Some(CommandError::generic("not measured"));
+    assert_eq!(
+        client.refused(name, json!({"bandwidth": 4})).await,
+        "not measured"
+    );
+}
+
+#[tokio::test]
 async fn postcopy_is_started_paused_and_recovered() {
     let setup = Setup::new();
     let mut client = setup.client().await;
