@@ -1,6 +1,7 @@
 //! When to stop the guest: what a stop would cost, from what has been measured. Arithmetic only;
 //! the measuring is done by the source.
 
+pub mod forecast;
 pub mod refinement;
 
 use std::time::Duration;

@@ -113,8 +113,9 @@ impl Memory {
                 vm.protect(&self.pending, chunk.first, chunk.count)
                     .map_err(PassError::Protect)?;
             }
-            self.send_chunk(pass, chunk, round, session, progress)?;
-            self.pending.clear_range(chunk.first, chunk.count);
+            let end = self.send_chunk(pass, chunk, round, session, progress, stop)?;
+            // What is protected and was not sent stays pending.
+            self.pending.clear_range(chunk.first, end - chunk.first);
             session.look_at_answers()?;
         }
         if let Some(unit) = self.unit.take() {
@@ -162,6 +163,8 @@ impl Memory {
         })
     }
 
+    /// Sends what is pending in a chunk, or as much of it as there is before `stop`: up to the page
+    /// that is returned.
     fn send_chunk(
         &mut self,
         pass: Pass,
@@ -169,7 +172,8 @@ impl Memory {
         round: u64,
         session: &mut Session,
         progress: &Progress,
-    ) -> Result<(), ChannelError> {
+        stop: &dyn Fn() -> bool,
+    ) -> Result<u64, ChannelError> {
         let mut at = chunk.first;
         while let Some(run) = self
             .pending
@@ -186,7 +190,10 @@ impl Memory {
             };
             if !known {
                 self.touched = touched;
-                self.send_touched(run, round, session, progress)?;
+                let end = self.send_touched(run, round, session, progress, stop)?;
+                if end < run.end() {
+                    return Ok(end);
+                }
                 continue;
             }
             let mut untouched_from = run.first;
@@ -196,13 +203,17 @@ impl Memory {
                     count: part.count,
                 };
                 self.skip(untouched_from, part.first, round, session)?;
-                self.send_touched(part, round, session, progress)?;
+                let end = self.send_touched(part, round, session, progress, stop)?;
+                if end < part.end() {
+                    self.touched = touched;
+                    return Ok(end);
+                }
                 untouched_from = part.end();
             }
             self.skip(untouched_from, run.end(), round, session)?;
             self.touched = touched;
         }
-        Ok(())
+        Ok(chunk.end())
     }
 
     fn skip(
@@ -245,14 +256,17 @@ impl Memory {
         Ok(())
     }
 
+    /// Sends a run within one region, or as much of it as there is before `stop`: up to the page
+    /// that is returned.
     fn send_touched(
         &mut self,
         mut run: PageRun,
         round: u64,
         session: &mut Session,
         progress: &Progress,
-    ) -> Result<(), ChannelError> {
-        while run.count > 0 {
+        stop: &dyn Fn() -> bool,
+    ) -> Result<u64, ChannelError> {
+        while run.count > 0 && !stop() {
             let most = session.frame_pages();
             let there = self.unit.as_ref().map_or(0, |unit| unit.pages);
             let part = PageRun {
@@ -278,7 +292,7 @@ impl Memory {
                 self.tell(session, progress);
             }
         }
-        Ok(())
+        Ok(run.first)
     }
 
     fn tell(&mut self, session: &Session, progress: &Progress) {

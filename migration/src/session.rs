@@ -54,6 +54,10 @@ struct Mark {
     starved: Duration,
 }
 
+/// Says whether the pass that is under way is to end as soon as possible; that may become so at
+/// any time.
+pub(crate) type Hurry = Arc<dyn Fn() -> bool + Send + std::marker::Sync>;
+
 pub(crate) struct Session {
     pub(crate) channel: Channel,
     pub(crate) convergence: Convergence,
@@ -62,6 +66,8 @@ pub(crate) struct Session {
     parameters: Arc<Parameters>,
     pacing: Pacing,
     paced: bool,
+    /// Says when not to wait for the pace any longer.
+    hurry: Option<Hurry>,
     marks: VecDeque<Mark>,
     last_mark: u64,
     marked_at: Duration,
@@ -92,6 +98,7 @@ impl Session {
             parameters,
             pacing: Pacing::default(),
             paced: true,
+            hurry: None,
             marks: VecDeque::new(),
             last_mark: 0,
             marked_at: Duration::ZERO,
@@ -109,6 +116,12 @@ impl Session {
     /// From here on the guest is stopped: nothing is held back.
     pub(crate) fn stop_pacing(&mut self) {
         self.paced = false;
+    }
+
+    /// Once that says so, what is sent does not wait for its pace: the pass is to end soon, and
+    /// with a low bandwidth a single frame may wait for long.
+    pub(crate) fn hurry_if(&mut self, hurry: &Hurry) {
+        self.hurry = Some(Arc::clone(hurry));
     }
 
     /// Whether the guest may still run.
@@ -210,7 +223,7 @@ impl Session {
     }
 
     fn pace(&mut self, round: u64) -> Result<(), ChannelError> {
-        while self.paced {
+        while self.paced && !self.hurry.as_ref().is_some_and(|hurry| hurry()) {
             let wait = self
                 .pacing
                 .wait(self.clock.now(), self.parameters.max_bandwidth());

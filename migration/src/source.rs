@@ -302,6 +302,7 @@ impl Source<'_> {
             Arc::clone(&self.job.parameters),
         );
         session.convergence.costs = self.job.costs;
+        session.hurry_if(&self.pressure.hurry());
         let mut late = None;
         let result = self.converse(&mut session, uri, &mut late);
         let moved = match &result {

@@ -8,7 +8,7 @@ use crate::cancel::TooLate;
 use crate::layout::PAGE_SIZE;
 use crate::parameters::TimeoutAction;
 use crate::progress::Round;
-use crate::session::Session;
+use crate::session::{Hurry, Session};
 use crate::throttle::{Moved, Throttle, Throttling};
 use crate::timeout::Timer;
 
@@ -25,6 +25,12 @@ impl Pressure {
     /// at any time.
     pub(super) fn forced(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.forced)
+    }
+
+    /// The same, for who waits.
+    pub(super) fn hurry(&self) -> Hurry {
+        let forced = self.forced();
+        Arc::new(move || forced.load(Ordering::Relaxed))
     }
 
     /// Whether it is so now.

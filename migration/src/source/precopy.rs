@@ -18,7 +18,7 @@ use crate::postcopy::Control;
 use crate::progress::Round;
 use crate::protocol::{NEWEST_VERSION, OLDEST_VERSION};
 use crate::rounds::{Pass, Sent};
-use crate::session::Session;
+use crate::session::{Hurry, Session};
 use crate::uri::Uri;
 use crate::vm::Offer;
 
@@ -166,8 +166,12 @@ impl Source<'_> {
         let mut refinement = Refinement::default();
         let control = self.job.postcopy.clone();
         let forced = self.pressure.forced();
-        let is_hurried =
-            || forced.load(Ordering::Relaxed) || control.as_ref().is_some_and(Control::is_started);
+        let is_forced = self.pressure.hurry();
+        // Disks have to be complete before post-copy, so their blocks keep the pace.
+        let is_hurried: Hurry = Arc::new({
+            let is_forced = Arc::clone(&is_forced);
+            move || is_forced() || control.as_ref().is_some_and(Control::is_started)
+        });
         guest.disks.harvest();
         let mut harvested_at = self.clock.now();
         loop {
@@ -181,14 +185,16 @@ impl Source<'_> {
             };
             let progress = &self.job.progress;
             progress.begin_round(number);
+            session.hurry_if(&is_forced);
             let blocks = guest
                 .disks
                 .send_pending(number, session, progress)
                 .map_err(blocks_error)?;
             let blocks_time = self.clock.now().saturating_sub(began);
+            session.hurry_if(&is_hurried);
             let sent = guest
                 .memory
-                .send(pass, number, self.vm, session, progress, &is_hurried)
+                .send(pass, number, self.vm, session, progress, &*is_hurried)
                 .map_err(pass_error)?;
             let mark = session.mark(number)?;
             guest.disks.flush(number, session, progress)?;

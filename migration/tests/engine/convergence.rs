@@ -183,6 +183,22 @@ fn a_migration_that_takes_too_long_is_brought_to_its_end() {
     assert!(rounds[0].pages < rounds[1].pages, "{rounds:?}");
 }
 
+/// With this bandwidth a single page takes more than an hour.
+#[test]
+fn a_forced_migration_does_not_wait_for_its_pace() {
+    let (mut vm, job) = (Source::new(10_000, 0), slow_job());
+    vm.blobs.clear();
+    job.parameters.set_max_bandwidth(1);
+    timeout(&job, TimeoutAction::Force);
+    let outcome = run(&mut vm, &job);
+    assert!(matches!(outcome, Outcome::Completed(_)), "{outcome:?}");
+    let rounds = job.progress.snapshot().rounds;
+    // Nor does the rest of what was begun go without a pace while the guest runs.
+    let sent = |round: usize| rounds[round].pages + rounds[round].zero;
+    assert!(sent(0) > 0 && sent(0) < 1000, "{rounds:?}");
+    assert!(sent(1) > 9000, "{rounds:?}");
+}
+
 #[test]
 fn a_migration_that_may_not_go_over_into_postcopy_does_not_begin() {
     let (mut vm, job) = (writer(), slow_job());

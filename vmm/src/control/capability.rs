@@ -23,17 +23,20 @@ pub enum MigrationCapability {
     Xbzrle,
     /// Pages go on several connections.
     Multifd,
+    /// Pages go into the network without a copy into the kernel.
+    ZeroCopySend,
 }
 
 impl MigrationCapability {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::AutoConverge,
         Self::DirtyLimit,
         Self::Events,
         Self::PostcopyRam,
         Self::Xbzrle,
         Self::Multifd,
+        Self::ZeroCopySend,
     ];
 
     /// The name in QMP and in the monitor.
@@ -45,6 +48,7 @@ impl MigrationCapability {
             Self::PostcopyRam => "postcopy-ram",
             Self::Xbzrle => "xbzrle",
             Self::Multifd => "multifd",
+            Self::ZeroCopySend => "zero-copy-send",
         }
     }
 }
@@ -92,6 +96,8 @@ pub struct Capabilities {
     pub xbzrle: bool,
     /// [`MigrationCapability::Multifd`].
     pub multifd: bool,
+    /// [`MigrationCapability::ZeroCopySend`].
+    pub zero_copy_send: bool,
 }
 
 impl Default for Capabilities {
@@ -103,6 +109,7 @@ impl Default for Capabilities {
             postcopy_ram: false,
             xbzrle: false,
             multifd: false,
+            zero_copy_send: false,
         }
     }
 }
@@ -117,6 +124,7 @@ impl Capabilities {
             postcopy_ram,
             xbzrle,
             multifd,
+            zero_copy_send,
         } = self;
         let status = |capability| MigrationCapabilityStatus {
             capability,
@@ -127,6 +135,7 @@ impl Capabilities {
                 MigrationCapability::PostcopyRam => postcopy_ram,
                 MigrationCapability::Xbzrle => xbzrle,
                 MigrationCapability::Multifd => multifd,
+                MigrationCapability::ZeroCopySend => zero_copy_send,
             },
         };
         MigrationCapability::ALL.map(status).to_vec()
@@ -142,6 +151,7 @@ impl Capabilities {
                 MigrationCapability::PostcopyRam => self.postcopy_ram = change.state,
                 MigrationCapability::Xbzrle => self.xbzrle = change.state,
                 MigrationCapability::Multifd => self.multifd = change.state,
+                MigrationCapability::ZeroCopySend => self.zero_copy_send = change.state,
             }
         }
         self

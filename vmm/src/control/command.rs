@@ -14,10 +14,11 @@ pub use super::compression::{CompressionInfo, MultifdCompression, XbzrleCacheSta
 pub use super::convergence::{ConvergenceChange, ConvergenceParameters, TimeoutAction};
 pub use super::dirty_rate::{DirtyRateInfo, DirtyRateMode, DirtyRateRequest, DirtyRateStatus};
 pub use super::event::{Event, EventKind, ShutdownCause};
+pub use super::forecast::MigrationForecast;
 pub use super::migrate_request::{MigrateRequest, StorageCopy};
 pub use super::migration::{
     BytesByKind, DowntimeParts, FerryMigrationInfo, MigrationInfo, MigrationRound, MigrationStats,
-    MigrationStatus, MultifdInfo,
+    MigrationStatus, MultifdInfo, ZeroCopyInfo,
 };
 pub use super::network::{AnnounceChange, AnnounceParameters, AnnounceRequest, NetworkInfo};
 pub use super::parameters::{MigrationParameters, ParameterChange};
@@ -136,6 +137,10 @@ pub trait Control: Send + Sync {
 
     /// What was measured. A migration that begins meanwhile ends the measuring.
     fn dirty_rate(&self) -> DirtyRateInfo;
+
+    /// What a migration would be like over a link of so many bytes a second, at least 1. Fails if it
+    /// was not measured how much the guest writes.
+    fn migration_forecast(&self, bandwidth: u64) -> CommandResult<MigrationForecast>;
 
     /// The parameters of migrations.
     fn parameters(&self) -> MigrationParameters;

@@ -16,6 +16,7 @@ pub(crate) struct State {
     pub(crate) run_state: RunState,
     pub(crate) disks: Vec<BlockInfo>,
     pub(crate) info: MigrationInfo,
+    pub(crate) forecast: MigrationForecast,
     pub(crate) parameters: MigrationParameters,
     pub(crate) capabilities: Capabilities,
     pub(crate) balloon: BalloonInfo,
@@ -33,6 +34,7 @@ impl FakeMachine {
             run_state: RunState::Running,
             disks: Vec::new(),
             info: MigrationInfo::default(),
+            forecast: MigrationForecast::default(),
             parameters: MigrationParameters::default(),
             capabilities: Capabilities::default(),
             balloon: BalloonInfo {
@@ -236,6 +238,14 @@ impl Control for FakeMachine {
 
     fn dirty_rate(&self) -> DirtyRateInfo {
         DirtyRateInfo::default()
+    }
+
+    fn migration_forecast(&self, bandwidth: u64) -> CommandResult<MigrationForecast> {
+        let forecast = MigrationForecast {
+            bandwidth,
+            ..self.state().forecast
+        };
+        self.state().failure.take().map_or(Ok(forecast), Err)
     }
 
     fn parameters(&self) -> MigrationParameters {

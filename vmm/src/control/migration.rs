@@ -180,6 +180,8 @@ pub struct MigrationStats {
     pub multifd_bytes: u64,
     /// Pages sent in a second.
     pub pages_per_second: u64,
+    /// Sends that were to go without a copy into the kernel, and went with one.
+    pub dirty_sync_missed_zero_copy: u64,
     /// Bytes sent while the guest ran.
     pub precopy_bytes: u64,
     /// Bytes sent while the guest was stopped.
@@ -214,6 +216,10 @@ pub struct FerryMigrationInfo {
     /// More connections for pages; only at the source, with the capability `multifd`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub multifd: Option<MultifdInfo>,
+    /// Sends without a copy; only at the source, with the capability `zero-copy-send`, and left
+    /// out if no connection can do that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zero_copy: Option<ZeroCopyInfo>,
     /// What happened after the guest had moved ahead of its memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub postcopy: Option<PostcopyInfo>,
@@ -235,6 +241,27 @@ pub struct MultifdInfo {
     /// Why only one is used, or none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub why_one: Option<String>,
+}
+
+/// What became of the sends that were to go without a copy into the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ZeroCopyInfo {
+    /// How many were handed to the kernel so.
+    pub sends: u64,
+    /// Of those, how many the kernel is done with.
+    pub done: u64,
+    /// Of those, how many it has copied all the same.
+    pub copied: u64,
+    /// How many more went with a copy, because no more memory may be pinned.
+    pub refused: u64,
+}
+
+impl ZeroCopyInfo {
+    /// How many went with a copy, for either reason.
+    pub fn missed(&self) -> u64 {
+        self.copied.saturating_add(self.refused)
+    }
 }
 
 /// One round over the guest's memory.
@@ -333,6 +360,7 @@ mod tests {
         assert_eq!(json["total-time"], 1);
         assert_eq!(json["ram"]["page-size"], 4096);
         assert_eq!(json["ram"]["dirty-sync-count"], 0);
+        assert_eq!(json["ram"]["dirty-sync-missed-zero-copy"], 0);
         assert_eq!(json["x-ferry"]["downtime"]["last-pages"], 7);
         assert!(json.get("setup-time").is_none());
     }

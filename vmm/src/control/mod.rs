@@ -14,6 +14,7 @@ pub mod compression;
 pub mod convergence;
 pub mod dirty_rate;
 pub mod event;
+pub mod forecast;
 pub mod migrate_request;
 pub mod migration;
 pub mod monitor;

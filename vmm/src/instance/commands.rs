@@ -10,8 +10,9 @@ use super::{Exit, Instance, State, info};
 use crate::control::command::{
     AnnounceRequest, BalloonInfo, BlockInfo, Capabilities, CommandError, CommandResult, Control,
     CpuInfo, DirtyRateInfo, DirtyRateRequest, ErrorClass, Event, EventKind, FerryBalloonInfo,
-    MigrateRequest, MigrationCapabilityStatus, MigrationInfo, MigrationParameters, NetworkInfo,
-    ParameterChange, RunState, ShutdownCause, SnapshotInfo, StatusInfo, Uri, Work,
+    MigrateRequest, MigrationCapabilityStatus, MigrationForecast, MigrationInfo,
+    MigrationParameters, NetworkInfo, ParameterChange, RunState, ShutdownCause, SnapshotInfo,
+    StatusInfo, Uri, Work,
 };
 use crate::machine::{Machine, backends};
 
@@ -271,6 +272,10 @@ impl Control for Instance {
 
     fn dirty_rate(&self) -> DirtyRateInfo {
         self.show_dirty_rate()
+    }
+
+    fn migration_forecast(&self, bandwidth: u64) -> CommandResult<MigrationForecast> {
+        self.forecast(bandwidth)
     }
 
     fn parameters(&self) -> MigrationParameters {

@@ -33,7 +33,17 @@ struct Shared {
 
 struct State {
     info: DirtyRateInfo,
+    measured: Option<Measured>,
     ended: bool,
+}
+
+/// What is known of the guest once it has been measured.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Measured {
+    /// Bytes that it writes to in a second.
+    pub(super) rate: f64,
+    /// Bytes of its memory that hold something.
+    pub(super) touched: u64,
 }
 
 impl Shared {
@@ -68,7 +78,11 @@ impl DirtyRate {
             mode: request.mode,
         };
         let shared = Arc::new(Shared {
-            state: Mutex::new(State { info, ended: false }),
+            state: Mutex::new(State {
+                info,
+                measured: None,
+                ended: false,
+            }),
             changed: Condvar::new(),
         });
         let thread = thread::Builder::new()
@@ -80,11 +94,20 @@ impl DirtyRate {
                         DirtyRateMode::PageSampling => sample(&guest, request, &shared),
                         DirtyRateMode::DirtyBitmap => log(&guest, request, &shared),
                     };
+                    // Here, as it takes too long for a command on a large guest.
+                    let measured = rate.and_then(|rate| {
+                        let memory = GuestPages::new(guest.ram().clone())?;
+                        Ok(rate.map(|rate| Measured {
+                            rate,
+                            touched: memory.touched_bytes(),
+                        }))
+                    });
                     let mut state = shared.state();
-                    let (status, dirty_rate) = match rate {
-                        Ok(Some(bytes)) => {
-                            debug!(bytes, "dirty rate measured");
-                            (DirtyRateStatus::Measured, Some(bytes as u64 >> 20))
+                    let (status, dirty_rate) = match measured {
+                        Ok(Some(measured)) => {
+                            debug!(?measured, "dirty rate measured");
+                            state.measured = Some(measured);
+                            (DirtyRateStatus::Measured, Some(measured.rate as u64 >> 20))
                         }
                         Ok(None) => (DirtyRateStatus::Unstarted, None),
                         Err(error) => {
@@ -103,6 +126,11 @@ impl DirtyRate {
 
     pub(super) fn info(&self) -> DirtyRateInfo {
         self.shared.state().info
+    }
+
+    /// What was measured, once it is.
+    pub(super) fn measured(&self) -> Option<Measured> {
+        self.shared.state().measured
     }
 
     /// Ends it if it is not over. What it uses of the guest is free then.

@@ -9,13 +9,14 @@ use migration::progress::{
 };
 use migration::uri::Uri;
 use migration::xbzrle::Figures;
+use migration::zero_copy::Sends;
 
 use super::convergence;
 use crate::control::command::{
     AnnounceParameters, BytesByKind, CommandError, CommandResult, CompressionInfo, DowntimeParts,
     FerryMigrationInfo, MigrationInfo, MigrationParameters, MigrationRound, MigrationStats,
     MigrationStatus, MultifdCompression, MultifdInfo, ParameterChange, PostcopyInfo, SocketAddress,
-    XbzrleCacheStats,
+    XbzrleCacheStats, ZeroCopyInfo,
 };
 
 /// QAPI's status. Clients of QEMU know no hand-over without an answer: to them it is a failure,
@@ -71,6 +72,9 @@ pub(super) fn outgoing(snapshot: &Snapshot) -> MigrationInfo {
             postcopy_requests: postcopy.requests,
             postcopy_bytes: postcopy.bytes,
             multifd_bytes: snapshot.multifd.as_ref().map_or(0, |multifd| multifd.bytes),
+            dirty_sync_missed_zero_copy: snapshot
+                .zero_copy
+                .map_or(0, |sends| zero_copy(sends).missed()),
             ..stats(&snapshot.ram)
         }),
         disk: snapshot
@@ -132,6 +136,7 @@ fn stats(ram: &Ram) -> MigrationStats {
         downtime_bytes,
         // Told beside it.
         multifd_bytes: 0,
+        dirty_sync_missed_zero_copy: 0,
         postcopy_requests: 0,
         postcopy_bytes: 0,
     }
@@ -183,6 +188,7 @@ fn ferry(snapshot: &Snapshot) -> FerryMigrationInfo {
         round_trip: snapshot.round_trip.map(us),
         compression: snapshot.compression.map(compression),
         multifd: snapshot.multifd.as_ref().map(multifd),
+        zero_copy: snapshot.zero_copy.map(zero_copy),
         postcopy: snapshot.postcopy.as_ref().map(postcopy),
     }
 }
@@ -198,6 +204,21 @@ fn multifd(figures: &Multifd) -> MultifdInfo {
         channels: *channels,
         in_use: *in_use,
         why_one: why_one.clone(),
+    }
+}
+
+fn zero_copy(sends: Sends) -> ZeroCopyInfo {
+    let Sends {
+        tried,
+        done,
+        copied,
+        refused,
+    } = sends;
+    ZeroCopyInfo {
+        sends: tried,
+        done,
+        copied,
+        refused,
     }
 }
 

@@ -199,6 +199,7 @@ impl Instance {
         }
         self.0.parameters.set_xbzrle(after.xbzrle);
         self.0.parameters.set_multifd(after.multifd);
+        self.0.parameters.set_zero_copy_send(after.zero_copy_send);
         let throttle = self.0.parameters.throttle();
         throttle.set_auto_converge(after.auto_converge);
         throttle.set_dirty_limit(after.dirty_limit);

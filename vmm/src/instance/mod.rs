@@ -13,6 +13,7 @@ mod arriving_disk;
 mod commands;
 mod convergence;
 mod dirty_rate;
+mod forecast;
 mod guest_events;
 mod incoming;
 mod info;

@@ -157,6 +157,9 @@ fn what_a_guest_writes_is_measured_in_both_ways() {
         source.execute("query-dirty-rate", Value::Null)["status"],
         "unstarted"
     );
+    let forecast = "x-query-migration-forecast";
+    let refusal = source.refused(forecast, json!({ "bandwidth": 1 << 30 }));
+    assert!(refusal.contains("calc-dirty-rate"), "{refusal}");
     for (mode, least, most) in [
         // Of all of its 16 MiB, over and over, and of little else.
         ("page-sampling", 8, 24),
@@ -180,6 +183,15 @@ fn what_a_guest_writes_is_measured_in_both_ways() {
         let rate = info["dirty-rate"].as_u64().unwrap();
         assert!((least..=most).contains(&rate), "{info}");
     }
+    // It writes to 16 MiB a second at most, and has 64.
+    let fast = source.execute(forecast, json!({ "bandwidth": 1 << 30 }));
+    assert_eq!(fast["converges"], true, "{fast}");
+    let memory = fast["memory"].as_u64().unwrap();
+    assert!((16 << 20..=64 << 20).contains(&memory), "{fast}");
+    let slow = source.execute(forecast, json!({ "bandwidth": 4 << 20 }));
+    assert_eq!(slow["converges"], false, "{slow}");
+    assert!(slow["throttle-needed"].as_u64() >= Some(60), "{slow}");
+    assert!(slow["bandwidth-needed"].as_u64() > Some(12 << 20), "{slow}");
     // A migration needs the log for itself.
     let long = json!({ "calc-time": 60, "mode": "dirty-bitmap" });
     source.execute("calc-dirty-rate", long.clone());

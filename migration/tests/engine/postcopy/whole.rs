@@ -53,6 +53,26 @@ fn a_guest_moves_when_its_time_is_up() {
     assert!(came.snapshot().postcopy.is_some());
 }
 
+/// Not even its pace holds it up, which has it wait for more than an hour in the middle of a pass.
+#[test]
+fn a_guest_moves_when_its_time_is_up_whatever_the_bandwidth() {
+    require_userfault!();
+    for multifd in [false, true] {
+        let mut vm = busy(16_384);
+        vm.blobs.clear();
+        let moving = Moving::begin(vm, |job, _| {
+            job.parameters.set_max_bandwidth(1);
+            job.parameters.set_multifd(multifd);
+            job.parameters.timeout().set_ms(300);
+            let postcopy = TimeoutAction::Postcopy;
+            job.parameters.timeout().set_action(postcopy);
+        });
+        let came = Arc::clone(&moving.came);
+        moving.finish();
+        assert!(came.snapshot().postcopy.is_some());
+    }
+}
+
 #[test]
 fn a_connection_that_breaks_again_and_again_is_replaced() {
     require_userfault!();

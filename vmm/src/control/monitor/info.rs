@@ -5,6 +5,7 @@ use std::fmt::Write;
 use super::commands::{Failure, Reply};
 use super::info_migrate::migration;
 use super::line::Words;
+use super::migrate;
 use super::session::Session;
 use crate::control::block::{BlockInfo, IoStatus};
 use crate::control::command::{CommandError, DirtyRateMode, ErrorClass, RunState};
@@ -62,6 +63,12 @@ pub const TOPICS: &[Topic] = &[
         parameters: "",
         help: "the migration parameters",
         show: parameters,
+    },
+    Topic {
+        name: "migration_forecast",
+        parameters: "[bandwidth]",
+        help: "whether a migration would converge, how long it would take, with what downtime",
+        show: migrate::forecast,
     },
     Topic {
         name: "name",

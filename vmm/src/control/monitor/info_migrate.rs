@@ -70,6 +70,14 @@ fn write_migration(text: &mut String, info: &MigrationInfo) -> std::fmt::Result 
     if let Some(multifd) = &ferry.multifd {
         write_multifd(text, multifd)?;
     }
+    if let Some(zero_copy) = &ferry.zero_copy {
+        writeln!(
+            text,
+            "zero copy: {} sends, {} copied",
+            zero_copy.sends.saturating_add(zero_copy.refused),
+            zero_copy.missed()
+        )?;
+    }
     if let Some(parts) = &ferry.downtime {
         writeln!(
             text,

@@ -146,6 +146,13 @@ pub fn calc_dirty_rate(session: &mut Session, mut words: Words) -> Result<Reply,
     Ok(Reply::Text(text.to_owned()))
 }
 
+/// What a migration would be like, over a link whose bandwidth may be given.
+pub fn forecast(session: &Session, words: &mut Words) -> Result<String, Failure> {
+    let given = words.optional().map(|word| bandwidth(&word)).transpose()?;
+    let forecast = session.machine().forecast_migration(given)?;
+    Ok(forecast.to_string())
+}
+
 /// Sets the most that a migration may send.
 pub fn set_speed(session: &mut Session, mut words: Words) -> Result<Reply, Failure> {
     let value = words.required()?;

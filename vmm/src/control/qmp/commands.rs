@@ -91,6 +91,7 @@ const COMMANDS: &[(&str, Handler)] = &[
     ("system_reset", |machine, arguments| {
         nothing(arguments, || machine.system_reset())
     }),
+    ("x-query-migration-forecast", migrate::forecast),
 ];
 
 /// Carries a command out.

@@ -179,6 +179,14 @@ pub fn calc_dirty_rate(
     nothing(arguments, || machine.measure_dirty_rate(request))
 }
 
+/// What a migration would be like.
+pub fn forecast(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResult<Value> {
+    let bandwidth = arguments.unsigned("bandwidth")?;
+    arguments.finish()?;
+    let forecast = machine.forecast_migration(bandwidth)?;
+    serde_json::to_value(forecast).map_err(|error| CommandError::generic(error.to_string()))
+}
+
 /// Switches capabilities.
 pub fn set_capabilities(
     machine: &Arc<dyn Control>,

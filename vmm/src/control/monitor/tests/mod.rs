@@ -214,6 +214,8 @@ fn every_command_and_topic_has_help() {
         }
         assert!(all.contains(command.names[0]));
     }
+    // For the forecast.
+    machine.state().parameters.max_bandwidth = 1;
     for topic in TOPICS {
         let text = done(&mut session, &format!("info {}", topic.name));
         assert!(!is_failure(&text), "{text}");
@@ -261,7 +263,7 @@ fn info_shows_the_machine() {
     assert_eq!(
         done(&mut session, "info migrate_capabilities"),
         "auto-converge: off\ndirty-limit: off\nevents: on\npostcopy-ram: off\nxbzrle: off\n\
-         multifd: off\n"
+         multifd: off\nzero-copy-send: off\n"
     );
 }
 
@@ -411,6 +413,12 @@ fn info_migrate_tells_what_there_is_to_tell() {
                 stop: 80,
                 ..Default::default()
             }),
+            zero_copy: Some(ZeroCopyInfo {
+                sends: 40,
+                done: 38,
+                copied: 3,
+                refused: 2,
+            }),
             ..Default::default()
         }),
         ..Default::default()
@@ -424,9 +432,46 @@ fn info_migrate_tells_what_there_is_to_tell() {
         "dirty sync count: 2\n",
         "page size: 4 kbytes\n",
         "downtime parts: stop 80 us,",
+        "\nzero copy: 42 sends, 5 copied\n",
     ] {
         assert!(text.contains(part), "{part} is not in {text}");
     }
+}
+
+#[test]
+fn a_forecast_is_shown_and_says_what_would_help() {
+    let (machine, mut session) = session();
+    machine.state().forecast = MigrationForecast {
+        converges: true,
+        rounds: Some(3),
+        total_time: Some(4500),
+        downtime: Some(12),
+        least_downtime: 4,
+        memory: 512 << 20,
+        dirty_rate: 20 << 20,
+        ..MigrationForecast::default()
+    };
+    assert_eq!(
+        done(&mut session, "info migration_forecast 100"),
+        "memory: 512.0 MiB\ndirty rate: 20.0 MiB/s\nbandwidth: 100.0 MiB/s\nconverges: yes\n\
+         rounds: 3\ntotal time: 4500 ms\ndowntime: 12 ms\nleast downtime: 4 ms\n"
+    );
+    machine.state().forecast = MigrationForecast {
+        least_downtime: 4,
+        throttle_needed: Some(40),
+        bandwidth_needed: Some(2 << 30),
+        ..MigrationForecast::default()
+    };
+    let text = done(&mut session, "info migration_forecast 1G");
+    assert!(
+        text.ends_with(
+            "bandwidth: 1.0 GiB/s\nconverges: no\nleast downtime: 4 ms\n\
+             throttle needed: 40 %\nbandwidth needed: 2.0 GiB/s\n"
+        ),
+        "{text}"
+    );
+    let wrong = done(&mut session, "info migration_forecast fast");
+    assert!(is_failure(&wrong), "{wrong}");
 }
 
 #[test]

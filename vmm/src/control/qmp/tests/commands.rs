@@ -41,6 +41,7 @@ async fn queries_answer_in_the_shape_of_the_schema() {
                 {"capability": "postcopy-ram", "state": false},
                 {"capability": "xbzrle", "state": false},
                 {"capability": "multifd", "state": false},
+                {"capability": "zero-copy-send", "state": false},
             ]),
         ),
     ] {
@@ -378,8 +379,10 @@ async fn parameters_and_capabilities_are_checked_and_set() {
         postcopy_ram,
         xbzrle,
         multifd,
+        zero_copy_send,
     } = setup.machine.capabilities();
     assert!(!auto_converge && !dirty_limit && !events && postcopy_ram && !xbzrle && !multifd);
+    assert!(!zero_copy_send);
     for (arguments, desc) in [
         (json!({}), "Parameter 'capabilities' is missing"),
         (
@@ -440,6 +443,87 @@ async fn the_monitor_answers_in_a_string() {
     assert_eq!(
         client.refused("human-monitor-command", none).await,
         "Parameter 'cpu-index' expects a CPU number"
+    );
+}
+
+#[tokio::test]
+async fn sends_without_a_copy_are_told_and_those_that_were_copied_under_qemus_name() {
+    let setup = Setup::new();
+    let mut client = setup.client().await;
+    let on = json!({"capabilities": [{"capability": "zero-copy-send", "state": true}]});
+    client
+        .execute("migrate-set-capabilities", on)
+        .await
+        .unwrap();
+    assert!(setup.machine.capabilities().zero_copy_send);
+    setup.machine.state().info = MigrationInfo {
+        status: MigrationStatus::Active,
+        ram: Some(MigrationStats {
+            dirty_sync_missed_zero_copy: 5,
+            ..Default::default()
+        }),
+        ferry: Some(FerryMigrationInfo {
+            zero_copy: Some(ZeroCopyInfo {
+                sends: 40,
+                done: 38,
+                copied: 3,
+                refused: 2,
+            }),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let info = client.execute("query-migrate", json!({})).await.unwrap();
+    assert_eq!(info["ram"]["dirty-sync-missed-zero-copy"], 5);
+    assert_eq!(
+        info["x-ferry"]["zero-copy"],
+        json!({"sends": 40, "done": 38, "copied": 3, "refused": 2})
+    );
+}
+
+#[tokio::test]
+async fn a_forecast_is_for_the_link_that_is_given_or_known() {
+    let setup = Setup::new();
+    let mut client = setup.client().await;
+    let name = "x-query-migration-forecast";
+    setup.machine.state().parameters.max_bandwidth = 0;
+    let refused = client.refused(name, json!({})).await;
+    assert!(refused.contains("give it"), "{refused}");
+    let refused = client.refused(name, json!({"bandwidth": 0})).await;
+    assert!(refused.contains("at least 1, got 0"), "{refused}");
+
+    setup.machine.state().forecast = MigrationForecast {
+        least_downtime: 4,
+        throttle_needed: Some(40),
+        memory: 7,
+        dirty_rate: 8,
+        ..MigrationForecast::default()
+    };
+    // Measured, limited, assumed, given: the last that is there counts.
+    let mut expected = json!({
+        "converges": false, "least-downtime": 4, "throttle-needed": 40,
+        "memory": 7, "dirty-rate": 8, "bandwidth": 1,
+    });
+    setup.machine.state().info.ferry = Some(FerryMigrationInfo {
+        bandwidth: Some(1),
+        ..Default::default()
+    });
+    let told = client.execute(name, json!({})).await.unwrap();
+    assert_eq!(told, expected);
+    setup.machine.state().parameters.max_bandwidth = 2;
+    let told = client.execute(name, json!({})).await.unwrap();
+    assert_eq!(told["bandwidth"], 2);
+    setup.machine.state().parameters.avail_switchover_bandwidth = 3;
+    let told = client.execute(name, json!({})).await.unwrap();
+    assert_eq!(told["bandwidth"], 3);
+    expected["bandwidth"] = json!(4);
+    let told = client.execute(name, json!({"bandwidth": 4})).await.unwrap();
+    assert_eq!(told, expected);
+
+    setup.machine.state().failure = Some(CommandError::generic("not measured"));
+    assert_eq!(
+        client.refused(name, json!({"bandwidth": 4})).await,
+        "not measured"
     );
 }
 
