@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 
 use crate::cancel::Cancel;
-use crate::send_buffer;
+use crate::send_buffer::SendBuffer;
 use crate::zero_copy::ZeroCopy;
 
 /// How long the engine waits for what.
@@ -175,6 +175,7 @@ pub(crate) struct Link {
     patience: Duration,
     until: Option<Instant>,
     zero_copy: Option<ZeroCopy>,
+    send_buffer: Option<SendBuffer>,
 }
 
 impl Link {
@@ -186,13 +187,24 @@ impl Link {
             patience: deadlines.progress,
             until: None,
             zero_copy: None,
+            send_buffer: None,
         })
     }
 
-    /// Bounds what waits in the kernel to what a link with that round trip needs.
-    pub(crate) fn fit_send_buffer(&self, round_trip: Duration) {
+    /// From here on it is found out whether less should wait in the kernel.
+    pub(crate) fn watch_send_buffer(&mut self, round_trip: Duration) {
         if self.stream.tcp {
-            send_buffer::fit(self.stream.as_fd(), round_trip);
+            self.send_buffer = Some(SendBuffer::new(round_trip));
+        }
+    }
+
+    /// Sending so many bytes took so long.
+    pub(crate) fn sent(&mut self, bytes: u64, took: Duration) {
+        let socket = self.stream.as_fd();
+        if let Some(buffer) = &mut self.send_buffer
+            && buffer.sent(socket, bytes, took)
+        {
+            self.send_buffer = None;
         }
     }
 

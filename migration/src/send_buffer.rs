@@ -1,9 +1,10 @@
 //! How much of what is sent may wait in the kernel.
 //!
 //! The kernel grows the buffer of a connection up to what tcp_wmem allows, 4 MiB as a rule. On a
-//! short link less is enough to keep it busy, and better: what waits no longer than it stays in the
-//! processor's caches costs a fifth less to send and to receive (docs/performance.md), and what is sent last
-//! has less to wait for.
+//! short and fast link less is enough to keep it busy, and better: what waits no longer than it stays
+//! in the processor's caches costs a fifth less to send and to receive (docs/performance.md), and what is
+//! sent last has less to wait for. On a slow one a large buffer keeps the link busy while the sender
+//! waits for a CPU.
 
 use std::fs;
 use std::os::fd::BorrowedFd;
@@ -13,6 +14,12 @@ use rustix::net::sockopt;
 
 /// No buffer is smaller: 1 MiB.
 const LEAST: u64 = 1 << 20;
+
+/// After so many bytes it is clear whether the link is fast.
+const SAMPLE: u64 = 16 << 20;
+
+/// A fast link takes so many bytes a second: most of 10 Gbit/s.
+const FAST: f64 = 800e6;
 
 /// What the kernel goes up to by itself; from there on it does better.
 const MOST: u64 = 4 << 20;
@@ -36,8 +43,45 @@ fn allowed(limit: u64, round_trip: Duration) -> Option<u64> {
     (allowed as f64 >= round_trip.as_secs_f64() * FASTEST).then_some(allowed)
 }
 
+/// Finds out whether the buffer is better bounded.
+#[derive(Debug)]
+pub(crate) struct SendBuffer {
+    round_trip: Duration,
+    bytes: u64,
+    sending: Duration,
+}
+
+impl SendBuffer {
+    /// For a connection with that round trip.
+    pub(crate) fn new(round_trip: Duration) -> Self {
+        Self {
+            round_trip,
+            bytes: 0,
+            sending: Duration::ZERO,
+        }
+    }
+
+    /// Sending so many bytes took so long. Says when it has found out, and has bounded the buffer
+    /// if that is better.
+    pub(crate) fn sent(&mut self, socket: BorrowedFd<'_>, bytes: u64, took: Duration) -> bool {
+        self.bytes += bytes;
+        self.sending += took;
+        if self.bytes < SAMPLE {
+            return false;
+        }
+        if self.is_fast() {
+            fit(socket, self.round_trip);
+        }
+        true
+    }
+
+    fn is_fast(&self) -> bool {
+        self.bytes as f64 >= FAST * self.sending.as_secs_f64()
+    }
+}
+
 /// Bounds the buffer of a TCP connection with that round trip if that helps.
-pub(crate) fn fit(socket: BorrowedFd<'_>, round_trip: Duration) {
+fn fit(socket: BorrowedFd<'_>, round_trip: Duration) {
     let Some(size) = size(round_trip) else {
         return;
     };
@@ -62,6 +106,17 @@ mod tests {
         assert_eq!(size(50), Some(LEAST));
         assert_eq!(size(300), Some(2_400_000));
         assert_eq!(size(1000), None);
+    }
+
+    #[test]
+    fn only_a_fast_link_is_better_off() {
+        let after = |rate: f64| SendBuffer {
+            round_trip: Duration::ZERO,
+            bytes: SAMPLE,
+            sending: Duration::from_secs_f64(SAMPLE as f64 / rate),
+        };
+        assert!(after(1.1e9).is_fast());
+        assert!(!after(1.6e8).is_fast());
     }
 
     #[test]

@@ -366,7 +366,7 @@ impl Session {
             }
         }
         let round_trip = self.convergence.round_trip();
-        self.channel.link().fit_send_buffer(round_trip);
+        self.channel.link().watch_send_buffer(round_trip);
         Ok(())
     }
 

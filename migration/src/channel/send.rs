@@ -85,7 +85,8 @@ impl Channel {
     ) -> Result<(), ChannelError> {
         self.torn = true;
         let mut done = 0;
-        let mut since = Instant::now();
+        let began = Instant::now();
+        let mut since = began;
         while done < total {
             match self.send_some(parts, memory, runs, done, total) {
                 Ok(count) => {
@@ -100,6 +101,7 @@ impl Channel {
             }
         }
         self.torn = false;
+        self.link.sent(total, began.elapsed());
         Ok(())
     }
 

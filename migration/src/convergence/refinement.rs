@@ -13,7 +13,7 @@ const LEAST_GAIN: f64 = 0.2;
 const LEAST_TIME: Duration = Duration::from_micros(500);
 
 /// All of them together may take that share of the migration's time so far.
-const SHARE: f64 = 0.05;
+const SHARE: f64 = 0.1;
 
 /// What is known at the end of a round whose rest fits.
 #[derive(Clone, Copy, Debug)]

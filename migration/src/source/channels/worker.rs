@@ -103,7 +103,7 @@ impl Worker {
         .encode(&mut body);
         channel.send_raw(&Preamble::OURS.encode())?;
         channel.send(Kind::Channel, &body)?;
-        channel.link().fit_send_buffer(*round_trip);
+        channel.link().watch_send_buffer(*round_trip);
         if *zero_copy {
             channel.enable_zero_copy();
         }
