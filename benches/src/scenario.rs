@@ -87,7 +87,7 @@ impl Scenario {
         // The first is what QEMU gets unless it is tuned.
         let bulk: &[&[&str]] = &[PLAIN, MULTIFD];
         let dirty: &[&[&str]] = &[PLAIN, XBZRLE, MULTIFD];
-        let words: &[&[&str]] = &[ZSTD, PLAIN, MULTIFD];
+        let words: &[&[&str]] = &[PLAIN, ZSTD, MULTIFD];
         let narrow: &[&[&str]] = &[XBZRLE, XBZRLE_LARGE, ZSTD, COMPRESS];
         [
             ("idle", 1, idle, Link::Loopback, bulk),
