@@ -180,32 +180,32 @@ impl Session {
         data: &[&[u8]],
         round: u64,
     ) -> Result<(), ChannelError> {
-        self.pace(round)?;
-        self.begin();
-        let before = self.channel.sent_bytes();
-        self.channel.send_data(kind, body, data)?;
-        self.sent(before, round)
+        self.send_in_time(round, |channel| channel.send_data(kind, body, data))
     }
 
     /// Sends any other frame of a round, in time.
     pub(crate) fn send(&mut self, kind: Kind, body: &[u8], round: u64) -> Result<(), ChannelError> {
+        self.send_in_time(round, |channel| channel.send(kind, body))
+    }
+
+    fn send_in_time(
+        &mut self,
+        round: u64,
+        send: impl FnOnce(&mut Channel) -> Result<(), ChannelError>,
+    ) -> Result<(), ChannelError> {
         self.pace(round)?;
         self.begin();
         let before = self.channel.sent_bytes();
-        self.channel.send(kind, body)?;
-        self.sent(before, round)
+        send(&mut self.channel)?;
+        self.pacing.sent(self.channel.sent_bytes() - before);
+        self.look_at_answers()?;
+        self.mark_if_due(round)
     }
 
     fn begin(&mut self) {
         if self.began.is_none() {
             self.began = Some(self.clock.now());
         }
-    }
-
-    fn sent(&mut self, before: u64, round: u64) -> Result<(), ChannelError> {
-        self.pacing.sent(self.channel.sent_bytes() - before);
-        self.look_at_answers()?;
-        self.mark_if_due(round)
     }
 
     fn mark_if_due(&mut self, round: u64) -> Result<(), ChannelError> {
@@ -425,11 +425,7 @@ impl FrameSink for Session {
         runs: &[PageRun],
         round: u64,
     ) -> Result<(), ChannelError> {
-        self.pace(round)?;
-        self.begin();
-        let before = self.channel.sent_bytes();
-        self.channel.send_pages(body, memory, runs)?;
-        self.sent(before, round)
+        self.send_in_time(round, |channel| channel.send_pages(body, memory, runs))
     }
 
     fn send_data(

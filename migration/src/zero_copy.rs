@@ -171,9 +171,9 @@ fn completed(socket: BorrowedFd<'_>) -> Option<(u64, bool)> {
     if !of_errors || (len as u64) < u64::from(needed) {
         return None;
     }
+    type Told = libc::sock_extended_err;
     // SAFETY: the message is that long, within `control`; it is copied out, aligned or not.
-    let error: libc::sock_extended_err =
-        unsafe { std::ptr::read_unaligned(libc::CMSG_DATA(header).cast()) };
+    let error: Told = unsafe { std::ptr::read_unaligned(libc::CMSG_DATA(header).cast()) };
     if error.ee_origin != SO_EE_ORIGIN_ZEROCOPY {
         return None;
     }

@@ -12,9 +12,9 @@ use super::MemoryError;
 /// Asks for huge pages wherever there are some.
 pub(super) fn huge_pages(ram: &GuestRam) -> Result<(), MemoryError> {
     for region in ram.iter() {
+        let (start, len) = (region.as_ptr().cast(), region.size());
         // SAFETY: the range is a whole mapping, which `ram` keeps; the advice changes no contents.
-        let advised =
-            unsafe { madvise(region.as_ptr().cast(), region.size(), Advice::LinuxHugepage) };
+        let advised = unsafe { madvise(start, len, Advice::LinuxHugepage) };
         advised.map_err(|error| MemoryError::Transparent(error.into()))?;
     }
     Ok(())
