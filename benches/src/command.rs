@@ -9,6 +9,7 @@ use std::path::Path;
 
 use crate::contenders::{self, Choice, Found};
 use crate::error::Error;
+use crate::interrupt;
 use crate::machine::Machine;
 use crate::proc;
 use crate::remote::Connection;
@@ -22,6 +23,12 @@ use options::{Common, OtherHost, What};
 
 /// Does what the options say; `own` is the build of Ferry that is measured unless they name another.
 pub fn run(options: &Options, own: &Path) -> Result<(), Error> {
+    interrupt::watch().map_err(Error::io("watching for signals"))?;
+    // What a process that was killed did not do is not the reason.
+    carry_out(options, own).map_err(|err| interrupt::check().err().unwrap_or(err))
+}
+
+fn carry_out(options: &Options, own: &Path) -> Result<(), Error> {
     let common = &options.common;
     let Found { vmms, notes } = contenders::find(&Choice {
         ferry: common.ferry.as_deref().unwrap_or(own),

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use guest_tests::driver::namespace::NamespaceError;
 use guest_tests::driver::qmp::QmpError;
 use guest_tests::driver::serial::WaitError;
 
@@ -50,9 +51,18 @@ pub enum Error {
         /// Whether a VMM there has refused a command, and is otherwise well.
         refused: bool,
     },
+    /// The network between the two processes.
+    #[error(transparent)]
+    Network(#[from] NamespaceError),
     /// A picture of the figures.
     #[error(transparent)]
     Plot(#[from] PlotError),
+    /// A signal.
+    #[error("ended by signal {signal}")]
+    Interrupted {
+        /// Its number.
+        signal: i32,
+    },
     /// A figure makes no sense, or something failed that must not.
     #[error("{0}")]
     Wrong(String),

@@ -19,6 +19,7 @@ pub mod disk;
 pub mod end;
 pub mod error;
 pub mod figure;
+pub mod interrupt;
 pub mod machine;
 pub mod migration;
 pub mod network;

@@ -1,8 +1,10 @@
 //! The network between the two processes of a migration.
 
+use std::io;
 use std::net::{IpAddr, Ipv4Addr};
-use std::process::Command;
+use std::sync::Arc;
 
+use guest_tests::driver::namespace::Namespace;
 use serde_json::Value;
 
 use crate::error::Error;
@@ -18,11 +20,11 @@ const LATENCY: &str = "20ms";
 /// The address of the destination on a link of its own.
 const ADDRESSES: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 213, 77, 1), Ipv4Addr::new(10, 213, 77, 2)];
 
-/// Where the two processes are, and what is between them. Namespaces of its own go with it.
+/// Where the two processes are, and what is between them.
 #[derive(Debug)]
 pub struct Network {
     /// The namespaces of the source and of the destination, where they have any.
-    namespaces: Option<[String; 2]>,
+    namespaces: Option<[Arc<Namespace>; 2]>,
     /// The interface that the migration takes, in the source's.
     interface: &'static str,
     address: IpAddr,
@@ -57,71 +59,55 @@ impl Network {
     }
 
     fn loopback() -> Result<Self, Error> {
-        let name = format!("bench-{}", std::process::id());
-        let network = Self {
-            namespaces: Some([name.clone(), name.clone()]),
+        let namespace = Arc::new(Namespace::new()?);
+        namespace.run("ip link set lo up")?;
+        Ok(Self {
+            namespaces: Some([Arc::clone(&namespace), namespace]),
             ..Self::HOST
-        };
-        run("ip", &["netns", "add", &name])?;
-        run("ip", &["-n", &name, "link", "set", "lo", "up"])?;
-        Ok(network)
+        })
     }
 
     fn shaped(mbit: u32) -> Result<Self, Error> {
-        let namespaces = ["s", "d"].map(|side| format!("bench-{}-{side}", std::process::id()));
-        let network = Self {
-            namespaces: Some(namespaces.clone()),
+        let [source, destination] = [Namespace::new()?, Namespace::new()?];
+        let other = destination.path();
+        source.run(&format!(
+            "ip link add link0 type veth peer name link0 netns {}",
+            other.display()
+        ))?;
+        for (namespace, address) in [&source, &destination].into_iter().zip(ADDRESSES) {
+            for command in [
+                "ip link set lo up",
+                &format!("ip addr add {address}/24 dev link0"),
+                "ip link set link0 up",
+                &format!(
+                    "tc qdisc add dev link0 root tbf rate {mbit}mbit burst {BURST} latency {LATENCY}"
+                ),
+            ] {
+                namespace.run(command)?;
+            }
+        }
+        Ok(Self {
+            namespaces: Some([source, destination].map(Arc::new)),
             interface: "link0",
             address: IpAddr::V4(ADDRESSES[1]),
-        };
-        let [source, destination] = &namespaces;
-        for namespace in &namespaces {
-            run("ip", &["netns", "add", namespace])?;
-        }
-        run(
-            "ip",
-            &[
-                "link",
-                "add",
-                "link0",
-                "netns",
-                source,
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "link0",
-                "netns",
-                destination,
-            ],
-        )?;
-        let rate = format!("{mbit}mbit");
-        for (namespace, address) in namespaces.iter().zip(ADDRESSES) {
-            let address = format!("{address}/24");
-            run(
-                "ip",
-                &["-n", namespace, "addr", "add", &address, "dev", "link0"],
-            )?;
-            run("ip", &["-n", namespace, "link", "set", "link0", "up"])?;
-            run("ip", &["-n", namespace, "link", "set", "lo", "up"])?;
-            run(
-                "tc",
-                &[
-                    "-n", namespace, "qdisc", "add", "dev", "link0", "root", "tbf", "rate", &rate,
-                    "burst", BURST, "latency", LATENCY,
-                ],
-            )?;
-        }
-        Ok(network)
+        })
     }
 
     /// The namespace that the process of that role is in, if it has one of its own.
-    pub fn namespace(&self, role: Role) -> Option<&str> {
+    fn namespace(&self, role: Role) -> Option<&Namespace> {
         let [source, destination] = self.namespaces.as_ref()?;
         Some(match role {
             Role::Source => source,
             Role::Destination => destination,
         })
+    }
+
+    /// Runs this where the process of that role is to be: what it starts is there.
+    pub fn within<T: Send>(&self, role: Role, run: impl FnOnce() -> T + Send) -> io::Result<T> {
+        match self.namespace(role) {
+            Some(namespace) => namespace.within(run),
+            None => Ok(run()),
+        }
     }
 
     /// Where the destination listens.
@@ -133,37 +119,13 @@ impl Network {
     /// those of the destination. `None` if it can't be told from other traffic.
     pub fn sent(&self) -> Option<u64> {
         let namespace = self.namespace(Role::Source)?;
-        let arguments = ["-n", namespace, "-s", "-j", "link", "show", self.interface];
-        let told: Value = serde_json::from_str(&run("ip", &arguments).ok()?).ok()?;
+        let told = namespace.run(&format!("ip -s -j link show {}", self.interface));
+        let told: Value = serde_json::from_str(&told.ok()?).ok()?;
         told[0]["stats64"]["tx"]["bytes"].as_u64()
-    }
-}
-
-impl Drop for Network {
-    fn drop(&mut self) {
-        for namespace in self.namespaces.iter().flatten() {
-            // The link goes with its first end, and a namespace that both share is deleted once.
-            let _ = run("ip", &["netns", "del", namespace]);
-        }
     }
 }
 
 /// Whether this user may make namespaces and links.
 pub fn may_shape() -> bool {
     rustix::process::geteuid().is_root()
-}
-
-fn run(program: &str, arguments: &[&str]) -> Result<String, Error> {
-    let what = || format!("{program} {}", arguments.join(" "));
-    let output = Command::new(program).args(arguments).output();
-    let output = output.map_err(Error::io(what()))?;
-    if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
-    }
-    let said = String::from_utf8_lossy(&output.stderr);
-    Err(Error::Wrong(format!(
-        "{} failed (it needs root): {}",
-        what(),
-        said.trim()
-    )))
 }

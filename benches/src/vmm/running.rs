@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::{Guest, Role, Sockets, Vmm};
 use crate::error::{Error, PATIENCE};
+use crate::interrupt;
 use crate::network::Network;
 
 /// How long to wait between two looks at a process that starts.
@@ -76,18 +77,12 @@ impl Running {
         }
         let arguments = vmm.arguments(guest, role, &sockets);
         let log = path("log");
-        let process = match network.namespace(role) {
-            None => Process::spawn(vmm.program(), arguments, &log),
-            Some(namespace) => {
-                // It becomes the program, with the same process id.
-                let mut all = ["netns", "exec", namespace].map(str::to_owned).to_vec();
-                all.push(vmm.program().display().to_string());
-                all.extend(arguments);
-                Process::spawn(Path::new("ip"), all, &log)
-            }
-        };
-        let mut process =
-            process.map_err(Error::io(format!("starting {}", vmm.program().display())))?;
+        let program = vmm.program();
+        let process = network.within(role, || Process::spawn(program, arguments, &log));
+        let process = process.flatten();
+        let mut process = process.map_err(Error::io(format!("starting {}", program.display())))?;
+        // Here and not before: a process that starts later would not be ended.
+        interrupt::check()?;
         alive(&mut process, &sockets.qmp, &name)?;
         let qmp = Client::connect(&sockets.qmp, PATIENCE).map_err(|source| Error::Qmp {
             name: name.clone(),

@@ -2,6 +2,7 @@
 //! and watch what their guest says. The demo, the end-to-end tests and the benchmarks share it.
 
 pub mod hugepages;
+pub mod namespace;
 pub mod process;
 pub mod qmp;
 pub mod serial;

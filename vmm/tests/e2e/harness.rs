@@ -18,7 +18,7 @@ use tempfile::TempDir;
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How long to wait between two looks at something that changes by itself.
-const LOOK: Duration = Duration::from_millis(5);
+pub const LOOK: Duration = Duration::from_millis(5);
 
 /// Ends the calling test, loudly, if this machine has no KVM that may be used.
 macro_rules! require_kvm {

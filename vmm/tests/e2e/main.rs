@@ -11,6 +11,7 @@
 
 mod affinity;
 mod balloon;
+mod bench;
 mod boot;
 mod bridge;
 mod console;

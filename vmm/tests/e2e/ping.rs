@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use guest_tests::driver::namespace::Namespace;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, ipproto, socket_with, sockopt};
 
-use crate::bridge::Namespace;
 use crate::harness::PATIENCE;
 
 /// How long to wait between two looks at something that changes by itself.
@@ -31,6 +31,7 @@ impl Socket {
             let flags = SocketFlags::CLOEXEC;
             socket_with(AddressFamily::INET, kind, flags, Some(ipproto::ICMP)).unwrap()
         });
+        let socket = socket.unwrap();
         connect(&socket, &SocketAddrV4::new(to, 0)).unwrap();
         sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(LOOK)).unwrap();
         Self(File::from(socket))

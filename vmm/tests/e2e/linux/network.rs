@@ -65,7 +65,10 @@ fn moves_while_it_is_pinged(word: &str, said: &[&str]) {
     more.extend(["--rng", "--balloon"]);
     let append =
         format!("console=hvc0 console=ttyS0 ip={GUEST}::{CLIENT}:255.255.255.0::eth0:off {word}");
-    let Some(mut source) = here.within(|| boot(dir.path(), "source", &more, &append)) else {
+    let Some(mut source) = here
+        .within(|| boot(dir.path(), "source", &more, &append))
+        .unwrap()
+    else {
         return;
     };
     wait_said(&source, BOOT, &[&FOUND, said].concat());
@@ -86,7 +89,9 @@ fn moves_while_it_is_pinged(word: &str, said: &[&str]) {
     let back_ends = devices(dir.path(), "console-there", "");
     let mut arguments = vec!["--incoming", &uri];
     arguments.extend(back_ends.iter().map(String::as_str));
-    let mut destination = there.within(|| Ferry::start(dir.path(), "destination", &arguments));
+    let mut destination = there
+        .within(|| Ferry::start(dir.path(), "destination", &arguments))
+        .unwrap();
     let uri = destination.listening_at();
     source.migrate(&uri);
     let info = source.wait_migrated("completed");

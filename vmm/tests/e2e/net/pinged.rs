@@ -15,7 +15,9 @@ fn a_guest_that_moves_loses_what_the_downtime_explains() {
     };
     let [here, there] = &network.hosts;
     let dir = scratch();
-    let mut source = here.within(|| run_ready(TAP, dir.path(), "source"));
+    let mut source = here
+        .within(|| run_ready(TAP, dir.path(), "source"))
+        .unwrap();
     let pinger = Pinger::start(
         &network.client,
         GUEST.parse().unwrap(),
@@ -24,7 +26,9 @@ fn a_guest_that_moves_loses_what_the_downtime_explains() {
     pinger.wait_answers(100);
     let uri = format!("tcp:{}:0", HOSTS[1]);
     let arguments = ["--incoming", &uri, "--net", &format!("tap,ifname={TAP}")];
-    let mut destination = there.within(|| Ferry::start(dir.path(), "destination", &arguments));
+    let mut destination = there
+        .within(|| Ferry::start(dir.path(), "destination", &arguments))
+        .unwrap();
     let uri = destination.listening_at();
     source.migrate(&uri);
     let info = source.wait_migrated("completed");
