@@ -141,6 +141,7 @@ pub fn run(
         kernel,
         append: options.to_string(),
         memory: MEMORY,
+        vcpus: 1,
         prealloc: false,
         drives: vec![drive.clone()],
     };

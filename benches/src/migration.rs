@@ -53,6 +53,7 @@ pub fn run(
         kernel,
         append: scenario.work.to_string(),
         memory: scenario.memory,
+        vcpus: scenario.vcpus,
         prealloc: scenario.prealloc,
         drives: vec![],
     };

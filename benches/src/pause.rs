@@ -64,6 +64,7 @@ pub fn run(
         kernel,
         append: activity.append.to_owned(),
         memory: 512 << 20,
+        vcpus: 1,
         prealloc: false,
         drives: vec![],
     };

@@ -95,6 +95,7 @@ impl Connection {
             vmm: vmm.to_owned(),
             guest: guest.append.clone(),
             memory: guest.memory,
+            vcpus: guest.vcpus,
             prealloc: guest.prealloc,
         })?;
         Ok(Remote { connection: self })

@@ -32,6 +32,8 @@ pub struct Scenario {
     pub name: String,
     /// The guest's memory in bytes.
     pub memory: u64,
+    /// Its vCPUs; the first does all of its work.
+    pub vcpus: u8,
     /// How much of it the guest fills with what, how fast it rewrites how much of that in which
     /// order, and how often its heart beats.
     #[serde(rename = "guest", serialize_with = "as_text")]
@@ -103,6 +105,7 @@ impl Scenario {
         .map(|(name, gib, work, link, qemu)| Self {
             name: name.to_owned(),
             memory: gib << 30,
+            vcpus: 1,
             work,
             link,
             downtime_limit: Duration::from_millis(30),
@@ -145,6 +148,7 @@ impl fmt::Display for Scenario {
         let Self {
             name: _,
             memory,
+            vcpus,
             work,
             link,
             downtime_limit,
@@ -163,7 +167,11 @@ impl fmt::Display for Scenario {
             ..
         } = work;
         let memory = memory >> 20;
-        write!(f, "guest of {memory} MiB, {fill} of it {data}, rewrites ")?;
+        write!(f, "guest of {memory} MiB")?;
+        if *vcpus > 1 {
+            write!(f, " and {vcpus} vCPUs")?;
+        }
+        write!(f, ", {fill} of it {data}, rewrites ")?;
         match rate {
             Rate::PerSecond(0) => write!(f, "nothing")?,
             rate => write!(f, "{rate} pages/s in {ws}, {pattern}")?,

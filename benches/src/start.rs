@@ -74,6 +74,7 @@ fn first_byte(vmm: &dyn Vmm, memory: u64, dir: &Path) -> Result<f64, Error> {
         kernel,
         append: String::new(),
         memory,
+        vcpus: 1,
         prealloc: false,
         drives: vec![],
     };
@@ -125,6 +126,7 @@ fn resident(vmm: &dyn Vmm, scenario: &Scenario, dir: &Path) -> Result<Resident, 
         kernel,
         append: scenario.work.to_string(),
         memory: scenario.memory,
+        vcpus: 1,
         prealloc: false,
         drives: vec![],
     };

@@ -26,6 +26,8 @@ pub struct Guest {
     pub append: String,
     /// Its RAM in bytes, whole MiB.
     pub memory: u64,
+    /// Its vCPUs.
+    pub vcpus: u8,
     /// Whether the destination takes all of its RAM from the host before it listens.
     pub prealloc: bool,
     /// Its disks.

@@ -157,10 +157,12 @@ mod tests {
             "--link=0",
             "--rate=max",
             "--downtime-limit=100",
+            "--vcpus=4",
             "--qemu-with=multifd=on,multifd-channels=4",
         ])
         .unwrap();
         assert_eq!(scenario.link, Link::Loopback);
+        assert_eq!(scenario.vcpus, 4);
         assert_eq!(scenario.work.rate, Rate::Max);
         assert_eq!(scenario.downtime_limit, Duration::from_millis(100));
         assert_eq!(
@@ -184,6 +186,7 @@ mod tests {
         let error = migration(&["fast"]).unwrap_err().to_string();
         assert!(error.contains("idle, busy, heavy"), "{error}");
         assert!(migration(&["--qemu-with=multifd"]).is_err());
+        assert!(migration(&["--vcpus=0"]).is_err());
         assert!(migration(&["--destination=host:7000"]).is_err());
         assert!(Cli::try_parse_from(["bench", "agent", "--listen=127.0.0.1:0"]).is_err());
         assert!(Cli::try_parse_from(["bench", "suite", "--runs=0"]).is_err());

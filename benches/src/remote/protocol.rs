@@ -28,11 +28,12 @@ pub(super) enum Request {
     /// Nanoseconds on the agent's clock.
     Clock,
     /// Start a destination, one of the VMMs named in [`Welcome`], for the guest `dirtier` with these
-    /// options and so many bytes of memory.
+    /// options, so many bytes of memory and so many vCPUs.
     Start {
         vmm: String,
         guest: String,
         memory: u64,
+        vcpus: u8,
         prealloc: bool,
     },
     /// Run a QMP command, one of the few that the agent allows.
@@ -136,13 +137,14 @@ mod tests {
             vmm: "ferry".to_owned(),
             guest: "rate=0".to_owned(),
             memory: 1 << 30,
+            vcpus: 2,
             prealloc: true,
         };
         let line = line(&request).unwrap();
         assert_eq!(
             String::from_utf8(line.clone()).unwrap(),
             "{\"do\":\"start\",\"vmm\":\"ferry\",\"guest\":\"rate=0\",\"memory\":1073741824,\
-             \"prealloc\":true}\n"
+             \"vcpus\":2,\"prealloc\":true}\n"
         );
         let mut two = [line, b"{\"do\":\"clock\"}\n".to_vec()].concat();
         two.extend(b"{\"do\"");

@@ -60,8 +60,9 @@ impl<'a> Session<'a> {
                 vmm,
                 guest,
                 memory,
+                vcpus,
                 prealloc,
-            } => self.start(&vmm, &guest, memory, prealloc),
+            } => self.start(&vmm, &guest, memory, vcpus, prealloc),
             Request::Stop => {
                 self.running = None;
                 Ok(Value::Null)
@@ -105,6 +106,7 @@ impl<'a> Session<'a> {
         name: &str,
         options: &str,
         memory: u64,
+        vcpus: u8,
         prealloc: bool,
     ) -> Result<Value, Error> {
         let vmms = self.vmms.iter();
@@ -137,6 +139,7 @@ impl<'a> Session<'a> {
             kernel,
             append: options.to_string(),
             memory,
+            vcpus,
             prealloc,
             drives: vec![],
         };

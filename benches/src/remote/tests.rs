@@ -83,6 +83,7 @@ fn a_peer_gets_only_what_is_on_the_agents_command_line() {
         kernel: PathBuf::new(),
         append: append.to_owned(),
         memory,
+        vcpus: 1,
         prealloc: false,
         drives: vec![],
     };

@@ -112,6 +112,7 @@ fn machine(guest: &Guest) -> Vec<String> {
         format!("--kernel={}", guest.kernel.display()),
         format!("--append={}", guest.append),
         format!("--memory={}M", guest.memory >> 20),
+        format!("--smp={}", guest.vcpus),
     ];
     let drives = guest.drives.iter();
     arguments.extend(drives.map(|drive| format!("--disk={}", drive.options())));

@@ -144,6 +144,8 @@ fn machine(guest: &Guest) -> Vec<String> {
     arguments.extend([
         "-m".to_owned(),
         format!("{}M", guest.memory >> 20),
+        "-smp".to_owned(),
+        guest.vcpus.to_string(),
         "-kernel".to_owned(),
         guest.kernel.display().to_string(),
         "-append".to_owned(),

@@ -104,6 +104,9 @@ pub(in crate::command) struct Work {
     /// The guest's memory
     #[arg(long, value_parser = word::<Size>)]
     memory: Option<Size>,
+    /// The guest's vCPUs; the first does all of its work
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..))]
+    vcpus: Option<u8>,
     /// How much of it is filled
     #[arg(long, value_parser = word::<Size>)]
     fill: Option<Size>,
@@ -129,6 +132,7 @@ impl Work {
         let mut scenario = self.scenario.clone();
         let work = &mut scenario.work;
         scenario.memory = self.memory.map_or(scenario.memory, |Size(bytes)| bytes);
+        scenario.vcpus = self.vcpus.unwrap_or(scenario.vcpus);
         work.fill = self.fill.unwrap_or(work.fill);
         work.data = self.data.unwrap_or(work.data);
         work.ws = self.working_set.unwrap_or(work.ws);
