@@ -79,6 +79,22 @@ fn bitmap(criterion: &mut Criterion) {
             });
         });
     }
+    // As a pass does: it protects and sends 2 MiB after the other.
+    for (name, set) in [
+        ("none", PageBitmap::new(LARGE)),
+        ("all", PageBitmap::full(LARGE)),
+    ] {
+        group.bench_function(
+            BenchmarkId::new("runs, 512 pages at a time", name),
+            |bencher| {
+                bencher.iter(|| {
+                    let ranges = (0..LARGE).step_by(512);
+                    let runs = ranges.flat_map(|first| black_box(&set).runs(first, 512, 256));
+                    runs.map(|run| run.count).sum::<u64>()
+                });
+            },
+        );
+    }
     let empty = PageBitmap::new(LARGE);
     group.bench_function("next of none", |bencher| {
         bencher.iter(|| black_box(&empty).next_set(0));

@@ -160,13 +160,18 @@ impl PageBitmap {
 
     /// The first page in the set from `from` on.
     pub fn next_set(&self, from: u64) -> Option<u64> {
-        self.next(from, |word| word)
+        self.next_set_before(from, self.pages)
     }
 
-    /// The first page not in the set from `from` on.
-    pub fn next_clear(&self, from: u64) -> Option<u64> {
-        self.next(from, |word| !word)
-            .filter(|&page| page < self.pages)
+    /// The first page in the set from `from` on and before `end`. What follows isn't looked at, so
+    /// that going over a large set range by range takes no longer than in one go.
+    pub fn next_set_before(&self, from: u64, end: u64) -> Option<u64> {
+        self.next(from, end, |word| word)
+    }
+
+    /// The first page not in the set from `from` on and before `end`; what follows isn't looked at.
+    pub fn next_clear_before(&self, from: u64, end: u64) -> Option<u64> {
+        self.next(from, end, |word| !word)
     }
 
     /// The runs of pages in the set among the `count` pages from `first`, ascending, each at most
@@ -180,23 +185,22 @@ impl PageBitmap {
         }
     }
 
-    fn next(&self, from: u64, view: impl Fn(u64) -> u64) -> Option<u64> {
-        if from >= self.pages {
+    fn next(&self, from: u64, end: u64, view: impl Fn(u64) -> u64) -> Option<u64> {
+        let end = end.min(self.pages);
+        if from >= end {
             return None;
         }
-        let start = (from / BITS) as usize;
-        let head = view(self.words[start]) & mask(from % BITS, BITS);
-        if head != 0 {
-            return Some(start as u64 * BITS + u64::from(head.trailing_zeros()));
-        }
-        let (index, word) = self
-            .words
-            .iter()
-            .enumerate()
-            .skip(start + 1)
-            .map(|(index, &word)| (index, view(word)))
-            .find(|&(_, word)| word != 0)?;
-        Some(index as u64 * BITS + u64::from(word.trailing_zeros()))
+        let start = from / BITS;
+        let words = &self.words[start as usize..end.div_ceil(BITS) as usize];
+        let (head, rest) = words.split_first()?;
+        let head = view(*head) & mask(from % BITS, BITS);
+        let (word, index) = if head != 0 {
+            (head, start)
+        } else {
+            let mut rest = rest.iter().map(|&word| view(word)).zip(start + 1..);
+            rest.find(|&(word, _)| word != 0)?
+        };
+        Some(index * BITS + u64::from(word.trailing_zeros())).filter(|&page| page < end)
     }
 
     fn each_word(&mut self, first: u64, count: u64, change: impl Fn(&mut u64, u64)) {
@@ -234,13 +238,9 @@ impl Iterator for Runs<'_> {
     type Item = PageRun;
 
     fn next(&mut self) -> Option<PageRun> {
-        let first = self.set.next_set(self.next).filter(|&p| p < self.end)?;
-        let end = self
-            .set
-            .next_clear(first)
-            .unwrap_or(self.set.pages)
-            .min(self.end)
-            .min(first.saturating_add(self.longest));
+        let first = self.set.next_set_before(self.next, self.end)?;
+        let end = self.end.min(first.saturating_add(self.longest));
+        let end = self.set.next_clear_before(first, end).unwrap_or(end);
         self.next = end;
         Some(PageRun {
             first,
@@ -346,6 +346,11 @@ mod tests {
             }
             let expected: Vec<u64> = (first..first + len).filter(|&p| set.test(p)).collect();
             prop_assert_eq!(seen, expected);
+            let mut within = first..(first + len).min(pages);
+            let next = set.next_set_before(first, first + len);
+            prop_assert_eq!(next, within.clone().find(|&page| set.test(page)));
+            let next = set.next_clear_before(first, first + len);
+            prop_assert_eq!(next, within.find(|&page| !set.test(page)));
         }
     }
 
@@ -359,6 +364,20 @@ mod tests {
         assert_eq!(set.words(1, 64), None);
         assert_eq!(set.words(192, 64), None);
         assert_eq!(PageBitmap::full(200).count(), 200);
+    }
+
+    #[test]
+    fn what_follows_a_range_is_not_looked_at() {
+        // 2 TiB of 4 KiB pages. Looked over once for each range, the set would take hours.
+        let pages = 1 << 29;
+        for (set, expected) in [
+            (PageBitmap::new(pages), 0),
+            (PageBitmap::full(pages), pages),
+        ] {
+            let ranges = (0..pages).step_by(512);
+            let runs = ranges.flat_map(|first| set.runs(first, 512, 64));
+            assert_eq!(runs.map(|run| run.count).sum::<u64>(), expected);
+        }
     }
 
     #[test]

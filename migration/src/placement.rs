@@ -148,10 +148,10 @@ impl Placement {
     /// The first page of `runs` that never came, if there is one.
     fn never_came(&self, runs: &[PageRun]) -> Option<u64> {
         let came = self.came();
-        runs.iter().find_map(|run| {
-            let missing = came.missing.next_set(run.first);
-            missing.filter(|page| *page < run.end())
-        })
+        let mut missing = runs
+            .iter()
+            .map(|run| came.missing.next_set_before(run.first, run.end()));
+        missing.find_map(|page| page)
     }
 
     /// The guest physical address of a page.

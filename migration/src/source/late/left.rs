@@ -36,7 +36,7 @@ impl Left {
         let state = self.state();
         let all = state.pages.pages();
         let mut runs = state.pages.runs(0, all, u64::MAX);
-        runs.find_map(|run| arrived.next_set(run.first).filter(|page| *page < run.end()))
+        runs.find_map(|run| arrived.next_set_before(run.first, run.end()))
     }
 
     /// Takes the next run, of at most `most` pages.
@@ -44,12 +44,8 @@ impl Left {
         let mut state = self.state();
         let first = state.pages.next_set(state.next);
         let first = first.or_else(|| state.pages.next_set(0))?;
-        let end = first.saturating_add(most);
-        let end = state
-            .pages
-            .next_clear(first)
-            .map_or(end, |clear| end.min(clear));
-        let end = end.min(state.pages.pages());
+        let end = first.saturating_add(most).min(state.pages.pages());
+        let end = state.pages.next_clear_before(first, end).unwrap_or(end);
         Some(state.take(PageRun {
             first,
             count: end - first,
@@ -61,11 +57,12 @@ impl Left {
     /// was taken before: it may be on its way in the stream, where it is late.
     pub(super) fn take_wanted(&self, wanted: PageRun, ahead: u64) -> PageRun {
         let mut state = self.state();
-        let end = state.pages.next_clear(wanted.end());
-        let end = end.unwrap_or_else(|| state.pages.pages());
-        let end = end
-            .min(wanted.end().saturating_add(ahead))
-            .max(wanted.end());
+        let end = wanted.end().saturating_add(ahead).min(state.pages.pages());
+        let end = state
+            .pages
+            .next_clear_before(wanted.end(), end)
+            .unwrap_or(end);
+        let end = end.max(wanted.end());
         state.take(PageRun {
             first: wanted.first,
             count: end - wanted.first,
