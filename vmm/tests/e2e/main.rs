@@ -38,3 +38,4 @@ mod proxy;
 mod shuttle;
 mod snapshot;
 mod terminal;
+mod unchecked;
