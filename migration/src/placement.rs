@@ -213,3 +213,30 @@ const _: () = assert!(
     PAGE_SIZE == 4096,
     "the wire format counts pages of 4096 bytes"
 );
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    #[test]
+    fn a_page_is_suspect_only_where_pages_have_checksums() {
+        let all = PageRun { first: 0, count: 4 };
+        for checked in [true, false] {
+            let ranges = [(GuestAddress(0), 4 * PAGE_SIZE as usize)];
+            let ram = GuestRam::from_ranges(&ranges).unwrap();
+            let placement = Placement::new(ram, checked).unwrap();
+            placement.arrived(&[all], &[2]);
+            let damaged = Incomplete::Damaged {
+                count: 1,
+                address: 2 * PAGE_SIZE,
+            };
+            let expected = if checked { Err(damaged) } else { Ok(()) };
+            assert_eq!(placement.check_complete(), expected);
+            placement.arrived(&[all], &[]);
+            assert_eq!(placement.check_complete(), Ok(()));
+            assert_eq!(placement.into_parts().2.is_some(), checked);
+        }
+    }
+}

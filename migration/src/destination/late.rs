@@ -75,7 +75,8 @@ struct State {
 
 impl LateMemory {
     /// Watches all of `memory`, of which the pages `missing` never came, and `suspect` came but
-    /// may be damaged; it is `None` if pages come without checksums, also from here on. `vcpu_threads` are the vCPUs' threads in their order, as gettid(2) has them.
+    /// may be damaged; it is `None` if pages come without checksums, also from here on.
+    /// `vcpu_threads` are the vCPUs' threads in their order, as gettid(2) has them.
     pub fn new(
         memory: GuestPages,
         missing: PageBitmap,
