@@ -1,9 +1,10 @@
 //! How much has to come before somebody who waits for it is woken (SO_RCVLOWAT of socket(7)).
 //!
-//! On a link that is slower than this host a wait for a frame's data would end with every few packets, hundreds of
-//! times for a frame of 2 MiB, and each time there is little to do. So a wait for data says how much
-//! of it is worth waking up for: never more than is still to come, so that it can't last for ever. The kernel
-//! ends it earlier when its buffer is full, or the connection ends.
+//! On a link that is slower than this host a wait for a frame's data would end with every few
+//! packets, some twenty times for a frame of 2 MiB, and each time there is little to do
+//! (docs/performance.md). So a wait for data says how much of it is worth waking up for: never more
+//! than is still to come, so that it can't last for ever. The kernel ends it earlier when its buffer is
+//! full, or the connection ends.
 #![allow(
     unsafe_code,
     reason = "the option has no safe interface in the crates that are used"
@@ -27,8 +28,8 @@ impl LowWater {
         Self { bytes: 1 }
     }
 
-    /// So many bytes, at least one, are to come in any case: the next wait may last until they, or enough of them,
-    /// are there.
+    /// So many bytes, at least one, are to come in any case: the next wait may last until they, or
+    /// enough of them, are there.
     pub(crate) fn expect(&mut self, socket: BorrowedFd<'_>, bytes: u64) {
         let bytes = bytes.clamp(1, WORTH);
         if bytes == self.bytes {
