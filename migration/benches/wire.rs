@@ -56,7 +56,7 @@ fn pages(criterion: &mut Criterion) {
         encode_pages(&runs, &crcs, &mut body);
         let (mut found, mut sums) = (Vec::new(), Vec::new());
         group.bench_function(format!("decode, {name}"), |bencher| {
-            bencher.iter(|| decode_pages(black_box(&body), payload, &mut found, &mut sums));
+            bencher.iter(|| decode_pages(black_box(&body), payload, true, &mut found, &mut sums));
         });
         group.bench_function(format!("checksum, {name}"), |bencher| {
             bencher.iter(|| crc32fast::hash(black_box(&body)));

@@ -34,7 +34,7 @@ use crate::link::{Deadlines, Link, LinkError};
 use crate::listener::{Incoming, Listener};
 use crate::message::{
     Accept, BlobChunk, CAPABILITIES, End, Flush, Flushed, Go, Hello, Id, MULTIFD, Missing,
-    REQUIRABLE, Ready, Running, Sync, SyncAck, decode_state, encode_reason,
+    REQUIRABLE, Ready, Running, Sync, SyncAck, UNCHECKED, decode_state, encode_reason,
 };
 use crate::placement::Placement;
 use crate::postcopy::Control;
@@ -169,7 +169,7 @@ impl Destination<'_> {
             .vm
             .prepare(&hello.offer)
             .map_err(DestinationError::Refused)?;
-        let placement = Placement::new(ram)?;
+        let placement = Placement::new(ram, picked & UNCHECKED == 0)?;
         if *placement.layout() != hello.offer.layout {
             return Err(DestinationError::Vm {
                 doing: "building the guest's memory",

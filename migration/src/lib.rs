@@ -16,8 +16,8 @@
 //!   [`destination::late`] with [`userfault`] after it.
 //! - A guest in a file: [`snapshot`], described in docs/snapshot.md.
 //! - The wire, described in docs/protocol.md: [`protocol`], [`frame`], [`message`], [`codec`],
-//!   `channel`, [`link`], [`zero_copy`], [`connect`], and `guest_io`, which moves
-//!   memory.
+//!   `channel`, [`link`], `low_water`, [`zero_copy`], [`connect`], and [`guest_io`], which numbers the pages of
+//!   memory and moves them.
 
 pub mod bitmap;
 mod blocks;
@@ -36,6 +36,7 @@ mod holes;
 pub mod layout;
 pub mod link;
 pub mod listener;
+mod low_water;
 mod memory_frames;
 pub mod message;
 mod outgoing;

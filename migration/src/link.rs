@@ -10,6 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 
 use crate::cancel::Cancel;
+use crate::low_water::LowWater;
 use crate::send_buffer::SendBuffer;
 use crate::zero_copy::ZeroCopy;
 
@@ -176,11 +177,14 @@ pub(crate) struct Link {
     until: Option<Instant>,
     zero_copy: Option<ZeroCopy>,
     send_buffer: Option<SendBuffer>,
+    /// `None` if waits can't be told how much is expected.
+    low_water: Option<LowWater>,
 }
 
 impl Link {
     pub(crate) fn new(stream: Stream, cancel: Cancel, deadlines: &Deadlines) -> io::Result<Self> {
         stream.prepare(deadlines)?;
+        let low_water = stream.tcp.then(LowWater::new);
         Ok(Self {
             stream,
             cancel: Some(cancel),
@@ -188,6 +192,7 @@ impl Link {
             until: None,
             zero_copy: None,
             send_buffer: None,
+            low_water,
         })
     }
 
@@ -205,6 +210,14 @@ impl Link {
             && buffer.sent(socket, bytes, took)
         {
             self.send_buffer = None;
+        }
+    }
+
+    /// So many bytes are to come in any case, so that waits need not end with each of them; 1 if that
+    /// is not known.
+    pub(crate) fn expect(&mut self, bytes: u64) {
+        if let Some(low_water) = &mut self.low_water {
+            low_water.expect(self.stream.as_fd(), bytes);
         }
     }
 

@@ -10,12 +10,14 @@ use crate::message::{AddressRun, encode_pages, encode_zero};
 #[derive(Debug, Default)]
 pub(crate) struct Runs {
     runs: Vec<PageRun>,
+    pages: u64,
     addresses: Vec<AddressRun>,
 }
 
 impl Runs {
     /// Adds a run within one region.
     pub(crate) fn add(&mut self, pages: &GuestPages, run: PageRun) {
+        self.pages += run.count;
         match self.runs.last_mut() {
             // Regions that touch in the guest need not touch in this process.
             Some(last) if last.end() == run.first && !pages.begins_region(run.first) => {
@@ -23,6 +25,11 @@ impl Runs {
             }
             _ => self.runs.push(run),
         }
+    }
+
+    /// How many pages are in them.
+    pub(crate) fn pages(&self) -> u64 {
+        self.pages
     }
 
     pub(crate) fn as_slice(&self) -> &[PageRun] {
@@ -39,21 +46,35 @@ impl Runs {
 
     pub(crate) fn clear(&mut self) {
         self.runs.clear();
+        self.pages = 0;
     }
 }
 
 /// A PAGES frame that is being filled.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct PagesFrame {
+    checked: bool,
     runs: Runs,
     crcs: Vec<u32>,
     body: Vec<u8>,
 }
 
 impl PagesFrame {
+    /// An empty one. Pages that are `checked` go with their checksums.
+    pub(crate) fn new(checked: bool) -> Self {
+        Self {
+            checked,
+            runs: Runs::default(),
+            crcs: Vec::new(),
+            body: Vec::new(),
+        }
+    }
+
     /// Adds a page as it is now.
     pub(crate) fn add(&mut self, pages: &GuestPages, page: u64) {
-        self.crcs.push(pages.crc(page));
+        if self.checked {
+            self.crcs.push(pages.crc(page));
+        }
         let run = PageRun {
             first: page,
             count: 1,
@@ -63,7 +84,7 @@ impl PagesFrame {
 
     /// How many pages are in it.
     pub(crate) fn pages(&self) -> u64 {
-        self.crcs.len() as u64
+        self.runs.pages()
     }
 
     /// Its body, and the runs of pages that follow.
@@ -74,7 +95,7 @@ impl PagesFrame {
 
     /// Begins the next one.
     pub(crate) fn clear(&mut self) {
-        self.runs.runs.clear();
+        self.runs.clear();
         self.crcs.clear();
     }
 }
@@ -103,7 +124,7 @@ impl ZeroFrame {
             return None;
         }
         encode_zero(self.runs.addresses(pages), &mut self.body);
-        self.runs.runs.clear();
+        self.runs.clear();
         Some(&self.body)
     }
 }
@@ -141,7 +162,7 @@ mod tests {
     #[test]
     fn runs_are_as_long_as_they_can_be_within_a_region() {
         let pages = touching();
-        let mut frame = PagesFrame::default();
+        let mut frame = PagesFrame::new(true);
         let (mut addresses, mut crcs) = (Vec::new(), Vec::new());
         for _ in 0..2 {
             for page in [1, 2, 3, 4, 5, 7] {
@@ -151,13 +172,32 @@ mod tests {
             let (body, runs) = frame.encode(&pages);
             assert_eq!(runs, [run(1, 3), run(4, 2), run(7, 1)]);
             let payload = (6 * PAGE_SIZE) as u32;
-            decode_pages(body, payload, &mut addresses, &mut crcs).unwrap();
+            decode_pages(body, payload, true, &mut addresses, &mut crcs).unwrap();
             assert_eq!(addresses, [at(1, 3), at(4, 2), at(7, 1)]);
             let expected = [1, 2, 3, 4, 5, 7].map(|page| pages.crc(page));
             assert_eq!(crcs, expected);
             frame.clear();
             assert_eq!(frame.pages(), 0);
         }
+    }
+
+    #[test]
+    fn pages_that_go_without_checksums_are_counted_all_the_same() {
+        let pages = touching();
+        let mut frame = PagesFrame::new(false);
+        for page in [1, 2, 7] {
+            frame.add(&pages, page);
+        }
+        assert_eq!(frame.pages(), 3);
+        let (body, runs) = frame.encode(&pages);
+        assert_eq!(runs, [run(1, 2), run(7, 1)]);
+        let (mut addresses, mut crcs) = (Vec::new(), Vec::new());
+        let payload = (3 * PAGE_SIZE) as u32;
+        decode_pages(body, payload, false, &mut addresses, &mut crcs).unwrap();
+        assert_eq!(addresses, [at(1, 2), at(7, 1)]);
+        assert!(crcs.is_empty());
+        frame.clear();
+        assert_eq!(frame.pages(), 0);
     }
 
     #[test]

@@ -26,7 +26,7 @@ pub use self::fixed::{
 pub use self::gone::{Gone, GoneCause};
 pub use self::hello::{
     BLOCK_MIGRATION, CAPABILITIES, Hello, LZ4, MAX_BLOB, MAX_BLOBS, MAX_CONFIGURATION, MULTIFD,
-    POSTCOPY, REQUIRABLE, XBZRLE, ZSTD,
+    POSTCOPY, REQUIRABLE, UNCHECKED, XBZRLE, ZSTD,
 };
 pub use self::pages::{AddressRun, decode_pages, decode_zero, encode_pages, encode_zero};
 pub use self::preamble::{MAGIC, PREAMBLE_LEN, Preamble};

@@ -35,6 +35,8 @@ pub(crate) struct Wanted {
     pub(crate) compression: Setting,
     /// The size of the XBZRLE cache in bytes; `None` without XBZRLE.
     pub(crate) xbzrle: Option<u64>,
+    /// Whether pages go without checksums.
+    pub(crate) unchecked: bool,
 }
 
 /// The frames that are being filled, and what they are filled with.
@@ -46,6 +48,7 @@ pub(crate) struct Outgoing {
     pass: Pass,
     /// Pages for [`Whole`], at most.
     limit: u64,
+    checked: bool,
     compressor: Option<Compressor>,
     decision: Decision,
     compressed: progress::Compression,
@@ -92,6 +95,7 @@ impl Outgoing {
             body: Vec::new(),
             pass: Pass::First,
             limit: 1,
+            checked: true,
             compressor: None,
             decision: Decision::default(),
             compressed: progress::Compression::default(),
@@ -108,6 +112,7 @@ impl Outgoing {
     pub(crate) fn begin(&mut self, pass: Pass, pages: u64, wanted: Wanted, sink: &dyn FrameSink) {
         self.pass = pass;
         self.limit = sink.frame_pages();
+        self.checked = !wanted.unchecked;
         self.pages = 0;
         self.sampled = (Instant::now(), sink.waited());
         self.prepare_compressor(wanted.compression);
@@ -155,8 +160,8 @@ impl Outgoing {
         if self.pass != Pass::First && self.cache.is_some() {
             memory.read(page, &mut self.page);
             if self.add_difference(memory, page) {
-                let Changed { crcs, data, .. } = &self.changed;
-                let full = crcs.len() as u64 >= MAX_PAGES;
+                let Changed { runs, data, .. } = &self.changed;
+                let full = runs.pages() >= MAX_PAGES;
                 return if full || data.len() as u64 >= self.limit * PAGE_SIZE {
                     self.flush_changed(memory, round, sink)?;
                     Ok(true)
@@ -165,7 +170,9 @@ impl Outgoing {
                 };
             }
             self.begin_whole();
-            self.whole.crcs.push(crc32fast::hash(&*self.page));
+            if self.checked {
+                self.whole.crcs.push(crc32fast::hash(&*self.page));
+            }
             let to = match self.whole.plan {
                 Some(Plan::Plain) => &mut self.whole.data,
                 _ => &mut self.whole.block,
@@ -173,15 +180,17 @@ impl Outgoing {
             to.extend(&*self.page);
         } else {
             self.begin_whole();
-            let crc = match self.whole.plan {
-                Some(Plan::Plain) => memory.crc(page),
-                _ => {
-                    memory.read(page, &mut self.page);
-                    self.whole.block.extend(&*self.page);
-                    crc32fast::hash(&*self.page)
-                }
-            };
-            self.whole.crcs.push(crc);
+            let plain = self.whole.plan == Some(Plan::Plain);
+            if !plain {
+                memory.read(page, &mut self.page);
+                self.whole.block.extend(&*self.page);
+            }
+            if self.checked {
+                self.whole.crcs.push(match plain {
+                    true => memory.crc(page),
+                    false => crc32fast::hash(&*self.page),
+                });
+            }
         }
         self.whole.runs.add(memory, only(page));
         if self.whole.block.len() >= MAX_BLOCK {
@@ -191,7 +200,7 @@ impl Outgoing {
             Some(Plan::Try) => self.limit.min(TRY_PAGES),
             _ => self.limit,
         };
-        if self.whole.crcs.len() as u64 >= limit {
+        if self.whole.runs.pages() >= limit {
             self.flush_whole(memory, round, sink)?;
             return Ok(true);
         }
@@ -256,7 +265,9 @@ impl Outgoing {
         match cache.exchange(page, &self.page, &mut frame.data) {
             Exchange::Delta(len) => {
                 frame.runs.add(memory, only(page));
-                frame.crcs.push(crc32fast::hash(&*self.page));
+                if self.checked {
+                    frame.crcs.push(crc32fast::hash(&*self.page));
+                }
                 frame.lengths.push(len as u16);
                 self.xbzrle.pages += 1;
                 self.xbzrle.bytes += len as u64 + PAGE_OVERHEAD;
@@ -305,14 +316,14 @@ impl Outgoing {
         round: u64,
         sink: &mut dyn FrameSink,
     ) -> Result<(), ChannelError> {
-        if self.whole.crcs.is_empty() {
+        if self.whole.runs.pages() == 0 {
             return Ok(());
         }
         if !self.whole.block.is_empty() {
             self.compress_block();
         }
         let frame = &mut self.whole;
-        let pages = frame.crcs.len() as u64;
+        let pages = frame.runs.pages();
         let method = self.compressor.as_ref().and_then(|c| c.setting().method());
         let before = sink.own_bytes();
         match method.filter(|_| frame.plan != Some(Plan::Plain)) {
@@ -357,7 +368,7 @@ impl Outgoing {
         sink: &mut dyn FrameSink,
     ) -> Result<(), ChannelError> {
         let frame = &mut self.changed;
-        if frame.crcs.is_empty() {
+        if frame.runs.pages() == 0 {
             return Ok(());
         }
         let runs = frame.runs.addresses(memory);

@@ -49,6 +49,7 @@ pub struct Parameters {
     xbzrle: AtomicBool,
     xbzrle_cache_size: AtomicU64,
     zero_copy_send: AtomicBool,
+    page_checksum: AtomicBool,
     multifd: AtomicBool,
     multifd_channels: AtomicU8,
     multifd_all: AtomicBool,
@@ -71,6 +72,7 @@ impl Default for Parameters {
             xbzrle: AtomicBool::new(false),
             xbzrle_cache_size: AtomicU64::new(DEFAULT_CACHE_SIZE),
             zero_copy_send: AtomicBool::new(false),
+            page_checksum: AtomicBool::new(true),
             multifd: AtomicBool::new(false),
             multifd_channels: AtomicU8::new(DEFAULT_CHANNELS.get()),
             multifd_all: AtomicBool::new(false),
@@ -238,6 +240,17 @@ impl Parameters {
     /// Switches [`zero_copy_send`](Self::zero_copy_send) on or off, for connections made later.
     pub fn set_zero_copy_send(&self, on: bool) {
         self.zero_copy_send.store(on, Ordering::Relaxed);
+    }
+
+    /// Whether each page is sent with a checksum. Without, nobody notices one that is damaged on the
+    /// way; a destination that does not know that, and a file, get them all the same.
+    pub fn page_checksum(&self) -> bool {
+        self.page_checksum.load(Ordering::Relaxed)
+    }
+
+    /// Sets [`page_checksum`](Self::page_checksum), for migrations that begin later.
+    pub fn set_page_checksum(&self, on: bool) {
+        self.page_checksum.store(on, Ordering::Relaxed);
     }
 
     /// How many connections there are for pages beside the first one; `None` without multifd. It

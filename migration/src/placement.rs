@@ -49,6 +49,7 @@ pub(crate) struct Counts {
 /// The memory of the arriving guest.
 pub(crate) struct Placement {
     memory: GuestPages,
+    checked: bool,
     came: Mutex<Came>,
 }
 
@@ -58,22 +59,23 @@ struct Came {
     /// Pages that hold what came, and so may not be zero.
     written: PageBitmap,
     /// Pages whose last copy didn't match its checksum: the guest wrote to it meanwhile, and it
-    /// will come again, or it was damaged.
-    suspect: PageBitmap,
+    /// will come again, or it was damaged. `None` if pages come without checksums.
+    suspect: Option<PageBitmap>,
     counts: Counts,
 }
 
 impl Placement {
-    /// Memory that is all zero.
-    pub(crate) fn new(ram: GuestRam) -> Result<Self, MemoryError> {
+    /// Memory that is all zero. Pages that are `checked` come with their checksums.
+    pub(crate) fn new(ram: GuestRam, checked: bool) -> Result<Self, MemoryError> {
         let memory = GuestPages::new(ram)?;
         let pages = memory.layout().pages();
         Ok(Self {
             memory,
+            checked,
             came: Mutex::new(Came {
                 missing: PageBitmap::full(pages),
                 written: PageBitmap::new(pages),
-                suspect: PageBitmap::new(pages),
+                suspect: checked.then(|| PageBitmap::new(pages)),
                 counts: Counts::default(),
             }),
         })
@@ -86,6 +88,11 @@ impl Placement {
     /// The memory itself. What is written there has to be [told](Self::arrived) afterwards.
     pub(crate) fn memory(&self) -> &GuestPages {
         &self.memory
+    }
+
+    /// Whether pages come with their checksums.
+    pub(crate) fn is_checked(&self) -> bool {
+        self.checked
     }
 
     pub(crate) fn layout(&self) -> &Layout {
@@ -119,11 +126,15 @@ impl Placement {
         for run in runs {
             came.missing.clear_range(run.first, run.count);
             came.written.set_range(run.first, run.count);
-            came.suspect.clear_range(run.first, run.count);
             came.counts.pages += run.count;
         }
-        for page in wrong {
-            came.suspect.set(*page);
+        if let Some(suspect) = &mut came.suspect {
+            for run in runs {
+                suspect.clear_range(run.first, run.count);
+            }
+            for page in wrong {
+                suspect.set(*page);
+            }
         }
     }
 
@@ -135,9 +146,11 @@ impl Placement {
             for run in runs {
                 written.extend(came.written.runs(run.first, run.count, u64::MAX));
                 came.written.clear_range(run.first, run.count);
-                came.suspect.clear_range(run.first, run.count);
                 came.missing.clear_range(run.first, run.count);
                 came.counts.zero += run.count;
+                if let Some(suspect) = &mut came.suspect {
+                    suspect.clear_range(run.first, run.count);
+                }
             }
         }
         for run in written {
@@ -169,8 +182,9 @@ impl Placement {
         self.memory.discard_all()
     }
 
-    /// The memory, the pages that never came, and those whose last copy was not right.
-    pub(crate) fn into_parts(self) -> (GuestPages, PageBitmap, PageBitmap) {
+    /// The memory, the pages that never came, and those whose last copy was not right, if that is
+    /// known.
+    pub(crate) fn into_parts(self) -> (GuestPages, PageBitmap, Option<PageBitmap>) {
         let came = self
             .came
             .into_inner()
@@ -188,7 +202,7 @@ impl Placement {
         if let Some((count, address)) = first(&came.missing) {
             return Err(Incomplete::Missing { count, address });
         }
-        if let Some((count, address)) = first(&came.suspect) {
+        if let Some((count, address)) = came.suspect.as_ref().and_then(first) {
             return Err(Incomplete::Damaged { count, address });
         }
         Ok(())
@@ -199,3 +213,30 @@ const _: () = assert!(
     PAGE_SIZE == 4096,
     "the wire format counts pages of 4096 bytes"
 );
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    #[test]
+    fn a_page_is_suspect_only_where_pages_have_checksums() {
+        let all = PageRun { first: 0, count: 4 };
+        for checked in [true, false] {
+            let ranges = [(GuestAddress(0), 4 * PAGE_SIZE as usize)];
+            let ram = GuestRam::from_ranges(&ranges).unwrap();
+            let placement = Placement::new(ram, checked).unwrap();
+            placement.arrived(&[all], &[2]);
+            let damaged = Incomplete::Damaged {
+                count: 1,
+                address: 2 * PAGE_SIZE,
+            };
+            let expected = if checked { Err(damaged) } else { Ok(()) };
+            assert_eq!(placement.check_complete(), expected);
+            placement.arrived(&[all], &[]);
+            assert_eq!(placement.check_complete(), Ok(()));
+            assert_eq!(placement.into_parts().2.is_some(), checked);
+        }
+    }
+}

@@ -15,7 +15,7 @@ use crate::convergence::{Convergence, STRONG};
 use crate::frame::{Kind, MAX_PAGES};
 use crate::guest_io::GuestPages;
 use crate::link::Deadlines;
-use crate::message::{Flush, Flushed, LZ4, Sync, SyncAck, XBZRLE, ZSTD};
+use crate::message::{Flush, Flushed, LZ4, Sync, SyncAck, UNCHECKED, XBZRLE, ZSTD};
 use crate::outgoing::Wanted;
 use crate::pacing::{Pacing, pages_per_frame};
 use crate::page_sender::FrameSink;
@@ -151,6 +151,7 @@ impl Session {
         Wanted {
             compression,
             xbzrle: xbzrle.filter(|_| self.picked(XBZRLE)),
+            unchecked: self.picked(UNCHECKED),
         }
     }
 

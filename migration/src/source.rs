@@ -333,7 +333,7 @@ impl Source<'_> {
         self.enter(Step::Offer);
         let offer = self.vm.offer().map_err(vm("describing the guest"))?;
         self.offer(session, &offer, uri.is_some())?;
-        *late = self.join(uri.as_ref())?;
+        *late = self.join(session, uri.as_ref())?;
         let memory = Arc::new(GuestPages::new(self.vm.ram())?);
         self.enter(Step::Blobs);
         self.send_blobs(session, &offer)?;

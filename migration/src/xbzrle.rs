@@ -22,7 +22,8 @@
 //! stays as it was and is *suspect*, as any page whose checksum doesn't match: it needs to come again,
 //! whole, before END. A difference to the damaged page doesn't clear the mark, as its outcome is
 //! wrong too; so a damaged page can only fail the migration, never go unseen. A guest that writes
-//! meanwhile, the usual cause of a suspect page, is none here, as the copy holds still.
+//! meanwhile, the usual cause of a suspect page, is none here, as the copy holds still. Where pages go
+//! without checksums, damage is not noticed, here as elsewhere, and goes on in the differences to it.
 
 pub mod cache;
 pub mod delta;

@@ -2,7 +2,8 @@
 //! reads the pages themselves, which stay pinned until the peer has acknowledged them.
 //!
 //! A page that the guest writes meanwhile may arrive torn, as with the copy that sending
-//! otherwise makes; then it doesn't match its checksum, and comes again because it is dirty.
+//! otherwise makes; then it doesn't match its checksum, if it has one, and comes again because it is
+//! dirty.
 //!
 //! For each send the kernel says on the socket's error queue when it is done with the pages, and
 //! whether it had to copy them after all: as it does over loopback and between namespaces, where

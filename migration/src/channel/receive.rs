@@ -291,7 +291,20 @@ impl Channel {
         let now = there.get(..total as usize).unwrap_or(there);
         self.io.place(memory, runs, now);
         self.inbox_start += now.len();
-        let mut done = now.len() as u64;
+        let done = now.len() as u64;
+        let received = self.fill_pages(memory, runs, done, total);
+        self.link.expect(1);
+        received
+    }
+
+    /// Receives what is to come of a frame's pages after the first `done` bytes.
+    fn fill_pages(
+        &mut self,
+        memory: &GuestPages,
+        runs: &[PageRun],
+        mut done: u64,
+        total: u64,
+    ) -> Result<(), ChannelError> {
         let mut since = Instant::now();
         while done < total {
             match self.io.receive(self.link.fd(), memory, runs, done) {
@@ -302,7 +315,7 @@ impl Channel {
                     since = Instant::now();
                 }
                 Err(error) => match not_ready::<()>(error) {
-                    Ok(_) => self.wait_readable(since)?,
+                    Ok(_) => self.wait_for_data(total - done, since)?,
                     Err(error) => return Err(self.broken(error)),
                 },
             }
@@ -319,10 +332,18 @@ impl Channel {
         // What is in it is written over, so it is not made zero first.
         data.resize(len, 0);
         let there = self.inbox.get(self.inbox_start..).unwrap_or_default();
-        let mut done = there.len().min(len);
+        let done = there.len().min(len);
         data[..done].copy_from_slice(&there[..done]);
         self.inbox_start += done;
+        let received = self.fill_data(data, done);
+        self.link.expect(1);
+        received
+    }
+
+    /// Receives what is to come after the first `done` bytes.
+    fn fill_data(&mut self, data: &mut [u8], mut done: usize) -> Result<(), ChannelError> {
         let mut since = Instant::now();
+        let len = data.len();
         while done < len {
             match self.link.read(&mut data[done..]) {
                 Ok(Some(count)) => {
@@ -330,10 +351,16 @@ impl Channel {
                     self.received_bytes += count as u64;
                     since = Instant::now();
                 }
-                Ok(None) => self.wait_readable(since)?,
+                Ok(None) => self.wait_for_data((len - done) as u64, since)?,
                 Err(error) => return Err(self.broken(error)),
             }
         }
         Ok(())
+    }
+
+    /// Waits for data of which so many bytes are to come.
+    fn wait_for_data(&mut self, bytes: u64, since: Instant) -> Result<(), ChannelError> {
+        self.link.expect(bytes);
+        self.wait_readable(since)
     }
 }

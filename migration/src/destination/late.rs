@@ -47,6 +47,7 @@ pub struct LateMemory {
     memory: GuestPages,
     userfault: Arc<Userfault>,
     clock: Arc<dyn Clock>,
+    checked: bool,
     state: Mutex<State>,
     complete: Condvar,
 }
@@ -60,8 +61,9 @@ struct State {
     placing: PageBitmap,
     /// Pages that somebody waits for; among the missing.
     asked: PageBitmap,
-    /// Pages whose last copy, before the switch, didn't match its checksum.
-    suspect: PageBitmap,
+    /// Pages whose last copy, before the switch, didn't match its checksum; `None` if pages come
+    /// without checksums.
+    suspect: Option<PageBitmap>,
     waits: Waits,
     counts: Counts,
     finished: bool,
@@ -73,11 +75,12 @@ struct State {
 
 impl LateMemory {
     /// Watches all of `memory`, of which the pages `missing` never came, and `suspect` came but
-    /// may be damaged. `vcpu_threads` are the vCPUs' threads in their order, as gettid(2) has them.
+    /// may be damaged; it is `None` if pages come without checksums, also from here on.
+    /// `vcpu_threads` are the vCPUs' threads in their order, as gettid(2) has them.
     pub fn new(
         memory: GuestPages,
         missing: PageBitmap,
-        suspect: PageBitmap,
+        suspect: Option<PageBitmap>,
         vcpu_threads: &[u32],
         clock: Arc<dyn Clock>,
     ) -> Result<Self, LateError> {
@@ -90,6 +93,7 @@ impl LateMemory {
             memory,
             userfault,
             clock,
+            checked: suspect.is_some(),
             state: Mutex::new(State {
                 left: missing.count(),
                 missing,
@@ -128,6 +132,11 @@ impl LateMemory {
     /// The memory, by page number.
     pub fn memory(&self) -> &GuestPages {
         &self.memory
+    }
+
+    /// Whether pages come with their checksums.
+    pub fn is_checked(&self) -> bool {
+        self.checked
     }
 
     /// How many pages have not come yet.

@@ -60,12 +60,13 @@ impl Memory {
         channel: &mut Channel,
     ) -> Result<(), DestinationError> {
         let Arrived { kind, payload_len } = arrived;
+        let checked = self.placement.is_checked();
         self.wrong.clear();
         match kind {
             Kind::Pages => {
                 let (addresses, crcs) = (&mut self.addresses, &mut self.crcs);
                 channel.decode(kind, |body| {
-                    decode_pages(body, payload_len, addresses, crcs)
+                    decode_pages(body, payload_len, checked, addresses, crcs)
                 })?;
                 resolve(&self.placement, &self.addresses, &mut self.runs)?;
                 self.pages(channel)
@@ -78,7 +79,7 @@ impl Memory {
             }
             Kind::Compressed => {
                 let frame = &mut self.compressed;
-                channel.decode(kind, |body| frame.decode(body, payload_len))?;
+                channel.decode(kind, |body| frame.decode(body, payload_len, checked))?;
                 resolve(&self.placement, &frame.runs, &mut self.runs)?;
                 channel.receive_data(payload_len as usize, &mut self.data)?;
                 let (placement, wrong) = (&self.placement, &mut self.wrong);
@@ -87,7 +88,7 @@ impl Memory {
             }
             Kind::Xbzrle if self.picked & XBZRLE != 0 => {
                 let frame = &mut self.differences;
-                channel.decode(kind, |body| frame.decode(body, payload_len))?;
+                channel.decode(kind, |body| frame.decode(body, payload_len, checked))?;
                 resolve(&self.placement, &frame.runs, &mut self.runs)?;
                 channel.receive_data(payload_len as usize, &mut self.data)?;
                 let (placement, wrong) = (&self.placement, &mut self.wrong);

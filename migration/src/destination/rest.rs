@@ -236,7 +236,10 @@ pub(super) fn receive_late(
         memory.zero(&resolve(memory, runs)?)?;
         return Ok(());
     }
-    channel.decode(kind, |body| decode_pages(body, payload_len, runs, crcs))?;
+    let checked = memory.is_checked();
+    channel.decode(kind, |body| {
+        decode_pages(body, payload_len, checked, runs, crcs)
+    })?;
     let pages = resolve(memory, runs)?;
     channel.receive_data(payload_len as usize, data)?;
     memory.place(&pages, data, crcs, via)?;

@@ -14,7 +14,7 @@ pub struct Compressed {
     pub method: Option<Method>,
     /// Where the pages belong.
     pub runs: Vec<AddressRun>,
-    /// The CRC32 of each page.
+    /// The CRC32 of each page, or nothing if they go without.
     pub crcs: Vec<u32>,
     /// How many bytes of the payload each block of [`BLOCK_PAGES`] pages, the last of what is
     /// left, takes. One that takes as many as its pages is not compressed.
@@ -26,7 +26,7 @@ pub struct Compressed {
 pub struct Differences {
     /// Where the pages belong.
     pub runs: Vec<AddressRun>,
-    /// The CRC32 of each page, as the difference makes it.
+    /// The CRC32 of each page as the difference makes it, or nothing if they go without.
     pub crcs: Vec<u32>,
     /// How many bytes of the payload each page's difference takes.
     pub lengths: Vec<u16>,
@@ -48,17 +48,24 @@ impl Compressed {
     }
 
     /// Decodes a body into this, replacing what is in it; `payload_len` is that of the header, and
-    /// must fit. After an error it holds anything.
-    pub fn decode(&mut self, body: &[u8], payload_len: u32) -> Result<(), DecodeError> {
+    /// must fit. There are checksums if the pages are `checked`. After an error it holds anything.
+    pub fn decode(
+        &mut self,
+        body: &[u8],
+        payload_len: u32,
+        checked: bool,
+    ) -> Result<(), DecodeError> {
         let mut reader = Reader::new(body);
         let [code] = reader.array()?;
         let method = Method::from_code(code).ok_or(DecodeError::Method(code))?;
         self.method = Some(method);
-        take_pages(&mut reader, &mut self.runs, &mut self.crcs)?;
+        let mut pages = take_pages(&mut reader, checked, &mut self.runs, &mut self.crcs)?;
         self.blocks.clear();
-        for pages in self.crcs.chunks(BLOCK_PAGES as usize) {
-            let (len, limit) = (reader.u32()?, pages.len() as u64 * PAGE_SIZE);
-            DecodeError::within("bytes of a block", len.into(), limit)?;
+        while pages > 0 {
+            let block = pages.min(BLOCK_PAGES);
+            pages -= block;
+            let len = reader.u32()?;
+            DecodeError::within("bytes of a block", len.into(), block * PAGE_SIZE)?;
             self.blocks.push(len);
         }
         let stated = self.blocks.iter().map(|len| u64::from(*len)).sum();
@@ -76,11 +83,16 @@ impl Differences {
     }
 
     /// Decodes a body into this, as [`Compressed::decode`] does.
-    pub fn decode(&mut self, body: &[u8], payload_len: u32) -> Result<(), DecodeError> {
+    pub fn decode(
+        &mut self,
+        body: &[u8],
+        payload_len: u32,
+        checked: bool,
+    ) -> Result<(), DecodeError> {
         let mut reader = Reader::new(body);
-        take_pages(&mut reader, &mut self.runs, &mut self.crcs)?;
+        let pages = take_pages(&mut reader, checked, &mut self.runs, &mut self.crcs)?;
         self.lengths.clear();
-        for _ in &self.crcs {
+        for _ in 0..pages {
             let len = reader.u16()?;
             DecodeError::within("bytes of a difference", len.into(), delta::MAX_LEN as u64)?;
             self.lengths.push(len);
@@ -118,7 +130,7 @@ mod tests {
         ];
         assert_eq!(body, [&[1][..], &pages, &[77, 0, 0, 0]].concat());
         let mut decoded = Compressed::default();
-        decoded.decode(&body, 77).unwrap();
+        decoded.decode(&body, 77, true).unwrap();
         let expected = Compressed {
             method: Some(Method::Lz4),
             runs: vec![run(0x1000, 2)],
@@ -130,8 +142,24 @@ mod tests {
         Differences::encode(&[run(0x1000, 2)], &[1, 2], &[12, 0], &mut body);
         assert_eq!(body, [&pages[..], &[12, 0, 0, 0]].concat());
         let mut decoded = Differences::default();
-        decoded.decode(&body, 12).unwrap();
+        decoded.decode(&body, 12, true).unwrap();
         assert_eq!(decoded.lengths, [12, 0]);
+    }
+
+    #[test]
+    fn without_checksums_the_rest_stays() {
+        let mut body = vec![];
+        let runs = [run(0x1000, BLOCK_PAGES + 1)];
+        Compressed::encode(Method::Zstd, &runs, &[], &[900, 80], &mut body);
+        let mut decoded = Compressed::default();
+        decoded.decode(&body, 980, false).unwrap();
+        assert_eq!(decoded.blocks, [900, 80]);
+        assert!(decoded.crcs.is_empty() && decoded.decode(&body, 980, true).is_err());
+        Differences::encode(&[run(0x1000, 2)], &[], &[12, 0], &mut body);
+        let mut decoded = Differences::default();
+        decoded.decode(&body, 12, false).unwrap();
+        assert_eq!(decoded.lengths, [12, 0]);
+        assert!(decoded.crcs.is_empty() && decoded.decode(&body, 12, true).is_err());
     }
 
     #[test]
@@ -144,12 +172,12 @@ mod tests {
         Compressed::encode(Method::Zstd, &runs, &crcs, &blocks, &mut body);
         assert_eq!(body.len(), Kind::Compressed.max_body());
         let payload = Kind::Compressed.max_payload() as u32;
-        Compressed::default().decode(&body, payload).unwrap();
+        Compressed::default().decode(&body, payload, true).unwrap();
         let lengths = vec![delta::MAX_LEN as u16; MAX_PAGES as usize];
         Differences::encode(&runs, &crcs, &lengths, &mut body);
         assert_eq!(body.len(), Kind::Xbzrle.max_body());
         let payload = Kind::Xbzrle.max_payload() as u32;
-        Differences::default().decode(&body, payload).unwrap();
+        Differences::default().decode(&body, payload, true).unwrap();
     }
 
     #[test]
@@ -158,7 +186,9 @@ mod tests {
             let mut body = vec![];
             Compressed::encode(Method::Lz4, &[run(0, 2)], &[1, 2], &[block], &mut body);
             body[0] = code;
-            Compressed::default().decode(&body, payload).unwrap_err()
+            Compressed::default()
+                .decode(&body, payload, true)
+                .unwrap_err()
         };
         assert_eq!(compressed(0, 77, 77), DecodeError::Method(0));
         assert_eq!(compressed(3, 77, 77), DecodeError::Method(3));
@@ -172,7 +202,9 @@ mod tests {
         let differences = |len: u16, payload| {
             let mut body = vec![];
             Differences::encode(&[run(0, 1)], &[1], &[len], &mut body);
-            Differences::default().decode(&body, payload).unwrap_err()
+            Differences::default()
+                .decode(&body, payload, true)
+                .unwrap_err()
         };
         assert_eq!(
             differences(2049, 2049),
@@ -182,18 +214,18 @@ mod tests {
         // More pages than a frame may have, and none.
         let mut body = vec![];
         Differences::encode(&[run(0, 513)], &[], &[], &mut body);
-        let error = Differences::default().decode(&body, 0).unwrap_err();
+        let error = Differences::default().decode(&body, 0, true).unwrap_err();
         assert_eq!(error, too_many("pages", 513, 512));
         Differences::encode(&[run(4096, 0)], &[], &[], &mut body);
-        let error = Differences::default().decode(&body, 0).unwrap_err();
+        let error = Differences::default().decode(&body, 0, true).unwrap_err();
         assert_eq!(error, DecodeError::EmptyRun(4096));
     }
 
     proptest! {
         #[test]
-        fn anything_may_come(body in prop::collection::vec(any::<u8>(), 0..200), len: u32) {
-            let _ = Compressed::default().decode(&body, len);
-            let _ = Differences::default().decode(&body, len);
+        fn anything_may_come(body in prop::collection::vec(any::<u8>(), 0..200), len: u32, checked: bool) {
+            let _ = Compressed::default().decode(&body, len, checked);
+            let _ = Differences::default().decode(&body, len, checked);
         }
     }
 }

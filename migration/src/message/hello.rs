@@ -53,8 +53,11 @@ pub const XBZRLE: u32 = 1 << 2;
 /// Offered: more connections, which begin with CHANNEL.
 pub const MULTIFD: u32 = 1 << 3;
 
+/// Offered: pages go without checksums, all of them if it is picked.
+pub const UNCHECKED: u32 = 1 << 4;
+
 /// What this build can leave alone; see [`Hello::optional`].
-pub const CAPABILITIES: u32 = LZ4 | ZSTD | XBZRLE | MULTIFD;
+pub const CAPABILITIES: u32 = LZ4 | ZSTD | XBZRLE | MULTIFD | UNCHECKED;
 
 impl Hello {
     /// The body. What the offer holds beyond the limits is an error that says so.

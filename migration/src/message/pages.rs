@@ -13,13 +13,14 @@ pub struct AddressRun {
     pub pages: u64,
 }
 
-/// The body of a PAGES frame, which is built in place: the runs, then a CRC32 for each page.
+/// The body of a PAGES frame, which is built in place: the runs, then a CRC32 for each page, or none
+/// at all if [`UNCHECKED`](super::UNCHECKED) was picked.
 pub fn encode_pages(runs: &[AddressRun], crcs: &[u32], out: &mut Vec<u8>) {
     out.clear();
     put_pages(runs, crcs, out);
 }
 
-/// What the body of a frame with pages begins with: the runs, then a CRC32 for each page.
+/// What the body of a frame with pages begins with: the runs, then the checksums.
 pub(super) fn put_pages(runs: &[AddressRun], crcs: &[u32], out: &mut Vec<u8>) {
     out.extend((runs.len() as u32).to_le_bytes());
     for run in runs {
@@ -32,15 +33,16 @@ pub(super) fn put_pages(runs: &[AddressRun], crcs: &[u32], out: &mut Vec<u8>) {
 }
 
 /// Decodes a PAGES body into `runs` and `crcs`, which are cleared first; `payload_len` is that of
-/// the header and must fit.
+/// the header and must fit. `crcs` stays empty if the pages are not `checked`.
 pub fn decode_pages(
     body: &[u8],
     payload_len: u32,
+    checked: bool,
     runs: &mut Vec<AddressRun>,
     crcs: &mut Vec<u32>,
 ) -> Result<(), DecodeError> {
     let mut reader = Reader::new(body);
-    let pages = take_pages(&mut reader, runs, crcs)?;
+    let pages = take_pages(&mut reader, checked, runs, crcs)?;
     if u64::from(payload_len) != pages * PAGE_SIZE {
         return Err(DecodeError::Payload {
             pages,
@@ -53,6 +55,7 @@ pub fn decode_pages(
 /// Takes what [`put_pages`] writes; returns how many pages.
 pub(super) fn take_pages(
     reader: &mut Reader<'_>,
+    checked: bool,
     runs: &mut Vec<AddressRun>,
     crcs: &mut Vec<u32>,
 ) -> Result<u64, DecodeError> {
@@ -72,8 +75,10 @@ pub(super) fn take_pages(
         DecodeError::within("pages", pages, MAX_PAGES)?;
         runs.push(run);
     }
-    for _ in 0..pages {
-        crcs.push(reader.u32()?);
+    if checked {
+        for _ in 0..pages {
+            crcs.push(reader.u32()?);
+        }
     }
     Ok(pages)
 }

@@ -357,7 +357,7 @@ fn what_is_out_of_bounds_is_refused() {
     let (mut runs, mut crcs) = (vec![], vec![]);
     let mut pages = |list: &[AddressRun], sums: &[u32], payload| {
         let body = encoded(|out| encode_pages(list, sums, out));
-        decode_pages(&body, payload, &mut runs, &mut crcs)
+        decode_pages(&body, payload, true, &mut runs, &mut crcs)
     };
     assert_eq!(pages(&[run(0, 1), run(8192, 1)], &[1, 2], 8192), Ok(()));
     assert!(pages(&[run(0, 0)], &[], 0).is_err());
@@ -389,12 +389,12 @@ fn reasons_are_bounded_and_safe_to_print() {
 proptest! {
     /// Nothing that a peer can put in a body does more than fail.
     #[test]
-    fn any_bytes_decode_or_fail(body in prop::collection::vec(any::<u8>(), 0..600), payload: u32) {
+    fn any_bytes_decode_or_fail(body in prop::collection::vec(any::<u8>(), 0..600), payload: u32, checked: bool) {
         let (mut runs, mut crcs) = (vec![], vec![]);
         let _ = Hello::decode(&body);
         let _ = decode_state(&body);
         let _ = BlobChunk::decode(&body);
-        let _ = decode_pages(&body, payload, &mut runs, &mut crcs);
+        let _ = decode_pages(&body, payload, checked, &mut runs, &mut crcs);
         let _ = decode_zero(&body, &mut runs);
         let _ = decode_blocks(&body, payload, &mut vec![]);
         let _ = decode_reason(&body);
@@ -430,6 +430,26 @@ proptest! {
             prop_assert_eq!(encoded(|out| decoded.encode(out).unwrap()), body);
         }
     }
+}
+
+#[test]
+fn the_format_of_pages_without_checksums_is_fixed() {
+    assert_eq!(UNCHECKED, 16);
+    let runs = [AddressRun {
+        address: 0x1000,
+        pages: 2,
+    }];
+    let body = encoded(|out| encode_pages(&runs, &[], out));
+    assert_eq!(body, [1, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0]);
+    let (mut found, mut crcs) = (vec![], vec![7]);
+    decode_pages(&body, 8192, false, &mut found, &mut crcs).unwrap();
+    assert_eq!((&found[..], &crcs[..]), (&runs[..], &[][..]));
+    assert!(decode_pages(&body, 4096, false, &mut found, &mut crcs).is_err());
+    // What was agreed on counts, not what would fit.
+    assert!(decode_pages(&body, 8192, true, &mut found, &mut crcs).is_err());
+    let checked = encoded(|out| encode_pages(&runs, &[1, 2], out));
+    let error = decode_pages(&checked, 8192, false, &mut found, &mut crcs);
+    assert_eq!(error, Err(DecodeError::Trailing(8)));
 }
 
 #[test]

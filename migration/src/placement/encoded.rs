@@ -74,15 +74,18 @@ impl Unpacker {
         placement.populate(runs);
         self.block.resize(MAX_BLOCK, 0);
         let mut pages = runs.iter().flat_map(|run| run.first..run.end());
-        for (crcs, len) in frame.crcs.chunks(BLOCK_PAGES as usize).zip(&frame.blocks) {
+        let mut left: u64 = runs.iter().map(|run| run.count).sum();
+        let mut crcs = frame.crcs.iter();
+        for len in &frame.blocks {
             let (now, later) = data.split_at_checked(*len as usize).unwrap_or((data, &[]));
             data = later;
-            let len = crcs.len() * PAGE_SIZE as usize;
+            let count = left.min(BLOCK_PAGES);
+            left -= count;
+            let len = (count * PAGE_SIZE) as usize;
             let block = self.block.get_mut(..len).unwrap_or_default();
             self.decompressor.decompress(method, now, block)?;
-            let copies = block.as_chunks().0.iter();
-            for ((copy, crc), page) in copies.zip(crcs).zip(pages.by_ref()) {
-                placement.place(page, copy, *crc, wrong);
+            for (copy, page) in block.as_chunks().0.iter().zip(pages.by_ref()) {
+                placement.place(page, copy, crcs.next(), wrong);
             }
         }
         placement.arrived(runs, wrong);
@@ -103,7 +106,8 @@ impl Unpacker {
             return Err(EncodedError::NeverCame(placement.address(page)));
         }
         let pages = runs.iter().flat_map(|run| run.first..run.end());
-        for ((page, crc), len) in pages.zip(&frame.crcs).zip(&frame.lengths) {
+        let mut crcs = frame.crcs.iter();
+        for (page, len) in pages.zip(&frame.lengths) {
             let len = usize::from(*len);
             let (now, later) = data.split_at_checked(len).unwrap_or((data, &[]));
             data = later;
@@ -112,7 +116,7 @@ impl Unpacker {
                 address: placement.address(page),
                 error,
             })?;
-            placement.place(page, &self.page, *crc, wrong);
+            placement.place(page, &self.page, crcs.next(), wrong);
         }
         placement.arrived(runs, wrong);
         Ok(())
@@ -120,9 +124,10 @@ impl Unpacker {
 }
 
 impl Placement {
-    /// Places a page if it is what the source says; otherwise it stays as it was, and is wrong.
-    fn place(&self, page: u64, copy: &Page, crc: u32, wrong: &mut Vec<u64>) {
-        if crc32fast::hash(copy) == crc {
+    /// Places a page if it is what the source says; otherwise it stays as it was, and is wrong. If
+    /// pages come without checksums the source says nothing.
+    fn place(&self, page: u64, copy: &Page, crc: Option<&u32>, wrong: &mut Vec<u64>) {
+        if crc.is_none_or(|crc| crc32fast::hash(copy) == *crc) {
             self.memory.write(page, copy);
         } else {
             wrong.push(page);

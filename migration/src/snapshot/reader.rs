@@ -123,10 +123,6 @@ impl Snapshot {
         &self.hello
     }
 
-    pub(super) fn hello_body(&self) -> &[u8] {
-        &self.description.hello
-    }
-
     pub(super) fn sections(&self) -> &[Section] {
         &self.description.sections
     }

@@ -78,7 +78,7 @@ fn converse(path: &Path, channel: &mut Channel, clock: &dyn Clock) -> Result<(),
             }
             Kind::Pages => {
                 channel.decode(Kind::Pages, |body| {
-                    decode_pages(body, arrived.payload_len, &mut runs, &mut crcs)
+                    decode_pages(body, arrived.payload_len, true, &mut runs, &mut crcs)
                 })?;
                 channel.receive_data(arrived.payload_len as usize, &mut data)?;
                 writer.pages(&runs, &crcs, &data)?;

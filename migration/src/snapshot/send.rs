@@ -11,8 +11,8 @@ use crate::frame::{Kind, MAX_CHUNK};
 use crate::layout::PAGE_SIZE;
 use crate::link::{Deadlines, Link, Stream};
 use crate::message::{
-    AddressRun, BlobChunk, End, Go, Preamble, Sync, encode_pages, encode_reason, encode_state,
-    encode_zero,
+    AddressRun, BlobChunk, End, Go, Hello, Preamble, Sync, encode_pages, encode_reason,
+    encode_state, encode_zero,
 };
 use crate::protocol::OutOfOrder;
 
@@ -41,9 +41,20 @@ pub(super) fn run(
 
 fn converse(snapshot: &Snapshot, channel: &mut Channel) -> Result<(), TransferError> {
     channel.send_raw(&Preamble::OURS.encode())?;
-    channel.send(Kind::Hello, snapshot.hello_body())?;
-    expect(channel, Kind::Accept)?;
     let mut body = Vec::new();
+    // Of what the source has offered nothing is used: pages are as the file has them, with their
+    // checksums.
+    Hello {
+        optional: 0,
+        ..snapshot.hello().clone()
+    }
+    .encode(&mut body)
+    .map_err(|error| ChannelError::Body {
+        kind: Kind::Hello,
+        error,
+    })?;
+    channel.send(Kind::Hello, &body)?;
+    expect(channel, Kind::Accept)?;
     for index in 0..snapshot.hello().offer.blobs.len() {
         snapshot.blob(index, MAX_CHUNK, |offset, data| {
             let index = index as u16;

@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use self::left::Left;
+use self::pages::Frames;
 use self::push::Over;
 use self::serve::{Requests, Server};
 use super::{Contents, Source, SourceError};
@@ -23,7 +24,7 @@ use crate::connect::connect;
 use crate::frame::Kind;
 use crate::guest_io::GuestPages;
 use crate::link::Link;
-use crate::message::{Gone, MAX_BIT_PAGES, Missing, Preamble, Return, encode_bits};
+use crate::message::{Gone, MAX_BIT_PAGES, Missing, Preamble, Return, UNCHECKED, encode_bits};
 use crate::postcopy::Control;
 use crate::session::Session;
 use crate::uri::Uri;
@@ -48,6 +49,8 @@ pub(super) struct Late {
     told: PageBitmap,
     pages: Arc<GuestPages>,
     left: Arc<Left>,
+    /// Whether each page goes with its checksum.
+    checked: bool,
     /// Counts the connections.
     attempt: u32,
     /// The destination has said that the guest is there.
@@ -74,7 +77,11 @@ pub(super) enum LateEnd {
 
 impl Source<'_> {
     /// Connects the fault channel, at the beginning.
-    pub(super) fn join(&mut self, uri: Option<&Uri>) -> Result<Option<Late>, SourceError> {
+    pub(super) fn join(
+        &mut self,
+        session: &Session,
+        uri: Option<&Uri>,
+    ) -> Result<Option<Late>, SourceError> {
         let Some(control) = self.job.postcopy.clone() else {
             return Ok(None);
         };
@@ -98,6 +105,7 @@ impl Source<'_> {
             told: PageBitmap::new(count),
             pages: Arc::new(pages),
             left: Arc::new(Left::new(PageBitmap::new(count))),
+            checked: !session.picked(UNCHECKED),
             attempt: 0,
             confirmed: false,
             began: Duration::ZERO,
@@ -320,6 +328,7 @@ impl Late {
             Arc::clone(&self.pages),
             Arc::clone(&self.left),
             Arc::clone(&self.counts),
+            Frames::new(self.checked),
         )?;
         self.server = Some(server);
         Ok(())

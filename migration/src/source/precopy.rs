@@ -12,7 +12,7 @@ use crate::convergence::{Decision, Rest};
 use crate::frame::{Kind, MAX_CHUNK};
 use crate::guest_io::GuestPages;
 use crate::message::{
-    Accept, BLOCK_MIGRATION, BlobChunk, CAPABILITIES, Hello, MULTIFD, POSTCOPY, Preamble,
+    Accept, BLOCK_MIGRATION, BlobChunk, CAPABILITIES, Hello, MULTIFD, POSTCOPY, Preamble, UNCHECKED,
 };
 use crate::postcopy::Control;
 use crate::progress::Round;
@@ -33,10 +33,13 @@ impl Source<'_> {
         has_address: bool,
     ) -> Result<(), SourceError> {
         let multifd = self.job.parameters.multifd().filter(|_| has_address);
-        let optional = match multifd {
-            Some(_) => CAPABILITIES,
-            None => CAPABILITIES & !MULTIFD,
-        };
+        let mut optional = CAPABILITIES;
+        if multifd.is_none() {
+            optional &= !MULTIFD;
+        }
+        if self.job.parameters.page_checksum() {
+            optional &= !UNCHECKED;
+        }
         let hello = Hello {
             id: self.id,
             required: self.required(offer),
@@ -66,6 +69,9 @@ impl Source<'_> {
             return Err(SourceError::Accept(format!("{accept:?}")));
         }
         session.set_picked(capabilities);
+        if optional & !capabilities & UNCHECKED != 0 {
+            tracing::info!("pages go with checksums: the destination takes none without");
+        }
         if self.job.parameters.zero_copy_send() {
             session.channel.enable_zero_copy();
         }

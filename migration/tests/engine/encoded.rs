@@ -117,7 +117,7 @@ pub(crate) const SCATTERED: Writes = Writes {
 
 /// Migrates a guest that writes on and on, which is not stopped before `enough` frames of
 /// differences have been sent; `decide` sees those.
-fn migrate_rewriting(
+pub(crate) fn migrate_rewriting(
     set: impl FnOnce(&Parameters),
     enough: usize,
     mut decide: impl FnMut(&mut Frame) -> Fate + Send + 'static,

@@ -262,7 +262,7 @@ const BUSY_SMALL_100: Writes = Writes {
 };
 
 /// Plays the frames to a destination; returns its error and how many bytes it answered.
-fn play(preamble: Preamble, frames: &[(Kind, Vec<u8>)]) -> String {
+pub(crate) fn play(preamble: Preamble, frames: &[(Kind, Vec<u8>)]) -> String {
     play_to(Destination::default(), preamble, frames)
 }
 

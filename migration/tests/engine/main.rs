@@ -26,5 +26,6 @@ mod postcopy;
 mod proxy;
 mod slow_channel;
 mod snapshot;
+mod unchecked;
 mod whole;
 mod zero_copy;

@@ -25,11 +25,14 @@ pub enum MigrationCapability {
     Multifd,
     /// Pages go into the network without a copy into the kernel.
     ZeroCopySend,
+    /// Each page goes with a checksum.
+    #[serde(rename = "x-page-checksum")]
+    PageChecksum,
 }
 
 impl MigrationCapability {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::AutoConverge,
         Self::DirtyLimit,
         Self::Events,
@@ -37,6 +40,7 @@ impl MigrationCapability {
         Self::Xbzrle,
         Self::Multifd,
         Self::ZeroCopySend,
+        Self::PageChecksum,
     ];
 
     /// The name in QMP and in the monitor.
@@ -49,6 +53,7 @@ impl MigrationCapability {
             Self::Xbzrle => "xbzrle",
             Self::Multifd => "multifd",
             Self::ZeroCopySend => "zero-copy-send",
+            Self::PageChecksum => "x-page-checksum",
         }
     }
 }
@@ -98,6 +103,8 @@ pub struct Capabilities {
     pub multifd: bool,
     /// [`MigrationCapability::ZeroCopySend`].
     pub zero_copy_send: bool,
+    /// [`MigrationCapability::PageChecksum`].
+    pub page_checksum: bool,
 }
 
 impl Default for Capabilities {
@@ -110,6 +117,7 @@ impl Default for Capabilities {
             xbzrle: false,
             multifd: false,
             zero_copy_send: false,
+            page_checksum: true,
         }
     }
 }
@@ -125,6 +133,7 @@ impl Capabilities {
             xbzrle,
             multifd,
             zero_copy_send,
+            page_checksum,
         } = self;
         let status = |capability| MigrationCapabilityStatus {
             capability,
@@ -136,6 +145,7 @@ impl Capabilities {
                 MigrationCapability::Xbzrle => xbzrle,
                 MigrationCapability::Multifd => multifd,
                 MigrationCapability::ZeroCopySend => zero_copy_send,
+                MigrationCapability::PageChecksum => page_checksum,
             },
         };
         MigrationCapability::ALL.map(status).to_vec()
@@ -152,6 +162,7 @@ impl Capabilities {
                 MigrationCapability::Xbzrle => self.xbzrle = change.state,
                 MigrationCapability::Multifd => self.multifd = change.state,
                 MigrationCapability::ZeroCopySend => self.zero_copy_send = change.state,
+                MigrationCapability::PageChecksum => self.page_checksum = change.state,
             }
         }
         self

@@ -200,6 +200,7 @@ impl Instance {
         self.0.parameters.set_xbzrle(after.xbzrle);
         self.0.parameters.set_multifd(after.multifd);
         self.0.parameters.set_zero_copy_send(after.zero_copy_send);
+        self.0.parameters.set_page_checksum(after.page_checksum);
         let throttle = self.0.parameters.throttle();
         throttle.set_auto_converge(after.auto_converge);
         throttle.set_dirty_limit(after.dirty_limit);

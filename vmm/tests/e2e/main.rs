@@ -39,3 +39,4 @@ mod proxy;
 mod shuttle;
 mod snapshot;
 mod terminal;
+mod unchecked;

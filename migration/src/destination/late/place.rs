@@ -28,7 +28,8 @@ const PAGES_PER_CLAIM: u64 = 4096;
 
 impl LateMemory {
     /// Puts pages in place: those of `runs`, with their contents in `data` and the CRC32 of each in
-    /// `crcs`. If one doesn't match, none is placed. Pages that have come are left alone.
+    /// `crcs`, which is empty if they come without. If one doesn't match, none is placed. Pages that
+    /// have come are left alone.
     pub fn place(
         &self,
         runs: &[PageRun],
@@ -37,7 +38,8 @@ impl LateMemory {
         via: Via,
     ) -> Result<(), LateError> {
         let pages = self.check(runs)?;
-        if data.len() as u64 != pages * PAGE_SIZE || crcs.len() as u64 != pages {
+        let checksums = if self.checked { pages } else { 0 };
+        if data.len() as u64 != pages * PAGE_SIZE || crcs.len() as u64 != checksums {
             return Err(LateError::Uneven {
                 pages,
                 bytes: data.len(),

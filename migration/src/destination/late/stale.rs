@@ -42,7 +42,9 @@ impl LateMemory {
             }
             state.missing.or_words(first, words);
             for run in told_pages.runs(0, count, count) {
-                state.suspect.clear_range(first + run.first, run.count);
+                if let Some(suspect) = &mut state.suspect {
+                    suspect.clear_range(first + run.first, run.count);
+                }
             }
             state.left += set(&fresh).count();
         }
@@ -66,10 +68,13 @@ impl LateMemory {
     /// Whether some page was damaged on the way before the switch, and was not dropped since.
     pub fn check_suspects(&self) -> Result<(), Incomplete> {
         let state = self.lock();
-        match state.suspect.next_set(0) {
+        let Some(suspect) = &state.suspect else {
+            return Ok(());
+        };
+        match suspect.next_set(0) {
             None => Ok(()),
             Some(page) => Err(Incomplete::Damaged {
-                count: state.suspect.count(),
+                count: suspect.count(),
                 address: self.address(page),
             }),
         }

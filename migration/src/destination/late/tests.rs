@@ -114,7 +114,7 @@ impl Guest {
         .unwrap();
         fill(&ram);
         let clock = Arc::new(FakeClock::default());
-        let suspect = PageBitmap::new(PAGES);
+        let suspect = Some(PageBitmap::new(PAGES));
         let memory = GuestPages::new(ram.clone()).unwrap();
         let late = LateMemory::new(memory, pages(missing), suspect, &[10, 11], clock.clone());
         Some(Self {
@@ -384,7 +384,7 @@ fn suspect_pages_must_be_dropped() {
     suspect.set(70);
     suspect.set(90);
     let clock = Arc::new(FakeClock::default());
-    let late = LateMemory::new(memory, PageBitmap::new(128), suspect, &[], clock).unwrap();
+    let late = LateMemory::new(memory, PageBitmap::new(128), Some(suspect), &[], clock).unwrap();
     late.drop_pages(64, &[1 << 6]).unwrap();
     let damaged = Incomplete::Damaged {
         count: 1,

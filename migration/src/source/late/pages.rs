@@ -7,13 +7,21 @@ use crate::guest_io::GuestPages;
 use crate::memory_frames::{PagesFrame, ZeroFrame};
 
 /// Sends runs of pages on one connection; its buffers are reused.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Frames {
     data: PagesFrame,
     zero: ZeroFrame,
 }
 
 impl Frames {
+    /// Pages that are `checked` go with their checksums.
+    pub(super) fn new(checked: bool) -> Self {
+        Self {
+            data: PagesFrame::new(checked),
+            zero: ZeroFrame::default(),
+        }
+    }
+
     /// Sends all pages of `run`, those that are zero as such. Returns how many bytes that took.
     pub(super) fn send(
         &mut self,

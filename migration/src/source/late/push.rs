@@ -57,7 +57,7 @@ impl Source<'_> {
     }
 
     fn push_all(&self, channel: &mut Channel, late: &Late) -> Result<Over, LateError> {
-        let mut frames = Frames::default();
+        let mut frames = Frames::new(late.checked);
         let mut pacing = Pacing::default();
         let mut told_at = Instant::now();
         // However slow it is to be, the destination must not take this side for dead.

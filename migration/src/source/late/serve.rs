@@ -44,6 +44,7 @@ struct Serving {
     pages: Arc<GuestPages>,
     left: Arc<Left>,
     counts: Arc<Requests>,
+    frames: Frames,
 }
 
 impl Server {
@@ -53,6 +54,7 @@ impl Server {
         pages: Arc<GuestPages>,
         left: Arc<Left>,
         counts: Arc<Requests>,
+        frames: Frames,
     ) -> io::Result<Self> {
         channel.link().set_cancel(breaker.clone());
         channel.link().set_until(None);
@@ -62,6 +64,7 @@ impl Server {
             pages,
             left,
             counts,
+            frames,
         };
         let thread = thread::Builder::new()
             .name("postcopy-serve".to_owned())
@@ -82,7 +85,6 @@ impl Server {
 
 impl Serving {
     fn serve(&mut self) -> Result<std::convert::Infallible, ChannelError> {
-        let mut frames = Frames::default();
         loop {
             let kind = self.channel.receive()?.kind;
             if kind != Kind::Request {
@@ -92,7 +94,7 @@ impl Serving {
             let request = self.channel.decode(kind, Request::decode)?;
             let wanted = self.resolve(request)?;
             let run = self.left.take_wanted(wanted, AHEAD);
-            let bytes = frames.send(&mut self.channel, &self.pages, run)?;
+            let bytes = self.frames.send(&mut self.channel, &self.pages, run)?;
             self.counts.requests.fetch_add(1, Ordering::Relaxed);
             let pages = request.pages.into();
             self.counts.pages.fetch_add(pages, Ordering::Relaxed);

@@ -1,11 +1,15 @@
 //! Migrations in which nothing goes wrong but that the connection breaks.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
+use migration::frame::Kind;
 use migration::parameters::TimeoutAction;
 use migration::progress::Status;
 
 use super::{Moving, at_once, busy, require_userfault};
+use crate::proxy::{Fate, Frame};
+use crate::unchecked::has_checksums;
 
 #[test]
 fn a_guest_moves_before_any_of_its_memory() {
@@ -20,6 +24,38 @@ fn a_guest_moves_before_any_of_its_memory() {
         postcopy.requests > 0 && postcopy.missing_pages == 0,
         "{postcopy:?}"
     );
+}
+
+/// Also over the connections of a recovery.
+#[test]
+fn a_guest_moves_before_its_memory_without_checksums() {
+    require_userfault!();
+    let late = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&late);
+    let decide = Arc::new(Mutex::new(move |frame: &mut Frame| {
+        if frame.kind == Some(Kind::Pages) {
+            assert!(!has_checksums(frame));
+            count.fetch_add(1, Ordering::SeqCst);
+        }
+        Fate::Pass
+    }));
+    let mut moving = Moving::begin_via(
+        busy(4000),
+        Some(decide),
+        |job, _| {
+            at_once(job);
+            job.parameters.set_page_checksum(false);
+            // Slow enough to be broken in the middle.
+            job.parameters.set_max_postcopy_bandwidth(30_000_000);
+        },
+        |_| {},
+    );
+    moving.wait(|left, came| (left.is_postcopy() && came.is_postcopy()).then_some(()));
+    let before = late.load(Ordering::SeqCst);
+    moving.leaving.pause().unwrap();
+    assert!(moving.recover());
+    moving.finish();
+    assert!(late.load(Ordering::SeqCst) > before);
 }
 
 #[test]

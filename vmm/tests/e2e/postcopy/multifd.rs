@@ -32,6 +32,12 @@ fn switched_while_four_connections_are_in_use() {
         ("e", 3, "zstd"),
     ] {
         over_four(&mut here);
+        // With and without checksums of pages, in turn.
+        let checked = json!([{ "capability": "x-page-checksum", "state": rounds == 1 }]);
+        here.execute(
+            "migrate-set-capabilities",
+            json!({ "capabilities": checked }),
+        );
         set(&mut here, json!({ "multifd-compression": method }));
         let (mut there, uri) = destination(dir.path(), name);
         here.migrate(&uri);

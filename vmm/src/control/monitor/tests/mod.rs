@@ -263,7 +263,7 @@ fn info_shows_the_machine() {
     assert_eq!(
         done(&mut session, "info migrate_capabilities"),
         "auto-converge: off\ndirty-limit: off\nevents: on\npostcopy-ram: off\nxbzrle: off\n\
-         multifd: off\nzero-copy-send: off\n"
+         multifd: off\nzero-copy-send: off\nx-page-checksum: on\n"
     );
 }
 

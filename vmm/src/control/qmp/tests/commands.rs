@@ -42,6 +42,7 @@ async fn queries_answer_in_the_shape_of_the_schema() {
                 {"capability": "xbzrle", "state": false},
                 {"capability": "multifd", "state": false},
                 {"capability": "zero-copy-send", "state": false},
+                {"capability": "x-page-checksum", "state": true},
             ]),
         ),
     ] {
@@ -380,9 +381,10 @@ async fn parameters_and_capabilities_are_checked_and_set() {
         xbzrle,
         multifd,
         zero_copy_send,
+        page_checksum,
     } = setup.machine.capabilities();
     assert!(!auto_converge && !dirty_limit && !events && postcopy_ram && !xbzrle && !multifd);
-    assert!(!zero_copy_send);
+    assert!(!zero_copy_send && page_checksum);
     for (arguments, desc) in [
         (json!({}), "Parameter 'capabilities' is missing"),
         (
