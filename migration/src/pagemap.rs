@@ -130,6 +130,22 @@ impl Pagemap {
             tracing::debug!("the page map: {error}; falling back to {:?}", self.method);
         }
     }
+
+    /// How many of those pages come before the first touched one: all, if none is. Less if that
+    /// would take long to find out.
+    pub fn untouched(&mut self, start: u64, pages: u64) -> u64 {
+        let (Method::Scan, Some(map)) = (self.method, &self.map) else {
+            return 0;
+        };
+        let mut found = [ScanRegion::default()];
+        let end = match scan_some(map, start, start + pages * PAGE_SIZE, &mut found) {
+            Ok((0, end)) => end,
+            Ok(_) => found[0].start,
+            // Then the other question will fail as well, and fall back.
+            Err(_) => start,
+        };
+        (end.saturating_sub(start) / PAGE_SIZE).min(pages)
+    }
 }
 
 fn scan(map: &File, start: u64, pages: u64, runs: &mut Vec<PageRun>) -> io::Result<()> {
@@ -137,25 +153,7 @@ fn scan(map: &File, start: u64, pages: u64, runs: &mut Vec<PageRun>) -> io::Resu
     let mut from = start;
     let mut found = [ScanRegion::default(); REGIONS_PER_CALL];
     while from < end {
-        let mut arg = ScanArg {
-            size: size_of::<ScanArg>() as u64,
-            start: from,
-            end,
-            vec: found.as_mut_ptr() as u64,
-            vec_len: found.len() as u64,
-            // Not the kernel's shared page of zeroes, and present or in swap.
-            category_inverted: PAGE_IS_PFNZERO,
-            category_mask: PAGE_IS_PFNZERO,
-            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-            return_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-            ..ScanArg::default()
-        };
-        // SAFETY: the argument is the structure that this ioctl takes, and `vec` points to
-        // `vec_len` regions that live through the call.
-        let count = unsafe { libc::ioctl(map.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
-        let Ok(count) = usize::try_from(count) else {
-            return Err(io::Error::last_os_error());
-        };
+        let (count, walked) = scan_some(map, from, end, &mut found)?;
         for region in found.iter().take(count) {
             if region.start >= start && region.end <= end && region.end > region.start {
                 runs.push(PageRun {
@@ -164,12 +162,41 @@ fn scan(map: &File, start: u64, pages: u64, runs: &mut Vec<PageRun>) -> io::Resu
                 });
             }
         }
-        if arg.walk_end <= from {
-            return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
-        }
-        from = arg.walk_end;
+        from = walked;
     }
     Ok(())
+}
+
+/// Finds touched regions until `found` is full: how many, and the address up to which it looked.
+fn scan_some(
+    map: &File,
+    start: u64,
+    end: u64,
+    found: &mut [ScanRegion],
+) -> io::Result<(usize, u64)> {
+    let mut arg = ScanArg {
+        size: size_of::<ScanArg>() as u64,
+        start,
+        end,
+        vec: found.as_mut_ptr() as u64,
+        vec_len: found.len() as u64,
+        // Not the kernel's shared page of zeroes, and present or in swap.
+        category_inverted: PAGE_IS_PFNZERO,
+        category_mask: PAGE_IS_PFNZERO,
+        category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+        return_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+        ..ScanArg::default()
+    };
+    // SAFETY: the argument is the structure that this ioctl takes, and `vec` points to
+    // `vec_len` regions that live through the call.
+    let count = unsafe { libc::ioctl(map.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
+    let Ok(count) = usize::try_from(count) else {
+        return Err(io::Error::last_os_error());
+    };
+    if arg.walk_end <= start {
+        return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
+    }
+    Ok((count, arg.walk_end))
 }
 
 fn read(map: &File, start: u64, pages: u64, runs: &mut Vec<PageRun>) -> io::Result<()> {
@@ -235,7 +262,17 @@ mod tests {
         assert_eq!(map.method, Method::Read, "reading the map failed");
         map.method = Method::Scan;
         assert_eq!(touched(&mut map, &memory), written);
-        if map.method != Method::Scan {
+        if map.method == Method::Scan {
+            use vm_memory::GuestMemoryBackend;
+            let host = |page: u64| {
+                let address = GuestAddress(page * PAGE_SIZE);
+                memory.get_host_address(address).unwrap() as u64
+            };
+            assert_eq!(map.untouched(host(0), PAGES), 3);
+            assert_eq!(map.untouched(host(3), PAGES - 3), 0);
+            assert_eq!(map.untouched(host(4), 2), 2);
+            assert_eq!(map.untouched(host(1502), PAGES - 1502), 6);
+        } else {
             guest_tests::driver::skip("in part: PAGEMAP_SCAN; needs Linux 6.7");
         }
         // A page that was only read is the kernel's page of zeroes, which the scan tells.

@@ -19,6 +19,10 @@ use crate::vm::{SourceVm, VmError};
 /// twice.
 const CHUNK: u64 = 2048;
 
+/// How much memory that was never touched is protected at a time: 256 MiB. KVM holds its MMU's lock
+/// for some 10 ns a page, and the guest's faults wait for it.
+const HOLE: u64 = 1 << 16;
+
 /// Protected ranges begin and end at multiples of this, as `KVM_CLEAR_DIRTY_LOG` wants it.
 const ALIGN: u64 = 64;
 
@@ -105,7 +109,7 @@ impl Memory {
                 // Between chunks: a page that is protected in order to be sent must be sent.
                 self.leave_out(&vm.free_pages(), round, session)?;
             }
-            let Some(chunk) = self.next_chunk(next) else {
+            let Some(chunk) = self.next_chunk(pass, next) else {
                 break;
             };
             next = chunk.end();
@@ -143,10 +147,21 @@ impl Memory {
         counts
     }
 
-    /// The next range with about [`CHUNK`] pending pages in it.
-    fn next_chunk(&self, from: u64) -> Option<PageRun> {
+    /// The next range with about [`CHUNK`] pending pages in it, or with up to [`HOLE`] that were never
+    /// touched.
+    fn next_chunk(&mut self, pass: Pass, from: u64) -> Option<PageRun> {
         let pages = self.pending.pages();
         let first = self.pending.next_set(from)? / ALIGN * ALIGN;
+        if pass == Pass::First {
+            let ahead = self.pages.within_region(PageRun {
+                first,
+                count: HOLE.min(pages - first),
+            });
+            let hole = self.pages.untouched(ahead, &mut self.pagemap) / ALIGN * ALIGN;
+            if hole > CHUNK {
+                return Some(PageRun { first, count: hole });
+            }
+        }
         let (mut end, mut found) = (first, 0);
         for run in self.pending.runs(first, pages, CHUNK) {
             found += run.count;
@@ -177,7 +192,7 @@ impl Memory {
         let mut at = chunk.first;
         while let Some(run) = self
             .pending
-            .runs(at, chunk.end().saturating_sub(at), CHUNK)
+            .runs(at, chunk.end().saturating_sub(at), u64::MAX)
             .next()
         {
             let run = self.pages.within_region(run);

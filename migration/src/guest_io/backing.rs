@@ -53,6 +53,15 @@ impl GuestPages {
         file.is_some_and(|(file, at)| holes::between(file, at, run.count, runs).is_ok())
     }
 
+    /// How many pages at the beginning of a run within one region certainly hold nothing; not all of
+    /// them, where that would take long to find out.
+    pub(crate) fn untouched(&self, run: PageRun, pagemap: &mut Pagemap) -> u64 {
+        match self.private_host_address(run.first) {
+            Some(host) => pagemap.untouched(host, run.count),
+            None => 0,
+        }
+    }
+
     /// How many bytes may hold something. Looks at the page map of all of the memory, which takes
     /// milliseconds a GiB.
     pub fn touched_bytes(&self) -> u64 {
