@@ -54,8 +54,8 @@ impl<const N: usize> Vcpus<N> {
         let shares = self.shares();
         let kept: [u8; N] = std::array::from_fn(|vcpu| shares[vcpu].max(others[vcpu]));
         let mut measured = 0;
-        for vcpu in 0..N {
-            let bytes = self.wants[vcpu] * MIB * u64::from(100 - kept[vcpu]) / 100;
+        for (vcpu, kept) in kept.iter().enumerate() {
+            let bytes = self.wants[vcpu] * MIB * u64::from(100 - kept) / 100;
             measured += bytes;
             if self.told {
                 self.written[vcpu] += bytes;
