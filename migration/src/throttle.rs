@@ -13,7 +13,7 @@ pub const MAX_SHARE: u8 = 99;
 
 /// A guest is judged by what it wrote in at least this time: a few of the periods in which it is
 /// kept from running, so that the last change shows.
-const PERIOD: Duration = Duration::from_millis(200);
+pub(crate) const PERIOD: Duration = Duration::from_millis(200);
 
 /// So many periods in succession with too much written, and it is slowed down (more).
 const PERIODS: u32 = 2;
@@ -93,13 +93,18 @@ impl Throttling {
         self.sent += round.sent;
         self.dirtied += round.dirtied;
         self.time += round.time;
-        if self.time < PERIOD {
+        let limited = parameters.dirty_limit() && self.throttle != Throttle::Off;
+        let period = match limited {
+            true => parameters.vcpu_dirty_limit_period(),
+            false => PERIOD,
+        };
+        if self.time < period {
             return None;
         }
         let time = std::mem::take(&mut self.time);
         let sent = std::mem::take(&mut self.sent);
         let dirtied = std::mem::take(&mut self.dirtied);
-        if parameters.dirty_limit() && self.throttle != Throttle::Off {
+        if limited {
             // It follows what the guest does from here on.
             self.throttle = dirty_rate(parameters, round.bandwidth?, dirtied, time);
             return Some(self.throttle);

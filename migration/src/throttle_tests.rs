@@ -156,3 +156,27 @@ fn a_dirty_limit_goes_by_the_link() {
         assert!(measured.abs_diff(100 * MIB) < MIB, "{measured}");
     }
 }
+
+#[test]
+fn a_dirty_limit_follows_the_guest_in_periods_that_can_be_set() {
+    let parameters = ThrottleParameters::default();
+    parameters.set_dirty_limit(true);
+    let changes = |period: Option<u64>| {
+        if let Some(ms) = period {
+            parameters.set_vcpu_dirty_limit_period(ms);
+        }
+        let mut throttling = Throttling::default();
+        let moved = Moved {
+            time: Duration::from_millis(50),
+            sent: 100,
+            dirtied: 90,
+            bandwidth: Some(1000.0),
+        };
+        let changes = (1..=100).filter(|_| throttling.round_ended(&parameters, moved).is_some());
+        changes.collect::<Vec<u64>>()
+    };
+    // That it is slowed down at all is decided after two periods of 200 ms, whatever is set.
+    assert_eq!(changes(None)[..3], [8, 12, 16]);
+    assert_eq!(changes(Some(1000))[..3], [8, 28, 48]);
+    assert_eq!(changes(Some(1))[..3], [8, 9, 10]);
+}

@@ -79,6 +79,8 @@ crate::fields::options! {
         heartbeat: u64 = 200,
         /// Damages this page once, a second after the start, to test the test.
         corrupt: Maybe<u64> = Maybe(None),
+        /// Further vCPUs that compute all the time, and write next to nothing.
+        computers: u64 = 0,
         /// Frequency of the TSC in kHz; 0: the guest finds out.
         tsc_khz: u64 = 0,
     }
@@ -129,6 +131,8 @@ crate::fields::reports! {
             /// Turns of the loop since the start, in most of which there is nothing to do: how many
             /// there are in a second is what the guest gets of its CPU.
             turns: u64,
+            /// What the further vCPUs have computed since the start, in pieces of the same size.
+            computed: u64,
             /// µs of the longest time between two turns of the loop since the last status: what
             /// the guest itself has felt of a stop. Printing reports does not count.
             longest_gap_us: u64,
@@ -187,11 +191,12 @@ mod tests {
             sweep: 0,
             heartbeat: 0,
             corrupt: Maybe(Some(17)),
+            computers: 1,
             tsc_khz: 2_596_120,
         };
         assert_eq!(
             options.to_string(),
-            "fill=1G ws=1M from=4G data=text rate=max pattern=hot sweep=0 heartbeat=0 corrupt=17 tsc_khz=2596120"
+            "fill=1G ws=1M from=4G data=text rate=max pattern=hot sweep=0 heartbeat=0 corrupt=17 computers=1 tsc_khz=2596120"
         );
         assert_eq!(Options::parse(&options.to_string()), Ok(options));
     }

@@ -1,8 +1,9 @@
 //! The parameters of a guest that is slowed down: QEMU's, with its ranges.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
 
-use crate::throttle::MAX_SHARE;
+use crate::throttle::{MAX_SHARE, PERIOD};
 
 /// A value out of range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -25,6 +26,7 @@ pub struct ThrottleParameters {
     tailslow: AtomicBool,
     max: AtomicU8,
     vcpu_dirty_limit: AtomicU64,
+    vcpu_dirty_limit_period: AtomicU64,
 }
 
 impl Default for ThrottleParameters {
@@ -38,6 +40,7 @@ impl Default for ThrottleParameters {
             tailslow: AtomicBool::new(false),
             max: AtomicU8::new(MAX_SHARE),
             vcpu_dirty_limit: AtomicU64::new(1),
+            vcpu_dirty_limit_period: AtomicU64::new(PERIOD.as_millis() as u64),
         }
     }
 }
@@ -132,6 +135,17 @@ impl ThrottleParameters {
     pub fn set_vcpu_dirty_limit(&self, mib: u64) {
         self.vcpu_dirty_limit
             .store(mib.min(u64::MAX >> 20), Ordering::Relaxed);
+    }
+
+    /// `x-vcpu-dirty-limit-period`: while the dirty limit slows a guest down, for how long at least
+    /// it is looked at before the vCPUs' shares change again.
+    pub fn vcpu_dirty_limit_period(&self) -> Duration {
+        Duration::from_millis(self.vcpu_dirty_limit_period.load(Ordering::Relaxed))
+    }
+
+    /// Sets [`vcpu_dirty_limit_period`](Self::vcpu_dirty_limit_period), in milliseconds.
+    pub fn set_vcpu_dirty_limit_period(&self, ms: u64) {
+        self.vcpu_dirty_limit_period.store(ms, Ordering::Relaxed);
     }
 }
 

@@ -22,6 +22,7 @@ mod hints;
 mod hostile;
 mod machine;
 mod multifd;
+mod pace;
 mod postcopy;
 mod proxy;
 mod slow_channel;

@@ -12,7 +12,9 @@ pub use super::block::BlockInfo;
 pub use super::capability::{Capabilities, MigrationCapability, MigrationCapabilityStatus};
 pub use super::compression::{CompressionInfo, MultifdCompression, XbzrleCacheStats};
 pub use super::convergence::{ConvergenceChange, ConvergenceParameters, TimeoutAction};
-pub use super::dirty_rate::{DirtyRateInfo, DirtyRateMode, DirtyRateRequest, DirtyRateStatus};
+pub use super::dirty_rate::{
+    DirtyRateInfo, DirtyRateMode, DirtyRateRequest, DirtyRateStatus, DirtyRateVcpu,
+};
 pub use super::event::{Event, EventKind, ShutdownCause};
 pub use super::forecast::MigrationForecast;
 pub use super::migrate_request::{MigrateRequest, StorageCopy};
@@ -25,6 +27,7 @@ pub use super::parameters::{MigrationParameters, ParameterChange};
 pub use super::postcopy::PostcopyInfo;
 pub use super::run_state::{CpuInfo, RunState, StatusInfo};
 pub use super::snapshot::{SavedInfo, SnapshotInfo, Work};
+pub use super::vcpu_dirty_limit::DirtyLimitInfo;
 
 /// The result of a command.
 pub type CommandResult<T> = Result<T, CommandError>;
@@ -137,6 +140,18 @@ pub trait Control: Send + Sync {
 
     /// What was measured. A migration that begins meanwhile ends the measuring.
     fn dirty_rate(&self) -> DirtyRateInfo;
+
+    /// Limits what a vCPU, or each of them, may write to, in MB (MiB) a second; 0 is no limit. Fails
+    /// if there is no such vCPU, while a migration limits the vCPUs, and for one of several vCPUs if
+    /// this host doesn't tell which of them writes.
+    fn set_vcpu_dirty_limit(&self, cpu: Option<u64>, rate: u64) -> CommandResult<()>;
+
+    /// Lets a vCPU, or all of them, write what they like again. Fails if there is no such vCPU, and
+    /// while a migration limits the vCPUs.
+    fn cancel_vcpu_dirty_limit(&self, cpu: Option<u64>) -> CommandResult<()>;
+
+    /// The vCPUs whose writes are limited, in the order of their index.
+    fn vcpu_dirty_limits(&self) -> Vec<DirtyLimitInfo>;
 
     /// What a migration would be like over a link of so many bytes a second, at least 1. Fails if it
     /// was not measured how much the guest writes.

@@ -77,6 +77,10 @@ pub struct ConvergenceParameters {
     /// What each vCPU may write to in any case, in MB/s, with the capability `dirty-limit`.
     #[serde(rename = "vcpu-dirty-limit")]
     pub vcpu_dirty_limit: u64,
+    /// For how many milliseconds, at least, the guest is looked at before it is slowed down in
+    /// another way, with the capability `dirty-limit`.
+    #[serde(rename = "x-vcpu-dirty-limit-period")]
+    pub vcpu_dirty_limit_period: u64,
     /// Milliseconds that a migration may take until its guest is stopped; 0 is no limit.
     #[serde(rename = "x-migration-timeout")]
     pub timeout: u64,
@@ -85,7 +89,7 @@ pub struct ConvergenceParameters {
     pub timeout_action: TimeoutAction,
 }
 
-/// QEMU's.
+/// QEMU's, but for the period, which is 1000 ms there.
 impl Default for ConvergenceParameters {
     fn default() -> Self {
         Self {
@@ -95,6 +99,7 @@ impl Default for ConvergenceParameters {
             tailslow: false,
             max: 99,
             vcpu_dirty_limit: 1,
+            vcpu_dirty_limit_period: 200,
             timeout: 0,
             timeout_action: TimeoutAction::Cancel,
         }
@@ -116,6 +121,8 @@ pub struct ConvergenceChange {
     pub max: Option<u64>,
     /// See [`ConvergenceParameters::vcpu_dirty_limit`].
     pub vcpu_dirty_limit: Option<u64>,
+    /// See [`ConvergenceParameters::vcpu_dirty_limit_period`].
+    pub vcpu_dirty_limit_period: Option<u64>,
     /// See [`ConvergenceParameters::timeout`].
     pub timeout: Option<u64>,
     /// See [`ConvergenceParameters::timeout_action`].
@@ -124,13 +131,14 @@ pub struct ConvergenceChange {
 
 impl ConvergenceChange {
     /// The names of those that are numbers.
-    pub const NUMBERS: [&str; 6] = [
+    pub const NUMBERS: [&str; 7] = [
         "throttle-trigger-threshold",
         "cpu-throttle-initial",
         "cpu-throttle-increment",
         "max-cpu-throttle",
         "vcpu-dirty-limit",
         "x-migration-timeout",
+        "x-vcpu-dirty-limit-period",
     ];
 
     /// The value of the numeric migration parameter of that name; `None` if it isn't one of these.
@@ -142,6 +150,7 @@ impl ConvergenceChange {
             "max-cpu-throttle" => &mut self.max,
             "vcpu-dirty-limit" => &mut self.vcpu_dirty_limit,
             "x-migration-timeout" => &mut self.timeout,
+            "x-vcpu-dirty-limit-period" => &mut self.vcpu_dirty_limit_period,
             _ => return None,
         })
     }
@@ -167,6 +176,14 @@ impl ConvergenceChange {
                 "Parameter 'vcpu-dirty-limit' is invalid, it must be greater than 1 MB/s, or 1",
             ));
         }
+        if let Some(period) = self.vcpu_dirty_limit_period
+            && !(1..=1000).contains(&period)
+        {
+            return Err(CommandError::generic(format!(
+                "Parameter 'x-vcpu-dirty-limit-period' expects a value between 1 and 1000, got \
+                 {period}"
+            )));
+        }
         Ok(())
     }
 
@@ -179,6 +196,7 @@ impl ConvergenceChange {
             tailslow,
             max,
             vcpu_dirty_limit,
+            vcpu_dirty_limit_period,
             timeout,
             timeout_action,
         } = *self;
@@ -190,6 +208,7 @@ impl ConvergenceChange {
             tailslow: tailslow.unwrap_or(old.tailslow),
             max: max.unwrap_or(old.max),
             vcpu_dirty_limit: vcpu_dirty_limit.unwrap_or(old.vcpu_dirty_limit),
+            vcpu_dirty_limit_period: vcpu_dirty_limit_period.unwrap_or(old.vcpu_dirty_limit_period),
             timeout: timeout.unwrap_or(old.timeout),
             timeout_action: timeout_action.unwrap_or(old.timeout_action),
         };
@@ -220,6 +239,15 @@ mod tests {
         change.initial = Some(0);
         assert!(change.check().is_err());
         assert!(change.value_mut("cpu-throttle").is_none());
+    }
+
+    #[test]
+    fn the_period_of_a_dirty_limit_has_bounds() {
+        for (ms, fits) in [(0, false), (1, true), (1000, true), (1001, false)] {
+            let mut change = ConvergenceChange::default();
+            *change.value_mut("x-vcpu-dirty-limit-period").unwrap() = Some(ms);
+            assert_eq!(change.check().is_ok(), fits, "{ms} ms");
+        }
     }
 
     #[test]

@@ -30,6 +30,14 @@ impl DirtyRateMode {
             Self::DirtyBitmap => "dirty-bitmap",
         }
     }
+
+    /// Why there is not QEMU's third one.
+    pub fn no_dirty_ring() -> CommandError {
+        CommandError::generic(
+            "mode dirty-ring is not enabled, use other method instead: dirty-bitmap tells the \
+             rates of the vCPUs as well, where the host can say who writes",
+        )
+    }
 }
 
 impl fmt::Display for DirtyRateMode {
@@ -42,6 +50,9 @@ impl FromStr for DirtyRateMode {
     type Err = CommandError;
 
     fn from_str(name: &str) -> CommandResult<Self> {
+        if name == "dirty-ring" {
+            return Err(Self::no_dirty_ring());
+        }
         let known = Self::ALL.into_iter().find(|known| known.as_str() == name);
         known.ok_or_else(|| {
             CommandError::generic(format!(
@@ -109,8 +120,18 @@ impl DirtyRateStatus {
     }
 }
 
-/// QAPI's `DirtyRateInfo`, what `query-dirty-rate` returns.
+/// QAPI's `DirtyRateVcpu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DirtyRateVcpu {
+    /// The vCPU's index.
+    pub id: u32,
+    /// MB that it writes to in a second.
+    pub dirty_rate: u64,
+}
+
+/// QAPI's `DirtyRateInfo`, what `query-dirty-rate` returns.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct DirtyRateInfo {
     /// MB that the guest writes to in a second, once that is measured.
@@ -126,6 +147,10 @@ pub struct DirtyRateInfo {
     pub sample_pages: u64,
     /// How.
     pub mode: DirtyRateMode,
+    /// What each vCPU writes to, once that is measured by the dirty log; `None` if this host doesn't
+    /// tell them apart.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vcpu_dirty_rate: Option<Vec<DirtyRateVcpu>>,
 }
 
 impl Default for DirtyRateInfo {
@@ -137,6 +162,7 @@ impl Default for DirtyRateInfo {
             calc_time: 0,
             sample_pages: DirtyRateRequest::SAMPLE_PAGES,
             mode: DirtyRateMode::PageSampling,
+            vcpu_dirty_rate: None,
         }
     }
 }
@@ -151,7 +177,9 @@ mod tests {
             assert_eq!(serde_json::to_value(mode).unwrap(), mode.as_str());
             assert_eq!(mode.as_str().parse(), Ok(mode));
         }
-        assert!("dirty-ring".parse::<DirtyRateMode>().is_err());
+        assert!("guess".parse::<DirtyRateMode>().is_err());
+        let error = "dirty-ring".parse::<DirtyRateMode>().unwrap_err();
+        assert!(error.desc.contains("dirty-bitmap"), "{error}");
     }
 
     #[test]

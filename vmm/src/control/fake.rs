@@ -17,6 +17,8 @@ pub(crate) struct State {
     pub(crate) disks: Vec<BlockInfo>,
     pub(crate) info: MigrationInfo,
     pub(crate) forecast: MigrationForecast,
+    pub(crate) dirty_rate: DirtyRateInfo,
+    pub(crate) dirty_limits: Vec<DirtyLimitInfo>,
     pub(crate) parameters: MigrationParameters,
     pub(crate) capabilities: Capabilities,
     pub(crate) balloon: BalloonInfo,
@@ -35,6 +37,8 @@ impl FakeMachine {
             disks: Vec::new(),
             info: MigrationInfo::default(),
             forecast: MigrationForecast::default(),
+            dirty_rate: DirtyRateInfo::default(),
+            dirty_limits: Vec::new(),
             parameters: MigrationParameters::default(),
             capabilities: Capabilities::default(),
             balloon: BalloonInfo {
@@ -237,7 +241,19 @@ impl Control for FakeMachine {
     }
 
     fn dirty_rate(&self) -> DirtyRateInfo {
-        DirtyRateInfo::default()
+        self.state().dirty_rate.clone()
+    }
+
+    fn set_vcpu_dirty_limit(&self, cpu: Option<u64>, rate: u64) -> CommandResult<()> {
+        self.call(format!("set_vcpu_dirty_limit {rate} {cpu:?}"))
+    }
+
+    fn cancel_vcpu_dirty_limit(&self, cpu: Option<u64>) -> CommandResult<()> {
+        self.call(format!("cancel_vcpu_dirty_limit {cpu:?}"))
+    }
+
+    fn vcpu_dirty_limits(&self) -> Vec<DirtyLimitInfo> {
+        self.state().dirty_limits.clone()
     }
 
     fn migration_forecast(&self, bandwidth: u64) -> CommandResult<MigrationForecast> {

@@ -26,6 +26,7 @@ pub mod run_state;
 pub mod size;
 pub mod snapshot;
 pub mod socket;
+pub mod vcpu_dirty_limit;
 
 #[cfg(test)]
 pub(crate) mod fake;

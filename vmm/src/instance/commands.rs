@@ -9,8 +9,8 @@ use tracing::{info as log, warn};
 use super::{Exit, Instance, State, info};
 use crate::control::command::{
     AnnounceRequest, BalloonInfo, BlockInfo, Capabilities, CommandError, CommandResult, Control,
-    CpuInfo, DirtyRateInfo, DirtyRateRequest, ErrorClass, Event, EventKind, FerryBalloonInfo,
-    MigrateRequest, MigrationCapabilityStatus, MigrationForecast, MigrationInfo,
+    CpuInfo, DirtyLimitInfo, DirtyRateInfo, DirtyRateRequest, ErrorClass, Event, EventKind,
+    FerryBalloonInfo, MigrateRequest, MigrationCapabilityStatus, MigrationForecast, MigrationInfo,
     MigrationParameters, NetworkInfo, ParameterChange, RunState, ShutdownCause, SnapshotInfo,
     StatusInfo, Uri, Work,
 };
@@ -272,6 +272,18 @@ impl Control for Instance {
 
     fn dirty_rate(&self) -> DirtyRateInfo {
         self.show_dirty_rate()
+    }
+
+    fn set_vcpu_dirty_limit(&self, cpu: Option<u64>, rate: u64) -> CommandResult<()> {
+        self.limit_vcpu_writes(cpu, rate)
+    }
+
+    fn cancel_vcpu_dirty_limit(&self, cpu: Option<u64>) -> CommandResult<()> {
+        self.unlimit_vcpu_writes(cpu)
+    }
+
+    fn vcpu_dirty_limits(&self) -> Vec<DirtyLimitInfo> {
+        self.show_vcpu_limits()
     }
 
     fn migration_forecast(&self, bandwidth: u64) -> CommandResult<MigrationForecast> {

@@ -16,6 +16,8 @@ pub(super) fn parameters(parameters: &Parameters) -> ConvergenceParameters {
         tailslow: throttle.tailslow(),
         max: throttle.max().into(),
         vcpu_dirty_limit: throttle.vcpu_dirty_limit(),
+        vcpu_dirty_limit_period: u64::try_from(throttle.vcpu_dirty_limit_period().as_millis())
+            .unwrap_or(u64::MAX),
         timeout: parameters.timeout().ms(),
         timeout_action: match parameters.timeout().action() {
             parameters::TimeoutAction::Cancel => TimeoutAction::Cancel,
@@ -34,6 +36,7 @@ pub(super) fn change(parameters: &Parameters, change: ConvergenceChange) -> Comm
         tailslow,
         max,
         vcpu_dirty_limit,
+        vcpu_dirty_limit_period,
         timeout,
         timeout_action,
     } = change;
@@ -50,6 +53,9 @@ pub(super) fn change(parameters: &Parameters, change: ConvergenceChange) -> Comm
     }
     if let Some(limit) = vcpu_dirty_limit {
         throttle.set_vcpu_dirty_limit(limit);
+    }
+    if let Some(ms) = vcpu_dirty_limit_period {
+        throttle.set_vcpu_dirty_limit_period(ms);
     }
     if let Some(ms) = timeout {
         parameters.timeout().set_ms(ms);

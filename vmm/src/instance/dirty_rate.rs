@@ -16,9 +16,10 @@ use super::Instance;
 use super::outgoing::{ARM_PAGES, Outgoing};
 use crate::control::command::{
     CommandError, CommandResult, DirtyRateInfo, DirtyRateMode, DirtyRateRequest, DirtyRateStatus,
+    DirtyRateVcpu,
 };
 use crate::kvm::DirtyLog;
-use crate::machine::Machine;
+use crate::machine::{Machine, WriteRates};
 
 /// A measurement, under way or over. Dropping it ends it.
 pub(super) struct DirtyRate {
@@ -76,6 +77,7 @@ impl DirtyRate {
             calc_time: request.calc_time,
             sample_pages: if sampling { request.sample_pages } else { 0 },
             mode: request.mode,
+            vcpu_dirty_rate: None,
         };
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
@@ -90,9 +92,10 @@ impl DirtyRate {
             .spawn({
                 let shared = Arc::clone(&shared);
                 move || {
+                    let mut vcpus = WriteRates::default();
                     let rate = match request.mode {
                         DirtyRateMode::PageSampling => sample(&guest, request, &shared),
-                        DirtyRateMode::DirtyBitmap => log(&guest, request, &shared),
+                        DirtyRateMode::DirtyBitmap => log(&guest, request, &shared, &mut vcpus),
                     };
                     // Here, as it takes too long for a command on a large guest.
                     let measured = rate.and_then(|rate| {
@@ -116,6 +119,9 @@ impl DirtyRate {
                         }
                     };
                     (state.info.status, state.info.dirty_rate) = (status, dirty_rate);
+                    if dirty_rate.is_some() && request.mode == DirtyRateMode::DirtyBitmap {
+                        state.info.vcpu_dirty_rate = by_vcpu(&vcpus);
+                    }
                 }
             })?;
         Ok(Self {
@@ -125,7 +131,7 @@ impl DirtyRate {
     }
 
     pub(super) fn info(&self) -> DirtyRateInfo {
-        self.shared.state().info
+        self.shared.state().info.clone()
     }
 
     /// What was measured, once it is.
@@ -192,11 +198,12 @@ fn log(
     guest: &Machine,
     request: DirtyRateRequest,
     shared: &Shared,
+    vcpus: &mut WriteRates,
 ) -> Result<Option<f64>, VmError> {
     let vm = guest.vm();
     let mut log = vm.dirty_log()?;
     log.start(vm)?;
-    let measured = measure(guest, &mut log, request, shared);
+    let measured = measure(guest, &mut log, request, shared, vcpus);
     log.stop(vm);
     measured
 }
@@ -206,6 +213,7 @@ fn measure(
     log: &mut DirtyLog,
     request: DirtyRateRequest,
     shared: &Shared,
+    vcpus: &mut WriteRates,
 ) -> Result<Option<f64>, VmError> {
     let vm = guest.vm();
     let pages = Layout::of(guest.ram())?.pages();
@@ -215,13 +223,28 @@ fn measure(
         log.protect(vm, &dirty, first, ARM_PAGES.min(pages - first))?;
     }
     let began = Instant::now();
+    vcpus.look(began, &guest.write_faults(), None);
     if !shared.wait(began + Duration::from_secs(request.calc_time)) {
         return Ok(None);
     }
     let mut dirty = PageBitmap::new(pages);
+    log.harvest_vcpus(vm, &mut dirty)?;
+    let now = Instant::now();
+    let rate = |dirty: &PageBitmap| {
+        (dirty.count() * PAGE_SIZE) as f64 / (now - began).as_secs_f64().max(1e-3)
+    };
+    vcpus.look(now, &guest.write_faults(), Some(rate(&dirty) as u64));
     log.harvest(vm, &mut dirty)?;
-    let bytes = (dirty.count() * PAGE_SIZE) as f64;
-    Ok(Some(bytes / began.elapsed().as_secs_f64()))
+    Ok(Some(rate(&dirty)))
+}
+
+/// What each vCPU writes; `None` if only the average is known.
+fn by_vcpu(writes: &WriteRates) -> Option<Vec<DirtyRateVcpu>> {
+    let vcpu = |(id, rate): (u32, &f64)| DirtyRateVcpu {
+        id,
+        dirty_rate: *rate as u64 >> 20,
+    };
+    (!writes.are_averages()).then(|| (0..).zip(writes.rates()).map(vcpu).collect())
 }
 
 impl Instance {
@@ -234,6 +257,12 @@ impl Instance {
         if state.outgoing.as_ref().is_some_and(Outgoing::is_running) {
             return Err(CommandError::generic(
                 "a migration is under way, which tells the dirty rate itself: see query-migrate",
+            ));
+        }
+        if request.mode == DirtyRateMode::DirtyBitmap && state.write_limiter.is_some() {
+            return Err(CommandError::generic(
+                "limiting vCPUs needs the dirty log: query-vcpu-dirty-limit tells what those write; \
+                 measure by page-sampling, or cancel the limits first (cancel-vcpu-dirty-limit)",
             ));
         }
         let measuring = |rate: &DirtyRate| rate.info().status == DirtyRateStatus::Measuring;

@@ -25,6 +25,8 @@ mod outgoing;
 mod postcopy;
 mod ready_memory;
 mod snapshots;
+mod vcpu_dirty_limit;
+mod write_limiter;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -45,6 +47,7 @@ use self::incoming::Incoming;
 use self::outgoing::Outgoing;
 use self::ready_memory::ReadyMemory;
 use self::snapshots::SnapshotJob;
+use self::write_limiter::WriteLimiter;
 use crate::affinity::Threads;
 use crate::console::{Console, SerialInput};
 use crate::control::command::{
@@ -122,6 +125,10 @@ struct State {
     incoming: Option<Incoming>,
     /// The measuring of what the guest writes, under way or the last.
     dirty_rate: Option<DirtyRate>,
+    /// Holds vCPUs to their limits, if there are any.
+    write_limiter: Option<WriteLimiter>,
+    /// A migration, or the saving of a snapshot, uses the guest's dirty log.
+    log_in_use: bool,
     /// The work on a snapshot that is under way.
     snapshot: Option<SnapshotJob>,
     /// How a guest that has arrived is announced to the network.
@@ -206,6 +213,7 @@ impl Shared {
             let changed = Arc::clone(&self.balloon_changed);
             balloon.on_change(Box::new(move || changed.notify_one()));
         }
+        state.move_write_limits(&machine);
         state.guest = Some(machine);
     }
 
@@ -275,6 +283,8 @@ impl Instance {
             outgoing: None,
             incoming: None,
             dirty_rate: None,
+            write_limiter: None,
+            log_in_use: false,
             snapshot: None,
             announce: AnnounceParameters::default(),
             announcement: None,
@@ -381,6 +391,7 @@ impl Instance {
         }
         let mut state = shared.state();
         state.announcement = None;
+        state.write_limiter = None;
         if let Some(guest) = &state.guest
             && state.still_guest_to_end()
         {

@@ -30,6 +30,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::leaving_disk::{self, LeavingDisk};
 use super::offer::{FileIdentity, INITRD, KERNEL, MovingMachine};
+use super::write_limiter::WriteLimiter;
 use super::{Shared, info};
 use crate::control::command::{
     CommandError, CommandResult, EventKind, MigrateRequest, MigrationInfo, RunState, StorageCopy,
@@ -306,17 +307,23 @@ impl SourceVm for Source {
 
     fn start_dirty_log(&mut self) -> Result<(), VmError> {
         // There is one log.
-        if let Some(rate) = &mut self.shared.state().dirty_rate {
-            rate.end();
+        let lender = {
+            let mut state = self.shared.state();
+            if let Some(rate) = &mut state.dirty_rate {
+                rate.end();
+            }
+            state.log_in_use = true;
+            state.write_limiter.as_ref().map(WriteLimiter::lender)
+        };
+        // Not under the lock: it may be read just now.
+        if let Some(lender) = lender {
+            lender.lend();
         }
-        let mut log = self.guest.vm().dirty_log()?;
-        log.start(self.guest.vm())?;
-        self.log = Some(log);
-        let hints = self.start_hints();
-        if hints.is_err() {
+        let started = self.start_log();
+        if started.is_err() {
             self.stop_dirty_log();
         }
-        hints
+        started
     }
 
     fn free_pages(&mut self) -> Vec<PageRun> {
@@ -418,6 +425,11 @@ impl SourceVm for Source {
         if let Some(mut log) = self.log.take() {
             log.stop(self.guest.vm());
         }
+        let mut state = self.shared.state();
+        state.log_in_use = false;
+        if let Some(limiter) = &state.write_limiter {
+            limiter.lender().give_back();
+        }
     }
 }
 
@@ -443,6 +455,13 @@ impl Source {
             Ok(()) => debug!("the host has the guest's memory back"),
             Err(err) => warn!("the guest has moved, but its memory stays in use here: {err}"),
         }
+    }
+
+    fn start_log(&mut self) -> Result<(), VmError> {
+        let mut log = self.guest.vm().dirty_log()?;
+        log.start(self.guest.vm())?;
+        self.log = Some(log);
+        self.start_hints()
     }
 
     /// Asks the guest for pages that need not be sent, if it gives such.

@@ -62,11 +62,7 @@ impl DirtyLog {
     /// Adds to `dirty` every page that was written since it was last protected, or (by the VMM)
     /// harvested. Pages that weren't may be among them.
     pub fn harvest(&mut self, vm: &Vm, dirty: &mut PageBitmap) -> Result<(), IoctlError> {
-        for slot in vm.slots() {
-            ioctl::get_dirty_log(vm.fd(), slot, &mut self.words)?;
-            let len = slot.words() as usize;
-            dirty.or_words(slot.first_page, self.words.get(..len).unwrap_or_default());
-        }
+        self.harvest_vcpus(vm, dirty)?;
         // The VMM's own. Each word is taken and reset in one atomic step; a write of the VMM's is
         // recorded after the data are there, so one that is recorded only after this is reported
         // by the next harvest. (vm-memory returns a new buffer: 1/32768 of the RAM.)
@@ -75,6 +71,16 @@ impl DirtyLog {
             let bitmap = bitmap_of(region);
             dirty.or_words(first, &bitmap.get_and_reset());
             first += bitmap.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// The same of the pages that vCPUs wrote; those that the VMM wrote stay to be harvested.
+    pub fn harvest_vcpus(&mut self, vm: &Vm, dirty: &mut PageBitmap) -> Result<(), IoctlError> {
+        for slot in vm.slots() {
+            ioctl::get_dirty_log(vm.fd(), slot, &mut self.words)?;
+            let len = slot.words() as usize;
+            dirty.or_words(slot.first_page, self.words.get(..len).unwrap_or_default());
         }
         Ok(())
     }

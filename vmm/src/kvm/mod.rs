@@ -23,7 +23,7 @@ pub use capabilities::{Capabilities, ManualProtect};
 pub use dirty_log::DirtyLog;
 pub use ioctl::VcpuClockFd;
 pub use slots::Slot;
-pub use stats::VcpuStats;
+pub use stats::{VcpuStats, logs_without_faults};
 pub use vm::{MAX_VCPUS, Vm};
 pub use vm_state::{IRQCHIP_SECTION, PIT_SECTION, VM_STATE_VERSION, VmState, VmStateError};
 

@@ -10,6 +10,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use kvm_ioctls::VcpuFd;
 
@@ -25,6 +26,17 @@ const MAX_NAME: u32 = 256;
 
 /// The fixed part of a descriptor in bytes.
 const DESCRIPTOR: u64 = 16;
+
+/// Whether this host's processor logs dirty pages without a fault, so that write faults don't tell
+/// who writes: where KVM uses Intel's PML.
+pub fn logs_without_faults() -> bool {
+    pml_is_on(Path::new("/sys/module/kvm_intel/parameters/pml"))
+}
+
+fn pml_is_on(parameter: &Path) -> bool {
+    // Not there with another KVM.
+    std::fs::read(parameter).is_ok_and(|value| value.starts_with(b"Y"))
+}
 
 /// The statistics of one vCPU.
 #[derive(Debug)]
@@ -120,6 +132,17 @@ mod tests {
             .iter()
             .map(|vcpu| faults(vcpu).unwrap())
             .collect()
+    }
+
+    #[test]
+    fn a_processor_that_logs_by_itself_is_known_by_its_module() {
+        let dir = tempfile::tempdir().unwrap();
+        let parameter = dir.path().join("pml");
+        assert!(!super::pml_is_on(&parameter));
+        for (value, on) in [("Y\n", true), ("N\n", false)] {
+            std::fs::write(&parameter, value).unwrap();
+            assert_eq!(super::pml_is_on(&parameter), on, "{value:?}");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod dirty_limit;
 mod pause;
 mod throttle;
 mod virtio;
+mod write_rates;
 
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,8 +25,10 @@ use migration::section::{Section, SectionError, Sections};
 use self::backends::{BackendError, Backends};
 use self::config::MachineConfig;
 pub use self::devices::{DeviceError, DeviceStateError, Devices};
-use self::dirty_limit::DirtyLimit;
 pub use self::pause::StillRunning;
+pub use self::throttle::LimitedVcpu;
+use self::throttle::Reasons;
+pub(crate) use self::write_rates::WriteRates;
 use crate::affinity::AffinityError;
 use crate::boot::{self, BootError, BootSource};
 use crate::clock::{self, ClockError, ClockState};
@@ -129,8 +132,8 @@ struct Vcpus {
     stopped: Option<ClockState>,
     /// Clocks that arrived with the guest, to be set when it starts.
     arrived: Option<ClockState>,
-    /// Who writes how much, while that is limited.
-    dirty_limit: DirtyLimit,
+    /// Why vCPUs are kept from running for a share of their time.
+    slowed: Reasons,
     /// The vCPUs were reset: what stopped them before is over.
     fresh: bool,
 }
@@ -209,7 +212,7 @@ impl Machine {
                 threads,
                 stopped: None,
                 arrived: None,
-                dirty_limit: DirtyLimit::default(),
+                slowed: Reasons::default(),
                 fresh: true,
             }),
         })

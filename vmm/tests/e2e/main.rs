@@ -17,6 +17,7 @@ mod bridge;
 mod console;
 mod control;
 mod convergence;
+mod dirty_limit;
 mod disk;
 mod encoded;
 mod failure;

@@ -5,11 +5,14 @@
 #![allow(unsafe_code, reason = "works on all of the machine's memory")]
 
 use core::fmt::Display;
+use core::hint::black_box;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use guests::bare::boot::Boot;
+use guests::bare::cpu::Cpu;
 use guests::bare::random::Random;
 use guests::bare::timer::Timer;
-use guests::bare::{give_up, memory, power, privileged, serial, tsc};
+use guests::bare::{give_up, memory, power, privileged, serial, smp, tsc};
 use guests::dirtier::{HEARTBEAT, Options, Pattern, Rate, Report, command};
 use guests::page::{self, Page};
 use guests::{Hex, Maybe};
@@ -26,6 +29,11 @@ const BACKLOG_US: u64 = 1_000;
 const REPORTED_ERRORS: u64 = 100;
 /// Earlier generations that a wrong page is compared with.
 const OLDER: u32 = 64;
+/// Steps of a piece that is computed: so many that counting it is nothing.
+const PIECE: u64 = 1 << 20;
+
+/// Pieces computed by the further vCPUs.
+static COMPUTED: AtomicU64 = AtomicU64::new(0);
 
 fn main(boot: &Boot) -> ! {
     let options = match Options::parse(boot.command_line()) {
@@ -38,7 +46,32 @@ fn main(boot: &Boot) -> ! {
     let Some(memory) = Memory::find(boot, &options) else {
         give_up(&"not enough free memory for fill=");
     };
+    if options.computers > 0 {
+        let running = smp::start(khz, 1 + options.computers, compute);
+        if running != 1 + options.computers {
+            give_up(&format_args!(
+                "{} vCPUs came for computers={}",
+                running - 1,
+                options.computers
+            ));
+        }
+    }
     Dirtier::new(options, khz, memory).run()
+}
+
+/// What the further vCPUs do.
+fn compute(_: Cpu) -> ! {
+    let mut number = 1u64;
+    loop {
+        for step in 0..PIECE {
+            number = black_box(
+                number
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(step),
+            );
+        }
+        COMPUTED.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// The pages, in up to eight pieces, and the table of their generations before the first.
@@ -238,6 +271,7 @@ impl Dirtier {
                     swept: self.swept,
                     heartbeats: self.heartbeats,
                     turns: self.turns,
+                    computed: COMPUTED.load(Ordering::Relaxed),
                     longest_gap_us: self.microseconds(self.longest_gap),
                     longest_back_us: self.microseconds(self.longest_back),
                     errors: self.errors,

@@ -119,6 +119,13 @@ pub const COMMANDS: &[Command] = &[
         run: migrate::calc_dirty_rate,
     },
     Command {
+        names: &["cancel_vcpu_dirty_limit"],
+        parameters: "[index]",
+        help: "let a vCPU, or all of them, write what they like again",
+        completion: Completion::None,
+        run: migrate::cancel_vcpu_dirty_limit,
+    },
+    Command {
         names: &["cont", "c"],
         parameters: "",
         help: "run the guest, or run it on",
@@ -310,6 +317,14 @@ pub const COMMANDS: &[Command] = &[
             session.machine().set_link(&name, up)?;
             Ok(Reply::nothing())
         },
+    },
+    Command {
+        names: &["set_vcpu_dirty_limit"],
+        parameters: "rate [index]",
+        help: "limit what a vCPU, or each of them, may write to, in MB a second; 0 is no limit \
+               (info vcpu_dirty_limit shows the limits)",
+        completion: Completion::None,
+        run: migrate::set_vcpu_dirty_limit,
     },
     Command {
         names: &["stop", "s"],

@@ -107,6 +107,13 @@ pub const TOPICS: &[Topic] = &[
         show: status,
     },
     Topic {
+        name: "vcpu_dirty_limit",
+        parameters: "",
+        help: "the vCPUs whose writes are limited, what they write, and how much that slows them \
+               down",
+        show: vcpu_dirty_limit,
+    },
+    Topic {
         name: "version",
         parameters: "",
         help: "Ferry's version",
@@ -223,6 +230,31 @@ fn dirty_rate(session: &Session, _: &mut Words) -> Result<String, Failure> {
         None => writeln!(text, "Dirty rate: (not ready)"),
     }
     .unwrap_or_default();
+    for vcpu in info.vcpu_dirty_rate.into_iter().flatten() {
+        let (id, rate) = (vcpu.id, vcpu.dirty_rate);
+        let _ = writeln!(text, "vcpu[{id}], Dirty rate: {rate} (MB/s)");
+    }
+    Ok(text)
+}
+
+fn vcpu_dirty_limit(session: &Session, _: &mut Words) -> Result<String, Failure> {
+    let limits = session.machine().vcpu_dirty_limits();
+    if limits.is_empty() {
+        return Ok("Dirty page limit not enabled!\n".to_owned());
+    }
+    let mut text = String::new();
+    for vcpu in limits {
+        let average = match vcpu.rate_is_average {
+            true => " on average of all vCPUs",
+            false => "",
+        };
+        let _ = writeln!(
+            text,
+            "vcpu[{}], limit rate {} (MB/s), current rate {} (MB/s){average}, kept from running \
+             {} %",
+            vcpu.cpu_index, vcpu.limit_rate, vcpu.current_rate, vcpu.throttle_percentage
+        );
+    }
     Ok(text)
 }
 
@@ -327,6 +359,7 @@ fn parameters(session: &Session, _: &mut Words) -> Result<String, Failure> {
          cpu-throttle-tailslow: {}\n\
          max-cpu-throttle: {}\n\
          vcpu-dirty-limit: {} MB/s\n\
+         x-vcpu-dirty-limit-period: {} ms\n\
          x-migration-timeout: {} ms\n\
          x-migration-timeout-action: {}\n\
          announce-initial: {} ms\n\
@@ -350,6 +383,7 @@ fn parameters(session: &Session, _: &mut Words) -> Result<String, Failure> {
         on_off(parameters.convergence.tailslow),
         parameters.convergence.max,
         parameters.convergence.vcpu_dirty_limit,
+        parameters.convergence.vcpu_dirty_limit_period,
         parameters.convergence.timeout,
         parameters.convergence.timeout_action,
         parameters.announce.initial,

@@ -10,7 +10,7 @@ use crate::control::command::{
 use crate::control::size::parse_size;
 
 /// The migration parameters that `migrate_set_parameter` knows.
-pub const PARAMETERS: [&str; 23] = [
+pub const PARAMETERS: [&str; 24] = [
     "announce-initial",
     "announce-max",
     "announce-rounds",
@@ -33,6 +33,7 @@ pub const PARAMETERS: [&str; 23] = [
     "x-postcopy-after-rounds",
     "x-postcopy-after-time",
     "x-postcopy-no-convergence",
+    "x-vcpu-dirty-limit-period",
     "xbzrle-cache-size",
 ];
 
@@ -130,7 +131,11 @@ pub fn set_parameter(session: &mut Session, mut words: Words) -> Result<Reply, F
 
 /// Begins to measure how much the guest writes.
 pub fn calc_dirty_rate(session: &mut Session, mut words: Words) -> Result<Reply, Failure> {
-    let mode = match words.options("b")?.contains('b') {
+    let options = words.options("br")?;
+    if options.contains('r') {
+        return Err(DirtyRateMode::no_dirty_ring().into());
+    }
+    let mode = match options.contains('b') {
         true => DirtyRateMode::DirtyBitmap,
         false => DirtyRateMode::PageSampling,
     };
@@ -145,6 +150,26 @@ pub fn calc_dirty_rate(session: &mut Session, mut words: Words) -> Result<Reply,
     let text = "Starting dirty rate measurement: see info dirty_rate\n";
     Ok(Reply::Text(text.to_owned()))
 }
+
+/// Limits what vCPUs may write to.
+pub fn set_vcpu_dirty_limit(session: &mut Session, mut words: Words) -> Result<Reply, Failure> {
+    let rate = whole(&words.required()?)?;
+    let cpu = words.optional().map(|word| whole(&word)).transpose()?;
+    words.finish()?;
+    session.machine().set_vcpu_dirty_limit(cpu, rate)?;
+    Ok(Reply::Text(SEE_VCPU_DIRTY_LIMIT.to_owned()))
+}
+
+/// Lets vCPUs write what they like again.
+pub fn cancel_vcpu_dirty_limit(session: &mut Session, mut words: Words) -> Result<Reply, Failure> {
+    let cpu = words.optional().map(|word| whole(&word)).transpose()?;
+    words.finish()?;
+    session.machine().cancel_vcpu_dirty_limit(cpu)?;
+    Ok(Reply::Text(SEE_VCPU_DIRTY_LIMIT.to_owned()))
+}
+
+const SEE_VCPU_DIRTY_LIMIT: &str =
+    "[Please use 'info vcpu_dirty_limit' to query dirty limit for virtual CPU]\n";
 
 /// What a migration would be like, over a link whose bandwidth may be given.
 pub fn forecast(session: &Session, words: &mut Words) -> Result<String, Failure> {

@@ -34,6 +34,7 @@ const COMMANDS: &[(&str, Handler)] = &[
     ("balloon", balloon),
     ("announce-self", announce_self),
     ("calc-dirty-rate", migrate::calc_dirty_rate),
+    ("cancel-vcpu-dirty-limit", migrate::cancel_vcpu_dirty_limit),
     ("cont", |machine, arguments| {
         nothing(arguments, || machine.cont())
     }),
@@ -77,10 +78,14 @@ const COMMANDS: &[(&str, Handler)] = &[
     ("query-status", |machine, arguments| {
         query(arguments, || machine.status())
     }),
+    ("query-vcpu-dirty-limit", |machine, arguments| {
+        query(arguments, || machine.vcpu_dirty_limits())
+    }),
     ("query-version", |_, arguments| {
         query(arguments, super::version)
     }),
     ("quit", quit),
+    ("set-vcpu-dirty-limit", migrate::set_vcpu_dirty_limit),
     ("set_link", set_link),
     ("stop", |machine, arguments| {
         nothing(arguments, || machine.stop())

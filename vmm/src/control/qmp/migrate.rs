@@ -179,6 +179,26 @@ pub fn calc_dirty_rate(
     nothing(arguments, || machine.measure_dirty_rate(request))
 }
 
+/// Limits what vCPUs may write to.
+pub fn set_vcpu_dirty_limit(
+    machine: &Arc<dyn Control>,
+    mut arguments: Arguments,
+) -> CommandResult<Value> {
+    let cpu = arguments.unsigned("cpu-index")?;
+    let rate = arguments.unsigned("dirty-rate")?;
+    let rate = arguments.required("dirty-rate", rate)?;
+    nothing(arguments, || machine.set_vcpu_dirty_limit(cpu, rate))
+}
+
+/// Lets vCPUs write what they like again.
+pub fn cancel_vcpu_dirty_limit(
+    machine: &Arc<dyn Control>,
+    mut arguments: Arguments,
+) -> CommandResult<Value> {
+    let cpu = arguments.unsigned("cpu-index")?;
+    nothing(arguments, || machine.cancel_vcpu_dirty_limit(cpu))
+}
+
 /// What a migration would be like.
 pub fn forecast(machine: &Arc<dyn Control>, mut arguments: Arguments) -> CommandResult<Value> {
     let bandwidth = arguments.unsigned("bandwidth")?;

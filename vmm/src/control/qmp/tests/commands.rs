@@ -1,6 +1,6 @@
-//! Each command: what it does, what it returns, what it refuses.
+//! Commands on the guest and its process: what they do, what they return, what they refuse.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::Setup;
 use crate::control::command::*;
@@ -18,6 +18,7 @@ async fn queries_answer_in_the_shape_of_the_schema() {
         ("query-balloon", json!({"actual": 512 << 20})),
         ("query-block", json!([])),
         ("query-migrate", json!({})),
+        ("query-vcpu-dirty-limit", json!([])),
         (
             "query-migrate-parameters",
             json!({
@@ -29,7 +30,8 @@ async fn queries_answer_in_the_shape_of_the_schema() {
                 "xbzrle-cache-size": 64 << 20, "throttle-trigger-threshold": 50,
                 "cpu-throttle-initial": 20, "cpu-throttle-increment": 10,
                 "cpu-throttle-tailslow": false, "max-cpu-throttle": 99,
-                "vcpu-dirty-limit": 1, "x-migration-timeout": 0, "x-migration-timeout-action": "cancel",
+                "vcpu-dirty-limit": 1, "x-vcpu-dirty-limit-period": 200,
+                "x-migration-timeout": 0, "x-migration-timeout-action": "cancel",
             }),
         ),
         (
@@ -98,6 +100,7 @@ async fn every_listed_command_exists_and_refuses_unknown_arguments() {
             "migrate" | "migrate-incoming" | "migrate-recover" => json!({"uri": "tcp:h:1"}),
             "migrate-set-capabilities" => json!({"capabilities": []}),
             "human-monitor-command" => json!({"command-line": "stop"}),
+            "set-vcpu-dirty-limit" => json!({"dirty-rate": 1}),
             "set_link" => json!({"name": "net0", "up": true}),
             _ => json!({}),
         };
@@ -139,121 +142,6 @@ async fn actions_reach_the_machine_and_their_events_come_first() {
 }
 
 #[tokio::test]
-async fn migrate_takes_a_uri_or_a_channel() {
-    let setup = Setup::new();
-    let mut client = setup.client().await;
-    let channel = |addr: Value| json!({"channels": [{"channel-type": "main", "addr": addr}]});
-    for (arguments, call) in [
-        (
-            json!({"uri": "tcp:h:1", "detach": true, "blk": false}),
-            "migrate tcp:h:1",
-        ),
-        (
-            json!({"uri": "unix:/a", "resume": false, "inc": false}),
-            "migrate unix:/a",
-        ),
-        (
-            channel(json!({"transport": "socket", "type": "inet", "host": "::1", "port": "2"})),
-            "migrate tcp:[::1]:2",
-        ),
-        (
-            channel(json!({"transport": "socket", "type": "unix", "path": "/b"})),
-            "migrate unix:/b",
-        ),
-        (json!({"uri": "file:/c"}), "migrate file:/c"),
-        (
-            json!({"uri": "tcp:h:1", "resume": true}),
-            "migrate -r tcp:h:1",
-        ),
-        (
-            channel(json!({"transport": "file", "filename": "/d", "offset": 0})),
-            "migrate file:/d",
-        ),
-    ] {
-        assert_eq!(
-            client.execute("migrate", arguments).await.unwrap(),
-            json!({})
-        );
-        assert_eq!(setup.machine.calls(), [call]);
-    }
-    for (arguments, desc) in [
-        (json!({}), "Parameter 'uri' is missing"),
-        (
-            json!({"uri": 5}),
-            "Invalid parameter type for 'uri', expected: string",
-        ),
-        (
-            json!({"uri": "tcp:h:1", "detach": 3}),
-            "Invalid parameter type for 'detach', expected: boolean",
-        ),
-        (
-            json!({"uri": "tcp:h:1", "blk": 1}),
-            "Invalid parameter type for 'blk', expected: boolean",
-        ),
-        (
-            json!({"uri": "exec:cat"}),
-            "'exec:cat' is no migration address: expected tcp:HOST:PORT, unix:PATH or file:PATH",
-        ),
-        (
-            json!({"uri": "file:/a,offset=1"}),
-            "'file:/a,offset=1' asks for an offset, which is not supported: a snapshot is a file of \
-             its own. Expected file:PATH",
-        ),
-        (
-            channel(json!({"transport": "file", "filename": "/d", "offset": 512})),
-            "an 'offset' other than 0 is not supported: a snapshot is a file of its own",
-        ),
-        (
-            json!({"channels": {}}),
-            "Invalid parameter type for 'channels', expected: array",
-        ),
-        (
-            json!({"channels": [3]}),
-            "Invalid parameter type for 'channels[0]', expected: object",
-        ),
-        (
-            json!({"channels": []}),
-            "Parameter 'channels' expects one channel, of type main, got 0",
-        ),
-        (
-            json!({"uri": "tcp:h:1", "channels": []}),
-            "'uri' and 'channels' are mutually exclusive: exactly one of the two must be present",
-        ),
-        (
-            channel(json!({"transport": "rdma"})),
-            "Parameter 'channels[0].addr.transport' does not accept value 'rdma'",
-        ),
-        (
-            channel(json!({"transport": "socket", "type": "inet", "host": "h"})),
-            "Parameter 'channels[0].addr.port' is missing",
-        ),
-        (
-            channel(json!({"transport": "socket", "type": "unix", "path": "/b", "to": 1})),
-            "Parameter 'channels[0].addr.to' is unexpected",
-        ),
-    ] {
-        assert_eq!(client.refused("migrate", arguments).await, desc);
-    }
-    assert!(setup.machine.calls().is_empty());
-
-    client
-        .execute("migrate-incoming", json!({"uri": "tcp:0:5"}))
-        .await
-        .unwrap();
-    let stay = json!({"uri": "tcp:0:5", "exit-on-error": false});
-    client.execute("migrate-incoming", stay).await.unwrap();
-    client.execute("migrate_cancel", json!({})).await.unwrap();
-    assert_eq!(
-        setup.machine.calls(),
-        [
-            "migrate_incoming tcp:0:5 true",
-            "migrate_incoming tcp:0:5 false",
-            "migrate_cancel"
-        ]
-    );
-}
-
-#[tokio::test]
 async fn commands_about_the_network_reach_the_machine() {
     let setup = Setup::new();
     let mut client = setup.client().await;
@@ -280,127 +168,6 @@ async fn commands_about_the_network_reach_the_machine() {
         client.refused("set_link", json!({"up": true})).await,
         "Parameter 'name' is missing"
     );
-}
-
-#[tokio::test]
-async fn parameters_and_capabilities_are_checked_and_set() {
-    let setup = Setup::new();
-    let mut client = setup.client().await;
-    let set = json!({"downtime-limit": 50, "max-bandwidth": u64::MAX, "announce-rounds": 2,
-        "max-postcopy-bandwidth": 5, "x-postcopy-after-rounds": 3, "x-postcopy-after-time": 1500,
-        "x-postcopy-no-convergence": true, "multifd-compression": "zstd",
-        "multifd-channels": 4, "multifd-zstd-level": 3, "xbzrle-cache-size": 8192, "cpu-throttle-initial": 30,
-        "cpu-throttle-tailslow": true, "x-migration-timeout": 5000,
-        "x-migration-timeout-action": "postcopy"});
-    client.execute("migrate-set-parameters", set).await.unwrap();
-    assert_eq!(
-        client
-            .execute("query-migrate-parameters", json!({}))
-            .await
-            .unwrap(),
-        json!({
-            "max-bandwidth": u64::MAX, "avail-switchover-bandwidth": 0, "downtime-limit": 50,
-            "announce-initial": 50, "announce-max": 550, "announce-rounds": 2,
-            "announce-step": 100, "max-postcopy-bandwidth": 5, "x-postcopy-after-rounds": 3,
-            "x-postcopy-after-time": 1500, "x-postcopy-no-convergence": true,
-            "multifd-channels": 4, "multifd-compression": "zstd", "multifd-zstd-level": 3, "xbzrle-cache-size": 8192,
-            "throttle-trigger-threshold": 50, "cpu-throttle-initial": 30,
-            "cpu-throttle-increment": 10, "cpu-throttle-tailslow": true, "max-cpu-throttle": 99,
-            "vcpu-dirty-limit": 1, "x-migration-timeout": 5000, "x-migration-timeout-action": "postcopy",
-        })
-    );
-    for (arguments, desc) in [
-        (
-            json!({"max-bandwidth": "5"}),
-            "Invalid parameter type for 'max-bandwidth', expected: integer",
-        ),
-        (
-            json!({"multifd-compression": "zlib"}),
-            "Parameter 'multifd-compression' does not accept value 'zlib': it is none, lz4 \
-             (fast), or zstd (smaller)",
-        ),
-        (
-            json!({"multifd-zstd-level": 21}),
-            "Parameter 'multifd-zstd-level' expects a value between 1 and 20, got 21",
-        ),
-        (
-            json!({"xbzrle-cache-size": 5000}),
-            "Parameter 'xbzrle-cache-size' expects a power of two no less than the target page \
-             size of 4096 bytes, got 5000",
-        ),
-        (
-            json!({"max-bandwidth": 1.5}),
-            "Parameter 'max-bandwidth' expects uint64",
-        ),
-        (
-            json!({"max-bandwidth": -1}),
-            "Parameter 'max-bandwidth' expects uint64",
-        ),
-        (
-            json!({"downtime-limit": 2_000_001, "max-bandwidth": 1}),
-            "Parameter 'downtime-limit' expects an integer in the range of 0 to 2000000 ms, \
-             got 2000001",
-        ),
-        (
-            json!({"announce-step": 10_001}),
-            "Parameter 'announce-step' expects a value between 0 and 10000",
-        ),
-        (
-            json!({"multifd-channels": 256}),
-            "Parameter 'multifd-channels' expects a value between 1 and 255, got 256",
-        ),
-        (
-            json!({"multifd-queues": 2}),
-            "Parameter 'multifd-queues' is unexpected",
-        ),
-    ] {
-        assert_eq!(
-            client.refused("migrate-set-parameters", arguments).await,
-            desc
-        );
-    }
-    assert_eq!(setup.machine.parameters().max_bandwidth, u64::MAX);
-
-    let capability =
-        |name: &str, state: Value| json!({"capabilities": [{"capability": name, "state": state}]});
-    let set = capability("events", json!(false));
-    client
-        .execute("migrate-set-capabilities", set)
-        .await
-        .unwrap();
-    let set = capability("postcopy-ram", json!(true));
-    client
-        .execute("migrate-set-capabilities", set)
-        .await
-        .unwrap();
-    let Capabilities {
-        auto_converge,
-        dirty_limit,
-        events,
-        postcopy_ram,
-        xbzrle,
-        multifd,
-        zero_copy_send,
-        page_checksum,
-    } = setup.machine.capabilities();
-    assert!(!auto_converge && !dirty_limit && !events && postcopy_ram && !xbzrle && !multifd);
-    assert!(!zero_copy_send && page_checksum);
-    for (arguments, desc) in [
-        (json!({}), "Parameter 'capabilities' is missing"),
-        (
-            capability("rdma-pin-all", json!(true)),
-            "Parameter 'capability' does not accept value 'rdma-pin-all'",
-        ),
-        (
-            capability("events", json!(1)),
-            "Invalid parameter type for 'capabilities[0].state', expected: boolean",
-        ),
-    ] {
-        assert_eq!(
-            client.refused("migrate-set-capabilities", arguments).await,
-            desc
-        );
-    }
 }
 
 #[tokio::test]
@@ -449,110 +216,6 @@ async fn the_monitor_answers_in_a_string() {
 }
 
 #[tokio::test]
-async fn sends_without_a_copy_are_told_and_those_that_were_copied_under_qemus_name() {
-    let setup = Setup::new();
-    let mut client = setup.client().await;
-    let on = json!({"capabilities": [{"capability": "zero-copy-send", "state": true}]});
-    client
-        .execute("migrate-set-capabilities", on)
-        .await
-        .unwrap();
-    assert!(setup.machine.capabilities().zero_copy_send);
-    setup.machine.state().info = MigrationInfo {
-        status: MigrationStatus::Active,
-        ram: Some(MigrationStats {
-            dirty_sync_missed_zero_copy: 5,
-            ..Default::default()
-        }),
-        ferry: Some(FerryMigrationInfo {
-            zero_copy: Some(ZeroCopyInfo {
-                sends: 40,
-                done: 38,
-                copied: 3,
-                refused: 2,
-            }),
-            ..Default::default()
-        }),
-        ..Default::default()
-    };
-    let info = client.execute("query-migrate", json!({})).await.unwrap();
-    assert_eq!(info["ram"]["dirty-sync-missed-zero-copy"], 5);
-    assert_eq!(
-        info["x-ferry"]["zero-copy"],
-        json!({"sends": 40, "done": 38, "copied": 3, "refused": 2})
-    );
-}
-
-#[tokio::test]
-async fn a_forecast_is_for_the_link_that_is_given_or_known() {
-    let setup = Setup::new();
-    let mut client = setup.client().await;
-    let name = "x-query-migration-forecast";
-    setup.machine.state().parameters.max_bandwidth = 0;
-    let refused = client.refused(name, json!({})).await;
-    assert!(refused.contains("give it"), "{refused}");
-    let refused = client.refused(name, json!({"bandwidth": 0})).await;
-    assert!(refused.contains("at least 1, got 0"), "{refused}");
-
-    setup.machine.state().forecast = MigrationForecast {
-        least_downtime: 4,
-        throttle_needed: Some(40),
-        memory: 7,
-        dirty_rate: 8,
-        ..MigrationForecast::default()
-    };
-    // Measured, limited, assumed, given: the last that is there counts.
-    let mut expected = json!({
-        "converges": false, "least-downtime": 4, "throttle-needed": 40,
-        "memory": 7, "dirty-rate": 8, "bandwidth": 1,
-    });
-    setup.machine.state().info.ferry = Some(FerryMigrationInfo {
-        bandwidth: Some(1),
-        ..Default::default()
-    });
-    let told = client.execute(name, json!({})).await.unwrap();
-    assert_eq!(told, expected);
-    setup.machine.state().parameters.max_bandwidth = 2;
-    let told = client.execute(name, json!({})).await.unwrap();
-    assert_eq!(told["bandwidth"], 2);
-    setup.machine.state().parameters.avail_switchover_bandwidth = 3;
-    let told = client.execute(name, json!({})).await.unwrap();
-    assert_eq!(told["bandwidth"], 3);
-    expected["bandwidth"] = json!(4);
-    let told = client.execute(name, json!({"bandwidth": 4})).await.unwrap();
-    assert_eq!(told, expected);
-
-    setup.machine.state().failure = Some(CommandError::generic("not measured"));
-    assert_eq!(
-        client.refused(name, json!({"bandwidth": 4})).await,
-        "not measured"
-    );
-}
-
-#[tokio::test]
-async fn postcopy_is_started_paused_and_recovered() {
-    let setup = Setup::new();
-    let mut client = setup.client().await;
-    for (command, arguments, call) in [
-        (
-            "migrate-start-postcopy",
-            json!({}),
-            "migrate_start_postcopy",
-        ),
-        ("migrate-pause", json!({}), "migrate_pause"),
-        (
-            "migrate-recover",
-            json!({"uri": "tcp:[::1]:0"}),
-            "migrate_recover tcp:[::1]:0",
-        ),
-        ("quit", json!({"force": true}), "quit HostQmpQuit by force"),
-    ] {
-        client.execute(command, arguments).await.unwrap();
-        assert_eq!(setup.machine.calls(), [call]);
-    }
-}
-
-#[tokio::test]
 async fn a_quit_that_is_refused_says_why() {
     let setup = Setup::new();
     let mut client = setup.client().await;
@@ -561,45 +224,4 @@ async fn a_quit_that_is_refused_says_why() {
         client.refused("quit", json!({})).await,
         "3 pages are missing here"
     );
-}
-
-#[tokio::test]
-async fn the_waits_of_postcopy_are_told_under_qemus_names_and_are_no_downtime() {
-    let setup = Setup::new();
-    let mut client = setup.client().await;
-    setup.machine.state().info = MigrationInfo {
-        status: MigrationStatus::PostcopyActive,
-        ram: Some(MigrationStats {
-            postcopy_requests: 12,
-            postcopy_bytes: 81_920,
-            ..Default::default()
-        }),
-        downtime: Some(4),
-        postcopy_blocktime: Some(7),
-        postcopy_vcpu_blocktime: vec![9, 8],
-        postcopy_latency: Some(150_000),
-        postcopy_latency_dist: vec![0, 5],
-        ferry: Some(FerryMigrationInfo {
-            postcopy: Some(PostcopyInfo {
-                missing_pages: 3,
-                ..Default::default()
-            }),
-            ..Default::default()
-        }),
-        ..Default::default()
-    };
-    let info = client.execute("query-migrate", json!({})).await.unwrap();
-    for (member, value) in [
-        ("/status", json!("postcopy-active")),
-        ("/ram/postcopy-requests", json!(12)),
-        ("/ram/postcopy-bytes", json!(81_920)),
-        ("/downtime", json!(4)),
-        ("/postcopy-blocktime", json!(7)),
-        ("/postcopy-vcpu-blocktime", json!([9, 8])),
-        ("/postcopy-latency", json!(150_000)),
-        ("/postcopy-latency-dist", json!([0, 5])),
-        ("/x-ferry/postcopy/missing-pages", json!(3)),
-    ] {
-        assert_eq!(info.pointer(member), Some(&value), "{member}");
-    }
 }

@@ -1,7 +1,10 @@
 //! The QMP server, through a real socket.
 
 mod commands;
+mod convergence;
 mod conversation;
+mod migrate;
+mod parameters;
 
 use std::sync::Arc;
 
