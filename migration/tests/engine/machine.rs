@@ -343,7 +343,7 @@ impl SourceVm for Source {
         Ok(())
     }
 
-    fn pause(&mut self) -> Result<Pause, VmError> {
+    fn pause(&mut self, _: bool) -> Result<Pause, VmError> {
         self.called("pause")?;
         let mut guest = self.shared.guest.lock().unwrap();
         let was_running = std::mem::take(&mut guest.running);
@@ -494,14 +494,14 @@ impl DestinationVm for Destination {
         Ok(sections.finish()?)
     }
 
-    fn start(&mut self, start: Start) -> Result<(), VmError> {
+    fn start(&mut self, start: Start) -> Result<Option<Duration>, VmError> {
         (self.hook)("start")?;
         self.started = Some(start);
         self.ran.store(true, Ordering::SeqCst);
         if let (Some(on_start), Some(ram)) = (self.on_start.take(), &self.ram) {
             on_start(ram);
         }
-        Ok(())
+        Ok(None)
     }
 
     fn abandon(&mut self) {

@@ -32,7 +32,7 @@ use super::leaving_disk::{self, LeavingDisk};
 use super::offer::{FileIdentity, INITRD, KERNEL, MovingMachine};
 use super::{Shared, info};
 use crate::control::command::{
-    CommandError, CommandResult, EventKind, MigrateRequest, MigrationInfo, RunState, StorageCopy,
+    CommandError, CommandResult, Event, EventKind, MigrateRequest, MigrationInfo, RunState, StorageCopy,
 };
 use crate::kvm::DirtyLog;
 use crate::machine::Machine;
@@ -86,7 +86,7 @@ impl Outgoing {
             .name("migration".to_owned())
             .spawn(move || {
                 shared.settings.threads.begin_migration();
-                let mut source = Source::new(shared, guest, copy);
+                let mut source = Source::new(shared, guest, copy, into_file);
                 let outcome = match address {
                     Uri::File(path) => snapshot::save(&mut source, &path, &job),
                     uri => source::migrate(&mut source, Peer::Uri(uri), &job),
@@ -234,8 +234,14 @@ pub(super) struct Source {
     /// The disks that travel, in the order of the offer.
     leaving: Vec<Arc<dyn SourceDisk>>,
     log: Option<DirtyLog>,
+    /// Whether the guest goes into a file, and may run on here.
+    into_file: bool,
     /// The run state before the guest was stopped.
     before: RunState,
+    /// That it was, if nobody has been told yet.
+    untold_stop: Option<Event>,
+    /// Whether the guest is elsewhere.
+    gone: bool,
 }
 
 impl SourceVm for Source {
@@ -354,7 +360,7 @@ impl SourceVm for Source {
         Ok(())
     }
 
-    fn pause(&mut self) -> Result<Pause, VmError> {
+    fn pause(&mut self, brief: bool) -> Result<Pause, VmError> {
         let mut state = self.shared.state();
         // From here on it is the destination that tells the network.
         state.announcement = None;
@@ -373,11 +379,15 @@ impl SourceVm for Source {
             | RunState::Debug => {}
             run => return Err(format!("the guest has stopped by itself (state '{run}')").into()),
         }
+        // It goes on while the last pages are sent.
+        self.guest.begin_save();
         self.before = state.run;
         let was_running = state.run == RunState::Running;
         state.run = RunState::FinishMigrate;
-        if was_running {
-            self.shared.emit(EventKind::Stop);
+        drop(state);
+        self.untold_stop = was_running.then(|| Event::now(EventKind::Stop));
+        if !brief {
+            self.tell_stop();
         }
         Ok(Pause {
             was_running,
@@ -394,6 +404,7 @@ impl SourceVm for Source {
     }
 
     fn resume(&mut self, pause: Pause) -> Result<(), VmError> {
+        self.tell_stop();
         let mut state = self.shared.state();
         if let Err(error) = backends::lock(self.guest.disks()) {
             // Somebody else writes to them: `cont` tries again.
@@ -410,26 +421,47 @@ impl SourceVm for Source {
     }
 
     fn handed_over(&mut self) {
+        self.tell_stop();
         self.shared.state().run = RunState::Postmigrate;
+        self.gone = !self.into_file;
     }
 
     fn stop_dirty_log(&mut self) {
         self.stop_hints();
-        if let Some(mut log) = self.log.take() {
+        let Some(mut log) = self.log.take() else {
+            return;
+        };
+        // A guest that is gone for good never writes here again, and switching the log off takes
+        // milliseconds of a CPU, on which it may just begin to run: if it went to this host.
+        if !self.gone {
             log.stop(self.guest.vm());
         }
     }
 }
 
 impl Source {
-    pub(super) fn new(shared: Arc<Shared>, guest: Arc<Machine>, copy: StorageCopy) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        guest: Arc<Machine>,
+        copy: StorageCopy,
+        into_file: bool,
+    ) -> Self {
         Self {
             shared,
             guest,
             copy,
             leaving: Vec::new(),
             log: None,
+            into_file,
             before: RunState::Running,
+            untold_stop: None,
+            gone: false,
+        }
+    }
+
+    fn tell_stop(&mut self) {
+        if let Some(stop) = self.untold_stop.take() {
+            self.shared.emit_event(stop);
         }
     }
 
