@@ -117,6 +117,8 @@ pub struct Machine {
     /// Lets vCPUs go that wait for room in the console.
     interrupt: Interrupt,
     cpu: GuestCpu,
+    /// How long it takes to save a vCPU's state.
+    save_time: Duration,
     files: Mutex<Option<Arc<BootFiles>>>,
     vcpus: Mutex<Vcpus>,
     /// KVM's devices as after power-on, for a reset.
@@ -178,6 +180,7 @@ impl Machine {
         };
         let mut threads = Vec::new();
         let mut seen = None;
+        let mut save_time = Duration::MAX;
         for index in 0..config.vcpus {
             let vcpu = Vcpu::new(kvm, &vm, index, config.vcpus, &cpuid)
                 .map_err(|source| MachineError::Vcpu { index, source })?;
@@ -187,6 +190,7 @@ impl Machine {
                     tsc_khz: vcpu.tsc_khz()?,
                 });
             }
+            save_time = save_time.min(vcpu.save_time());
             let bus = Arc::clone(&devices) as Arc<dyn IoBus>;
             let thread = VcpuThread::spawn(vcpu, bus, Arc::clone(events))
                 .map_err(|source| MachineError::Thread { index, source })?;
@@ -206,6 +210,7 @@ impl Machine {
                 .collect(),
             interrupt: console.output().interrupt(),
             cpu: seen.ok_or(MachineError::NoVcpu(0))?,
+            save_time,
             files: Mutex::new(None),
             vcpus: Mutex::new(Vcpus {
                 threads,
@@ -231,6 +236,11 @@ impl Machine {
     /// RAM.
     pub fn ram(&self) -> &GuestRam {
         self.vm.ram()
+    }
+
+    /// How long it takes to save a vCPU's state, at least.
+    pub fn save_time(&self) -> Duration {
+        self.save_time
     }
 
     /// The devices.
