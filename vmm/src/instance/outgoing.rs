@@ -33,7 +33,8 @@ use super::leaving_disk::{self, LeavingDisk};
 use super::offer::{FileIdentity, INITRD, KERNEL, MovingMachine};
 use super::{Shared, info};
 use crate::control::command::{
-    CommandError, CommandResult, Event, EventKind, MigrateRequest, MigrationInfo, RunState, StorageCopy,
+    CommandError, CommandResult, Event, EventKind, MigrateRequest, MigrationInfo, RunState,
+    StorageCopy,
 };
 use crate::kvm::DirtyLog;
 use crate::machine::Machine;

@@ -220,10 +220,9 @@ impl Vcpu {
             .map(|entry| entry.clone().into())
             .collect();
         if cpuid != self.cpuid {
-            for (a, b) in cpuid.iter().zip(&self.cpuid).filter(|(a, b)| a != b) {
-                tracing::info!(?a, ?b, "cpuid differs");
+            for (there, here) in cpuid.iter().zip(&self.cpuid).filter(|(a, b)| a != b) {
+                tracing::debug!(?there, ?here, "CPUID is set again, as it differs");
             }
-            tracing::info!(a = cpuid.len(), b = self.cpuid.len(), "cpuid differs");
             self.set_cpuid(&cpuid)?;
         }
         let reset_msrs = self.power_on.as_ref().map(|state| state.0.msrs.clone());
