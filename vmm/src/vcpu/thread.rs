@@ -14,7 +14,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvError, Sender, TryRecvError};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -48,13 +48,9 @@ pub enum VcpuStatus {
 #[error("the thread of vCPU {0} has ended")]
 pub struct VcpuEnded(pub u32);
 
-/// How long a thread that has just done something looks for more before it sleeps. Waking it up
-/// again takes tens of microseconds, and where the host's CPUs are virtual now and then
-/// milliseconds: too long amid a migration's stop, where one thing follows another.
-const ALERT: Duration = Duration::from_micros(300);
-
 /// Something to be done with a paused vCPU, by its thread or by who waits for it: whoever comes
-/// first takes it.
+/// first takes it. Waking the thread up takes tens of microseconds, and where the host's CPUs are
+/// virtual now and then milliseconds: long amid a migration's stop.
 #[derive(Clone)]
 struct Call(Arc<Mutex<Option<Work>>>);
 
@@ -141,22 +137,8 @@ impl<T> Pending<T> {
         if let Some(call) = &self.call {
             call.do_with(&self.vcpu);
         }
-        receive(&self.result).map_err(|_| VcpuEnded(self.index))
+        self.result.recv().map_err(|_| VcpuEnded(self.index))
     }
-}
-
-/// Waits for a message that is likely to come soon: see [`ALERT`].
-fn receive<T>(receiver: &Receiver<T>) -> Result<T, RecvError> {
-    let end = Instant::now() + ALERT;
-    while Instant::now() < end {
-        match receiver.try_recv() {
-            Ok(message) => return Ok(message),
-            Err(TryRecvError::Disconnected) => return Err(RecvError),
-            // Who is to send it may need this CPU.
-            Err(TryRecvError::Empty) => thread::yield_now(),
-        }
-    }
-    receiver.recv()
 }
 
 impl VcpuThread {
@@ -422,7 +404,7 @@ impl Body {
         };
         let shared = Arc::clone(&self.shared);
         let mut turns = Turns::new(&shared.throttle);
-        while let Ok(command) = receive(&self.commands) {
+        while let Ok(command) = self.commands.recv() {
             match command {
                 Command::Call(call) => call.do_with(&self.vcpu),
                 Command::Run => self.run_guest(&kickable, &mut turns),
