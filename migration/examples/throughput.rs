@@ -52,7 +52,7 @@ impl SourceVm for Idle {
     fn protect(&mut self, _: &PageBitmap, _: u64, _: u64) -> Result<(), VmError> {
         Ok(())
     }
-    fn pause(&mut self) -> Result<Pause, VmError> {
+    fn pause(&mut self, _: bool) -> Result<Pause, VmError> {
         Ok(Pause {
             was_running: true,
             last_instruction: MonotonicClock.now(),
@@ -93,8 +93,8 @@ impl DestinationVm for Arriving {
     fn load(&mut self, _: Vec<Section>) -> Result<(), VmError> {
         Ok(())
     }
-    fn start(&mut self, _: Start) -> Result<(), VmError> {
-        Ok(())
+    fn start(&mut self, _: Start) -> Result<Option<Duration>, VmError> {
+        Ok(None)
     }
     fn abandon(&mut self) {}
 }

@@ -60,6 +60,8 @@ pub(crate) struct Channel {
     waited: Duration,
     /// Whether a frame was begun and not finished: nothing more can be sent.
     torn: bool,
+    /// Whether other frames follow the one that is being sent.
+    followed: bool,
     inbox: Vec<u8>,
     inbox_start: usize,
     header: Option<Header>,
@@ -88,6 +90,7 @@ impl Channel {
             received_blocks: 0,
             waited: Duration::ZERO,
             torn: false,
+            followed: false,
             inbox: Vec::with_capacity(INBOX),
             inbox_start: 0,
             header: None,

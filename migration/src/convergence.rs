@@ -40,7 +40,7 @@ pub struct Rest {
 pub struct Costs {
     /// Stopping the vCPUs and reading the dirty log.
     pub pause: Duration,
-    /// Saving the state.
+    /// Saving the state, which goes on while pages are sent.
     pub save: Duration,
     /// The state's size in bytes.
     pub state_bytes: u64,
@@ -58,11 +58,11 @@ impl Default for Costs {
     /// What a small guest costs. Nothing is known before the one stop of a migration.
     fn default() -> Self {
         Self {
-            pause: Duration::from_micros(500),
-            save: Duration::from_micros(500),
-            state_bytes: 64 << 10,
-            load: Duration::from_millis(2),
-            start: Duration::from_micros(500),
+            pause: Duration::from_micros(200),
+            save: Duration::from_micros(250),
+            state_bytes: 20 << 10,
+            load: Duration::from_micros(500),
+            start: Duration::from_micros(200),
             release: Duration::ZERO,
             flush: Duration::from_millis(10),
         }
@@ -299,8 +299,8 @@ impl Convergence {
         let pages = at_stop(rest.pages, self.dirty_rate);
         let blocks = at_stop(rest.block_bytes, self.dirty_block_rate);
         let page_bytes = self.page_bytes.unwrap_or(PAGE_ON_WIRE as f64);
-        let bytes = pages * page_bytes + costs.state_bytes as f64;
-        let transfer = seconds(bytes / bandwidth);
+        let move_pages = seconds(pages * page_bytes / bandwidth).max(costs.save);
+        let move_state = seconds(costs.state_bytes as f64 / bandwidth);
         // Blocks are read while others are on their way, and all before the first page.
         let move_blocks = seconds(blocks / bandwidth).max(self.disks.read_time(blocks));
         let flush = self.disks.flush_time(blocks, costs.flush);
@@ -311,14 +311,15 @@ impl Convergence {
                 move_blocks,
                 flush,
                 costs.pause,
-                costs.save,
+                move_pages,
+                move_state,
                 costs.load,
                 costs.start,
                 costs.release,
                 latency,
             ]
             .into_iter()
-            .fold(transfer, Duration::saturating_add),
+            .fold(Duration::ZERO, Duration::saturating_add),
         )
     }
 

@@ -88,9 +88,9 @@ fn simulate(
             Decision::SwitchOver => {
                 let late = (rate)(now) * costs.pause.as_secs_f64();
                 let last = (rest + late as u64).min(set);
-                let bytes = last * PAGE_ON_WIRE + costs.state_bytes;
-                let moved = transfer(bytes, now) - now;
-                let fixed = costs.pause + costs.save + costs.load + costs.start;
+                let sent = transfer(last * PAGE_ON_WIRE, now).max(now + costs.save.as_secs_f64());
+                let moved = transfer(costs.state_bytes, sent) - now;
+                let fixed = costs.pause + costs.load + costs.start;
                 end.downtime =
                     Some(Duration::from_secs_f64(moved) + fixed + wire.round_trip * 3 / 2);
                 return end;
@@ -216,6 +216,24 @@ fn a_long_way_needs_a_higher_limit_and_says_so() {
     assert!(end.expected.unwrap() >= millis(150), "{end:?}");
     let end = run(millis(200));
     assert!(end.downtime.unwrap() <= millis(200), "{end:?}");
+}
+
+#[test]
+fn the_state_is_saved_while_pages_are_sent() {
+    let mut state = Convergence::default();
+    // A page takes a microsecond.
+    let speed = PAGE_ON_WIRE * 1_000_000;
+    state
+        .bandwidth
+        .delivered(speed, Duration::ZERO, millis(1000), Duration::ZERO);
+    let expected = |pages| state.expected_downtime(pages_only(pages), 0).unwrap();
+    let save = state.costs.save.as_micros() as u64;
+    assert_eq!(expected(save / 2), expected(0));
+    let more = expected(save + 1000) - expected(0);
+    assert!(
+        more.abs_diff(millis(1)) < Duration::from_micros(1),
+        "{more:?}"
+    );
 }
 
 #[test]
@@ -382,6 +400,7 @@ fn a_disk_at_rest_costs_nothing() {
 #[test]
 fn what_is_written_until_the_stop_counts() {
     let (mut state, rest) = with_disks(1 << 20);
+    state.costs.pause = Duration::from_micros(500);
     let before = expected(&state, rest);
     let written = Rest {
         pages: 0,

@@ -121,6 +121,7 @@ pub fn receive(
             newest: incoming.preamble.newest,
         }),
     };
+    job.progress.tell_held();
     match result {
         Ok((mut arrival, late)) => {
             tracing::info!(id = ?arrival.id, start = ?arrival.start, "the guest has arrived");
@@ -207,6 +208,7 @@ impl Destination<'_> {
         let (sections, end) = self
             .take_in(channel, &hello, &mut disks, &mut arriving)
             .map_err(|error| arriving.explain(error, channel))?;
+        self.job.progress.hold();
         self.job.progress.set_status(Status::Device);
         let began = self.clock.now();
         let late = arriving.check_complete()?;
@@ -370,8 +372,8 @@ impl Destination<'_> {
         if let (Err(_), Some(late)) = (&started, late) {
             late.guest_never_runs();
         }
-        started?;
-        let took = self.clock.now().saturating_sub(arrived_at);
+        let entered = started?.unwrap_or_else(|| self.clock.now());
+        let took = entered.saturating_sub(arrived_at);
         Running {
             start_ns: nanoseconds(took),
         }

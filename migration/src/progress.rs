@@ -377,8 +377,17 @@ pub struct Progress {
 struct State {
     snapshot: Snapshot,
     began: Option<Duration>,
-    /// The status that the observer was told.
+    /// The status that the observer was told, or will be.
     told: Status,
+    /// What it will be told later.
+    held: Option<Vec<Event>>,
+}
+
+/// What an observer is told.
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    Status(Status),
+    Pass(u64),
 }
 
 impl std::fmt::Debug for Progress {
@@ -442,16 +451,40 @@ impl Progress {
 
     /// Tells the observer of the status, unless it knows it.
     pub(crate) fn tell_status(&self) {
-        let status = {
-            let mut state = self.lock();
-            let status = state.snapshot.status;
-            if std::mem::replace(&mut state.told, status) == status {
-                return;
-            }
-            status
+        let mut state = self.lock();
+        let status = state.snapshot.status;
+        if std::mem::replace(&mut state.told, status) == status {
+            return;
+        }
+        drop(state);
+        self.tell(Event::Status(status));
+    }
+
+    /// From here on the observer hears nothing: whoever it tells would take time from a stopped
+    /// guest.
+    pub(crate) fn hold(&self) {
+        self.lock().held.get_or_insert_default();
+    }
+
+    /// Tells the observer what was [held](Self::hold) back.
+    pub(crate) fn tell_held(&self) {
+        let held = self.lock().held.take();
+        for event in held.into_iter().flatten() {
+            self.tell(event);
+        }
+    }
+
+    fn tell(&self, event: Event) {
+        if let Some(held) = &mut self.lock().held {
+            held.push(event);
+            return;
+        }
+        let Some(observer) = &self.observer else {
+            return;
         };
-        if let Some(observer) = &self.observer {
-            observer.status_changed(status);
+        match event {
+            Event::Status(status) => observer.status_changed(status),
+            Event::Pass(number) => observer.pass_begun(number),
         }
     }
 
@@ -470,9 +503,7 @@ impl Progress {
 
     pub(crate) fn begin_round(&self, number: u64) {
         self.update(|snapshot| snapshot.round = number);
-        if let Some(observer) = &self.observer {
-            observer.pass_begun(number);
-        }
+        self.tell(Event::Pass(number));
     }
 
     pub(crate) fn end_round(&self, round: Round) {
@@ -520,6 +551,16 @@ mod tests {
         progress.set_status(Status::Active);
         progress.begin_round(1);
         assert_eq!(*log.lock().unwrap(), ["setup", "active", "pass 1"]);
+        log.lock().unwrap().clear();
+        progress.hold();
+        progress.set_status(Status::Device);
+        progress.begin_round(2);
+        assert_eq!(progress.status(), Status::Device);
+        assert!(log.lock().unwrap().is_empty());
+        progress.tell_held();
+        progress.tell_held();
+        progress.begin_round(3);
+        assert_eq!(*log.lock().unwrap(), ["device", "pass 2", "pass 3"]);
         for number in 0..2 * KEPT_ROUNDS as u64 {
             progress.end_round(Round {
                 number,

@@ -189,6 +189,16 @@ impl Session {
         self.send_in_time(round, |channel| channel.send(kind, body))
     }
 
+    /// The same, of a frame that others follow at once.
+    pub(crate) fn send_followed(
+        &mut self,
+        kind: Kind,
+        body: &[u8],
+        round: u64,
+    ) -> Result<(), ChannelError> {
+        self.send_in_time(round, |channel| channel.send_followed(kind, body))
+    }
+
     fn send_in_time(
         &mut self,
         round: u64,

@@ -316,6 +316,7 @@ impl Source<'_> {
             };
             self.stop_logging();
             self.vm.handed_over();
+            self.job.progress.tell_held();
             self.enter(Step::Late);
             let end = self.run_late(session.channel, &mut late, broken);
             return Ok(Moved::Late(downtime, end));
@@ -385,9 +386,10 @@ impl Source<'_> {
     fn end(&mut self, result: Result<Moved, SourceError>) -> Outcome {
         let error = match result {
             Ok(Moved::Whole(downtime)) => {
-                self.stop_logging();
                 tracing::info!(id = ?self.id, downtime_us = downtime.total.as_micros(), "migration completed");
                 self.vm.handed_over();
+                self.job.progress.tell_held();
+                self.stop_logging();
                 self.job.progress.complete();
                 return Outcome::Completed(Some(downtime));
             }
@@ -405,6 +407,7 @@ impl Source<'_> {
                 Err(error) => Guest::Stuck(error),
             },
         };
+        self.job.progress.tell_held();
         let reason = error.cancelled().map(str::to_owned);
         if reason.is_some() {
             self.job.progress.set_status(Status::Cancelling);
@@ -468,6 +471,7 @@ impl Source<'_> {
             "the guest was handed over, but the destination has not confirmed that it runs ({error}): it stays stopped here, and may be running there"
         );
         self.vm.handed_over();
+        self.job.progress.tell_held();
         self.job.progress.set_status(Status::HandoverUnknown);
         Outcome::HandoverUnknown { error }
     }

@@ -107,9 +107,14 @@ pub trait SourceVm {
     /// finished when this returns: no more writes to RAM or to a disk until
     /// [`resume`](Self::resume).
     /// After an error it runs on as before.
-    fn pause(&mut self) -> Result<Pause, VmError>;
+    ///
+    /// A stop that is `brief` is expected to be over in no time: who wants to hear of it is better
+    /// told afterwards, by [`resume`](Self::resume) or [`handed_over`](Self::handed_over).
+    fn pause(&mut self, brief: bool) -> Result<Pause, VmError>;
 
-    /// The state of everything but RAM. Only while the guest is stopped.
+    /// The state of everything but RAM. Only while the guest is stopped. As nothing of it changes
+    /// after [`pause`](Self::pause), it may have been in the making since then, while the last
+    /// pages are sent.
     fn save(&mut self) -> Result<Vec<Section>, VmError>;
 
     /// Gives up what only one side may hold (image locks). Called last before GO is sent.
@@ -123,7 +128,9 @@ pub trait SourceVm {
     /// shown to anyone.
     fn handed_over(&mut self);
 
-    /// Ends logging; called once for every successful start, however the migration ended.
+    /// Ends logging; called once for every successful start, however the migration ended. If it
+    /// comes after [`handed_over`](Self::handed_over), all of the guest is at the destination for
+    /// certain.
     fn stop_dirty_log(&mut self);
 }
 
@@ -165,15 +172,17 @@ pub trait DestinationVm {
     fn load(&mut self, sections: Vec<Section>) -> Result<(), VmError>;
 
     /// Takes what only one side may hold and lets the guest go: called after GO, and only then.
-    /// Returns when the first vCPU is about to enter the guest. An error means that the guest
-    /// has not run and never will run here.
+    /// Returns when the first vCPU has been about to enter the guest, and when that was on the
+    /// engine's [`Clock`](crate::clock::Clock): it may be a while ago, as this thread may have had
+    /// to wait for a CPU that the vCPU had. `None` is now. An error means that the guest has not
+    /// run and never will run here.
     ///
     /// In post-copy memory may be missing. This must neither touch guest memory nor wait for a
     /// vCPU or a device that may: whoever touches a missing page waits until it comes, and if the
     /// connection breaks just then, that is after a recovery, which is the business of the very
     /// thread that calls this. ([`load`](Self::load) may touch it: its faults are served, and if
     /// the connection breaks, it is let go, and the arrival fails.)
-    fn start(&mut self, start: Start) -> Result<(), VmError>;
+    fn start(&mut self, start: Start) -> Result<Option<Duration>, VmError>;
 
     /// Drops what was built: the guest will never run here. Called before the failure is shown to
     /// anyone, so that whoever waits for another guest then finds the memory free.

@@ -22,6 +22,15 @@ impl Channel {
         self.send_frame(kind, body, &[], None, &[])
     }
 
+    /// Sends a frame that others follow at once: the kernel may keep it until then, so that the
+    /// peer does not wake up for each.
+    pub(crate) fn send_followed(&mut self, kind: Kind, body: &[u8]) -> Result<(), ChannelError> {
+        self.followed = true;
+        let sent = self.send(kind, body);
+        self.followed = false;
+        sent
+    }
+
     /// Sends a frame with `data`, one after the other, as its payload.
     pub(crate) fn send_data(
         &mut self,
@@ -118,7 +127,11 @@ impl Channel {
         let head: u64 = parts.iter().map(|part| part.len() as u64).sum();
         let worth = memory.is_some() && total - head >= zero_copy::WORTH;
         if !worth || !link.zero_copy().is_some_and(|zero_copy| zero_copy.is_on()) {
-            return io.send(link.fd(), parts, memory, runs, done, Manner::Copied);
+            let manner = match self.followed {
+                true => Manner::More,
+                false => Manner::Copied,
+            };
+            return io.send(link.fd(), parts, memory, runs, done, manner);
         }
         // The buffers of the parts are used again at once, so they are copied in any case.
         if done < head {

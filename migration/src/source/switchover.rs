@@ -11,6 +11,10 @@ use crate::rounds::{Pass, Sent};
 use crate::session::Session;
 use crate::vm::Pause;
 
+/// A stop that is expected to be shorter is told of when it is over: what that wakes up would take
+/// CPUs from it.
+const BRIEF: Duration = Duration::from_millis(100);
+
 impl Source<'_> {
     /// Stops the guest and hands it over; with `late`, without the memory that is left.
     pub(super) fn switch_over(
@@ -24,10 +28,14 @@ impl Source<'_> {
         // The guest is not stopped for a migration that is over.
         session.channel.check_cancel()?;
         self.enter(Step::Stop);
-        self.job.progress.set_status(Status::Device);
-        let stop_began = self.clock.now();
         let estimate = self.job.progress.snapshot().expected_downtime;
         let expected = estimate.filter(|_| late.is_none());
+        let brief = late.is_some() || expected.is_some_and(|expected| expected < BRIEF);
+        if brief {
+            self.job.progress.hold();
+        }
+        self.job.progress.set_status(Status::Device);
+        let stop_began = self.clock.now();
         let deadline = Instant::now()
             + 2 * self.job.parameters.downtime_limit()
             + self.job.deadlines.stop_margin;
@@ -35,7 +43,7 @@ impl Source<'_> {
         let until = (!self.pressure.is_forced()).then_some(deadline);
         session.channel.link().set_until(until);
         session.stop_pacing();
-        let pause = self.vm.pause().map_err(vm("stopping the guest"))?;
+        let pause = self.vm.pause(brief).map_err(vm("stopping the guest"))?;
         self.owner = Owner::Stopped(pause);
         // Not before: it would write all the faster until it stops. For a guest that stands still
         // it is a few stores.
@@ -83,7 +91,7 @@ impl Source<'_> {
                 doing: "describing the state",
                 error: format!("section '{}': {error}", section.name).into(),
             })?;
-            session.send(Kind::State, &body, round)?;
+            session.send_followed(Kind::State, &body, round)?;
         }
         End {
             sections: sections.len() as u32,

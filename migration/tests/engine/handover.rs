@@ -1,10 +1,12 @@
 //! Who runs the guest when the end does not go as planned.
 
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use migration::frame::Kind;
-use migration::progress::Status;
+use migration::clock::MonotonicClock;
+use migration::frame::{HEADER_LEN, Kind};
+use migration::progress::{Observer, Progress, Status};
 use migration::source::{self, Guest, Outcome, Peer};
 
 use crate::machine::{Destination, Source};
@@ -53,6 +55,88 @@ fn the_destinations_reason_arrives() {
     let (error, guest) = destination_fails("start");
     assert!(error.contains("starting the guest failed"), "{error}");
     assert!(matches!(guest, Guest::Resumed));
+}
+
+/// What happens from the stop on, in order: the machine's calls and what the observer is told.
+fn from_the_stop_on(fails: &'static str) -> Vec<String> {
+    struct Told(Arc<Mutex<Vec<String>>>);
+    impl Observer for Told {
+        fn status_changed(&self, status: Status) {
+            self.0.lock().unwrap().push(format!("{status:?}"));
+        }
+        fn pass_begun(&self, _: u64) {
+            self.0.lock().unwrap().push("pass".to_owned());
+        }
+    }
+    let log: Arc<Mutex<Vec<String>>> = Arc::default();
+    let mut vm = Source::new(400, 0);
+    vm.hook = Box::new({
+        let log = Arc::clone(&log);
+        move |name| {
+            log.lock().unwrap().push(name.to_owned());
+            match name == fails {
+                true => Err("broken".into()),
+                false => Ok(()),
+            }
+        }
+    });
+    let mut job = source_job();
+    // Whatever the link is measured to be, the stop is expected to be short.
+    job.parameters.set_avail_switchover_bandwidth(1 << 40);
+    job.progress = Arc::new(Progress::new(
+        Arc::new(MonotonicClock),
+        Some(Box::new(Told(Arc::clone(&log)))),
+    ));
+    let (a, b) = unix_pair();
+    let arriving = arrive(Destination::default(), b, destination_job());
+    source::migrate(&mut vm, Peer::Connected(a), &job);
+    let _ = arriving.join().unwrap();
+    let log = log.lock().unwrap();
+    let stop = log.iter().position(|what| what == "pause").unwrap();
+    let heard = ["harvest", "stop_dirty_log"];
+    let from = log[stop..].iter();
+    from.filter(|what| !heard.contains(&what.as_str()))
+        .cloned()
+        .collect()
+}
+
+#[test]
+fn nobody_is_told_of_a_short_stop_before_it_is_over() {
+    let moved = ["pause", "save", "release", "handed_over"];
+    let told = ["Device", "pass", "Completed"];
+    assert_eq!(from_the_stop_on(""), [&moved[..], &told].concat());
+    let failed = ["pause", "save", "release", "resume"];
+    let told = ["Device", "pass", "Failed"];
+    assert_eq!(from_the_stop_on("release"), [&failed[..], &told].concat());
+}
+
+#[test]
+fn running_says_when_the_guest_was_entered_however_late_it_is_sent() {
+    let mut vm = Source::new(400, 0);
+    vm.run(BUSY_SMALL);
+    // Before GO came: what is less than nothing is nothing.
+    let destination = Destination {
+        entered: Some(Duration::from_nanos(1)),
+        ..Destination::default()
+    };
+    let bodies: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
+    let stream = proxied({
+        let bodies = Arc::clone(&bodies);
+        move |frame: &mut Frame| {
+            if frame.kind == Some(Kind::Running) {
+                bodies
+                    .lock()
+                    .unwrap()
+                    .push(frame.bytes[HEADER_LEN..].to_vec());
+            }
+            Fate::Pass
+        }
+    });
+    let arriving = arrive(destination, stream.1, destination_job());
+    let outcome = source::migrate(&mut vm, Peer::Connected(stream.0), &source_job());
+    let (destination, arrival) = arriving.join().unwrap();
+    assert_moved(&vm, &outcome, &destination, &arrival);
+    assert_eq!(*bodies.lock().unwrap(), [[0; 8]]);
 }
 
 #[test]

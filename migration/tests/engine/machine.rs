@@ -343,7 +343,7 @@ impl SourceVm for Source {
         Ok(())
     }
 
-    fn pause(&mut self) -> Result<Pause, VmError> {
+    fn pause(&mut self, _: bool) -> Result<Pause, VmError> {
         self.called("pause")?;
         let mut guest = self.shared.guest.lock().unwrap();
         let was_running = std::mem::take(&mut guest.running);
@@ -369,7 +369,10 @@ impl SourceVm for Source {
         Ok(())
     }
 
-    fn handed_over(&mut self) {}
+    fn handed_over(&mut self) {
+        let _ = (self.hook)("handed_over");
+    }
+
     fn stop_dirty_log(&mut self) {
         self.called("stop_dirty_log").unwrap();
         let log = self.shared.guest.lock().unwrap().log.take();
@@ -388,6 +391,8 @@ pub(crate) struct Destination {
     pub(crate) other_disks: Vec<Option<Box<dyn DestinationDisk>>>,
     pub(crate) sections: Vec<Section>,
     pub(crate) started: Option<Start>,
+    /// When its first vCPU is said to have been entered.
+    pub(crate) entered: Option<Duration>,
     /// Whether the guest was let go, visible from outside.
     pub(crate) ran: Arc<AtomicBool>,
     /// Called at the start of each of the engine's calls, by its name.
@@ -412,6 +417,7 @@ impl Default for Destination {
             other_disks: vec![],
             sections: vec![],
             started: None,
+            entered: None,
             ran: Arc::default(),
             hook: Box::new(|_| Ok(())),
             on_prepare: None,
@@ -494,14 +500,14 @@ impl DestinationVm for Destination {
         Ok(sections.finish()?)
     }
 
-    fn start(&mut self, start: Start) -> Result<(), VmError> {
+    fn start(&mut self, start: Start) -> Result<Option<Duration>, VmError> {
         (self.hook)("start")?;
         self.started = Some(start);
         self.ran.store(true, Ordering::SeqCst);
         if let (Some(on_start), Some(ram)) = (self.on_start.take(), &self.ram) {
             on_start(ram);
         }
-        Ok(())
+        Ok(self.entered)
     }
 
     fn abandon(&mut self) {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
 use std::sync::Arc;
+use std::time::Duration;
 
 use migration::disk::{DestinationDisk, Disk};
 use migration::layout::GuestRam;
@@ -203,7 +204,7 @@ impl DestinationVm for Destination {
         Ok(())
     }
 
-    fn start(&mut self, start: Start) -> Result<(), VmError> {
+    fn start(&mut self, start: Start) -> Result<Option<Duration>, VmError> {
         let (machine, name) = self.take()?;
         // The source has given them away, and waits.
         for disk in machine.disks() {
@@ -211,17 +212,19 @@ impl DestinationVm for Destination {
         }
         backends::lock(machine.disks())?;
         let mut state = self.shared.state();
-        if start.run && state.autostart {
-            machine.start(start.stopped_for)?;
+        let entered = if start.run && state.autostart {
+            let entered = machine.start(start.stopped_for)?;
             state.set_running(&self.shared);
+            entered
         } else {
             state.run = RunState::Paused;
-        }
+            None
+        };
         self.shared.install(&mut state, machine);
         // Whether it runs or not, it is here now.
         state.announce();
         state.name = state.name.take().or(name);
-        Ok(())
+        Ok(entered)
     }
 
     fn abandon(&mut self) {

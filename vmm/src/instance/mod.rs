@@ -149,8 +149,13 @@ impl Shared {
     }
 
     fn emit(&self, kind: EventKind) {
+        self.emit_event(Event::now(kind));
+    }
+
+    /// The same of something that happened a moment ago.
+    fn emit_event(&self, event: Event) {
         // Without a subscriber there is nobody to tell.
-        let _ = self.events.send(Event::now(kind));
+        let _ = self.events.send(event);
     }
 
     /// Opens what the command line says about the host's side of the devices.

@@ -9,6 +9,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::slice;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use kvm_bindings::{
     KVM_EXIT_IO_IN, KVM_INTERNAL_ERROR_EMULATION,
@@ -173,6 +174,8 @@ pub(crate) fn set_xsave(
 pub struct VcpuClockFd {
     fd: OwnedFd,
     host_tsc_khz: u32,
+    /// The frequency of the guest's TSC, once it is known; only this sets another. 0 if it is not.
+    tsc_khz: AtomicU32,
 }
 
 impl VcpuClockFd {
@@ -183,6 +186,7 @@ impl VcpuClockFd {
         Ok(Self {
             fd: fd.try_clone_to_owned()?,
             host_tsc_khz,
+            tsc_khz: AtomicU32::new(0),
         })
     }
 
@@ -193,15 +197,22 @@ impl VcpuClockFd {
 
     /// The frequency of the guest's TSC in kHz.
     pub(crate) fn tsc_khz(&self) -> Result<u32, IoctlError> {
+        let known = self.tsc_khz.load(Ordering::Relaxed);
+        if known != 0 {
+            return Ok(known);
+        }
         // SAFETY: the ioctl has no argument.
         let result = unsafe { ioctl(&self.fd, KVM_GET_TSC_KHZ()) };
-        checked("KVM_GET_TSC_KHZ", result).map(|khz| khz as u32)
+        let khz = checked("KVM_GET_TSC_KHZ", result)? as u32;
+        self.tsc_khz.store(khz, Ordering::Relaxed);
+        Ok(khz)
     }
 
     /// Sets the frequency of the guest's TSC.
     pub(crate) fn set_tsc_khz(&self, khz: u32) -> Result<(), IoctlError> {
         // SAFETY: the argument is a number.
         let result = unsafe { ioctl_with_val(&self.fd, KVM_SET_TSC_KHZ(), khz.into()) };
+        self.tsc_khz.store(0, Ordering::Relaxed);
         checked("KVM_SET_TSC_KHZ", result).map(drop)
     }
 

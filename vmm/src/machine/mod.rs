@@ -120,6 +120,8 @@ pub struct Machine {
     /// Lets vCPUs go that wait for room in the console.
     interrupt: Interrupt,
     cpu: GuestCpu,
+    /// How long it takes to save a vCPU's state.
+    save_time: Duration,
     files: Mutex<Option<Arc<BootFiles>>>,
     vcpus: Mutex<Vcpus>,
     /// KVM's devices as after power-on, for a reset.
@@ -136,6 +138,8 @@ struct Vcpus {
     slowed: Reasons,
     /// The vCPUs were reset: what stopped them before is over.
     fresh: bool,
+    /// Their states, in the making since the machine stopped.
+    saving: Option<Vec<Pending<Result<Section, StateError>>>>,
 }
 
 /// What a machine boots from: open files, so that it can boot again after a reset, wherever it is.
@@ -179,6 +183,7 @@ impl Machine {
         };
         let mut threads = Vec::new();
         let mut seen = None;
+        let mut save_time = Duration::MAX;
         for index in 0..config.vcpus {
             let vcpu = Vcpu::new(kvm, &vm, index, config.vcpus, &cpuid)
                 .map_err(|source| MachineError::Vcpu { index, source })?;
@@ -188,6 +193,7 @@ impl Machine {
                     tsc_khz: vcpu.tsc_khz()?,
                 });
             }
+            save_time = save_time.min(vcpu.save_time());
             let bus = Arc::clone(&devices) as Arc<dyn IoBus>;
             let thread = VcpuThread::spawn(vcpu, bus, Arc::clone(events))
                 .map_err(|source| MachineError::Thread { index, source })?;
@@ -207,6 +213,7 @@ impl Machine {
                 .collect(),
             interrupt: console.output().interrupt(),
             cpu: seen.ok_or(MachineError::NoVcpu(0))?,
+            save_time,
             files: Mutex::new(None),
             vcpus: Mutex::new(Vcpus {
                 threads,
@@ -214,6 +221,7 @@ impl Machine {
                 arrived: None,
                 slowed: Reasons::default(),
                 fresh: true,
+                saving: None,
             }),
         })
     }
@@ -231,6 +239,11 @@ impl Machine {
     /// RAM.
     pub fn ram(&self) -> &GuestRam {
         self.vm.ram()
+    }
+
+    /// How long it takes to save a vCPU's state, at least.
+    pub fn save_time(&self) -> Duration {
+        self.save_time
     }
 
     /// The devices.
@@ -314,24 +327,28 @@ impl Machine {
         if let Some(clocks) = vcpus.arrived.take() {
             // Its user runs it only now: the time until then was not the migration's.
             clocks.set(&self.vm, &vcpus.clocks(), Duration::ZERO)?;
-        } else if let Some(clocks) = stopped {
-            clocks.resume_kvmclock(&self.vm)?;
+        } else {
+            if let Some(clocks) = stopped {
+                clocks.resume_kvmclock(&self.vm)?;
+            }
+            // One that has not stopped yet is in KVM, where this would wait for it.
+            if !vcpus.any_running() {
+                clock::tell_stopped(&self.vm, &vcpus.clocks());
+            }
         }
         self.enter(&mut vcpus)
     }
 
     /// Lets a guest run that has arrived, its clocks set forward by the time that it was stopped.
-    /// Returns when its first vCPU is about to enter the guest.
-    pub fn start(&self, stopped_for: Duration) -> Result<(), MachineError> {
+    /// Returns when its first vCPU has been about to enter the guest, and when that was on the clock
+    /// of the migration engine.
+    pub fn start(&self, stopped_for: Duration) -> Result<Option<Duration>, MachineError> {
         let mut vcpus = self.vcpus();
         if let Some(clocks) = vcpus.arrived.take() {
             clocks.set(&self.vm, &vcpus.clocks(), stopped_for)?;
         }
         self.enter(&mut vcpus)?;
-        if let Some(first) = vcpus.threads.first() {
-            first.wait_entered();
-        }
-        Ok(())
+        Ok(vcpus.threads.first().and_then(VcpuThread::wait_entered))
     }
 
     /// Lets the guest run on after a stop that was none of its user's: its clocks have gone on.
@@ -341,10 +358,7 @@ impl Machine {
     }
 
     fn enter(&self, vcpus: &mut Vcpus) -> Result<(), MachineError> {
-        // One that has not stopped yet is in KVM, where this would wait for it.
-        if !vcpus.any_running() {
-            clock::tell_stopped(&self.vm, &vcpus.clocks());
-        }
+        vcpus.saving = None;
         self.interrupt.clear();
         self.devices.run();
         let fresh = std::mem::take(&mut vcpus.fresh);
@@ -356,6 +370,7 @@ impl Machine {
         self.devices.reset();
         {
             let mut vcpus = self.vcpus();
+            vcpus.saving = None;
             vcpus.on_each(Vcpu::reset)?;
             vcpus.fresh = true;
         }
@@ -376,18 +391,21 @@ impl Machine {
             .map_err(|source| MachineError::Vcpu { index, source })
     }
 
+    /// Has the vCPUs of a stopped machine save their states for the next [`save`](Self::save),
+    /// while the caller does something else.
+    pub fn begin_save(&self) {
+        let mut vcpus = self.vcpus();
+        vcpus.saving = Some(vcpus.begin_save());
+    }
+
     /// The state of everything but RAM, of a stopped machine.
     pub fn save(&self) -> Result<Vec<Section>, MachineError> {
         let mut vcpus = self.vcpus();
-        let mut sections = Vec::new();
-        let states = vcpus.on_each(Vcpu::save)?;
-        for (index, state) in (0..).zip(states) {
-            let section = state
-                .to_section(index)
-                .map_err(|source| MachineError::Vcpu { index, source })?;
-            sections.push(section);
-        }
-        sections.extend(VmState::save(&self.vm)?.to_sections()?);
+        let saving = match vcpus.saving.take() {
+            Some(saving) => saving,
+            None => vcpus.begin_save(),
+        };
+        let chips = VmState::save(&self.vm)?.to_sections()?;
         // The clocks at the pause: they stand still with the guest.
         let clocks = match (&vcpus.arrived, &vcpus.stopped) {
             (Some(clocks), _) | (None, Some(clocks)) => clocks.to_section()?,
@@ -396,8 +414,11 @@ impl Machine {
                 ClockState::take(&self.vm, &vcpus.clocks(), now)?.to_section()?
             }
         };
+        let devices = self.devices.save()?;
+        let mut sections = wait_for_all(saving)?;
+        sections.extend(chips);
         sections.push(clocks);
-        sections.extend(self.devices.save()?);
+        sections.extend(devices);
         Ok(sections)
     }
 
@@ -415,21 +436,24 @@ impl Machine {
         let mut states = Vec::new();
         for (index, _) in (0..).zip(&vcpus.threads) {
             let name = VcpuState::section_name(index);
-            let section = sections.take(&name, vcpu::VERSION, vcpu::VERSION)?;
-            let state = VcpuState::from_section(&section)
-                .map_err(|source| MachineError::Vcpu { index, source })?;
-            states.push(state);
+            states.push(sections.take(&name, vcpu::VERSION, vcpu::VERSION)?);
         }
         let irqchip = sections.take(IRQCHIP_SECTION, VM_STATE_VERSION, VM_STATE_VERSION)?;
         let pit = sections.take(PIT_SECTION, VM_STATE_VERSION, VM_STATE_VERSION)?;
         let chips = VmState::from_sections(&irqchip, &pit)?;
         sections.finish()?;
+        vcpus.saving = None;
         let mut pending = Vec::new();
-        for (vcpu, state) in vcpus.threads.iter_mut().zip(states) {
-            pending.push(vcpu.call(move |vcpu| vcpu.restore(&state)));
+        for (vcpu, section) in vcpus.threads.iter_mut().zip(states) {
+            pending.push(vcpu.call(move |vcpu| {
+                let state = VcpuState::from_section(&section)?;
+                vcpu.restore(&state)
+            }));
         }
         wait_for_all(pending)?;
         chips.restore(&self.vm)?;
+        // When it runs it has been stopped, whenever that is; now there is time for that.
+        clock::tell_stopped(&self.vm, &vcpus.clocks());
         Ok(())
     }
 
@@ -457,6 +481,15 @@ impl Vcpus {
             }
         }
         Ok(())
+    }
+
+    /// Has all vCPUs save their states at the same time.
+    fn begin_save(&mut self) -> Vec<Pending<Result<Section, StateError>>> {
+        let save = |vcpu: &mut VcpuThread| {
+            let index = vcpu.index();
+            vcpu.call(move |vcpu| vcpu.save()?.to_section(index))
+        };
+        self.threads.iter_mut().map(save).collect()
     }
 
     /// Does something with every vCPU, all at the same time.

@@ -13,7 +13,7 @@ mod state;
 mod thread;
 mod throttle;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::VcpuFd;
@@ -47,6 +47,8 @@ pub struct Vcpu {
     msr_indices: Vec<u32>,
     /// Its state before it was first run, for a reset.
     power_on: Option<VcpuState>,
+    /// How long KVM took to tell it.
+    save_time: Duration,
 }
 
 /// How a vCPU left the guest.
@@ -81,11 +83,16 @@ impl Vcpu {
             host_tsc_khz,
             msr_indices: Vec::new(),
             power_on: None,
+            save_time: Duration::ZERO,
         };
         vcpu.set_cpuid(&cpuid.for_vcpu(index, vcpus).to_kvm())?;
         // After CPUID, on which it depends what there is.
         vcpu.msr_indices = msrs::list(kvm, &vcpu.fd)?;
         vcpu.power_on = Some(vcpu.save()?);
+        // Once more, as the first time is longer.
+        let began = Instant::now();
+        vcpu.save()?;
+        vcpu.save_time = began.elapsed();
         tracing::debug!(
             vcpu = index,
             msrs = vcpu.msr_indices.len(),
@@ -97,6 +104,11 @@ impl Vcpu {
     /// The index.
     pub fn index(&self) -> u32 {
         self.index
+    }
+
+    /// How long it takes to read the whole state.
+    pub fn save_time(&self) -> Duration {
+        self.save_time
     }
 
     /// The KVM object.

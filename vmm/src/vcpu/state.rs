@@ -220,6 +220,9 @@ impl Vcpu {
             .map(|entry| entry.clone().into())
             .collect();
         if cpuid != self.cpuid {
+            for (there, here) in cpuid.iter().zip(&self.cpuid).filter(|(a, b)| a != b) {
+                tracing::debug!(?there, ?here, "CPUID is set again, as it differs");
+            }
             self.set_cpuid(&cpuid)?;
         }
         let reset_msrs = self.power_on.as_ref().map(|state| state.0.msrs.clone());

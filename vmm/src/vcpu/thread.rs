@@ -48,7 +48,22 @@ pub enum VcpuStatus {
 #[error("the thread of vCPU {0} has ended")]
 pub struct VcpuEnded(pub u32);
 
-type Call = Box<dyn FnOnce(&mut Vcpu) + Send>;
+/// Something to be done with a paused vCPU, by its thread or by who waits for it: whoever comes
+/// first takes it. Waking the thread up takes tens of microseconds, and where the host's CPUs are
+/// virtual now and then milliseconds: long amid a migration's stop.
+#[derive(Clone)]
+struct Call(Arc<Mutex<Option<Work>>>);
+
+type Work = Box<dyn FnOnce(&mut Vcpu) + Send>;
+
+impl Call {
+    fn do_with(&self, vcpu: &Mutex<Vcpu>) {
+        let work = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(work) = work {
+            work(&mut vcpu.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+}
 
 enum Command {
     Run,
@@ -93,6 +108,8 @@ impl Shared {
 
 /// A vCPU's thread. Dropping it ends the thread, after a pause if it is running.
 pub struct VcpuThread {
+    /// Locked by the thread while the guest runs.
+    vcpu: Arc<Mutex<Vcpu>>,
     index: u32,
     thread_id: i32,
     shared: Arc<Shared>,
@@ -108,12 +125,18 @@ pub struct VcpuThread {
 #[must_use]
 pub struct Pending<T> {
     index: u32,
+    vcpu: Arc<Mutex<Vcpu>>,
+    /// `None` if it is only for the thread to do.
+    call: Option<Call>,
     result: Receiver<T>,
 }
 
 impl<T> Pending<T> {
-    /// Waits for the call to be done.
+    /// Waits for the call to be done, or does it, if the vCPU's thread has not begun to.
     pub fn wait(self) -> Result<T, VcpuEnded> {
+        if let Some(call) = &self.call {
+            call.do_with(&self.vcpu);
+        }
         self.result.recv().map_err(|_| VcpuEnded(self.index))
     }
 }
@@ -141,8 +164,10 @@ impl VcpuThread {
             left_at: AtomicU64::new(0),
         });
         let (commands, receiver) = mpsc::channel();
+        let vcpu = Arc::new(Mutex::new(vcpu));
         let body = Body {
-            vcpu,
+            index,
+            vcpu: Arc::clone(&vcpu),
             bus,
             events,
             commands: receiver,
@@ -153,6 +178,7 @@ impl VcpuThread {
             .name(format!("vcpu{index}"))
             .spawn(move || body.run(&ready))?;
         let mut this = Self {
+            vcpu,
             index,
             thread_id: 0,
             shared,
@@ -279,20 +305,25 @@ impl VcpuThread {
         nanos(&self.shared.left_at)
     }
 
-    /// Runs `f` on the vCPU's thread as soon as it is paused; call it on several vCPUs, then wait
-    /// for each, and they work in parallel. Calls are made in their order, and before a
-    /// [`Self::run`] that comes after them.
+    /// Runs `f` on the vCPU's thread as soon as it is paused, or on the one that waits for it; call
+    /// it on several vCPUs, then wait for each, and they work in parallel. Calls that are waited
+    /// for in their order are made in it, and before a [`Self::run`] that comes after them.
     pub fn call<T: Send + 'static>(
         &mut self,
         f: impl FnOnce(&mut Vcpu) -> T + Send + 'static,
     ) -> Pending<T> {
         let (sender, result) = mpsc::sync_channel(1);
-        // If the thread has ended, the sender is dropped with the call: `wait` says so.
-        let _ = self.send(Command::Call(Box::new(move |vcpu| {
+        let call = Call(Arc::new(Mutex::new(Some(Box::new(move |vcpu| {
             let _ = sender.send(f(vcpu));
-        })));
+        })))));
+        // If the thread has ended, the sender is dropped with the call: `wait` says so.
+        let sent = self.send(Command::Call(call.clone()));
+        // One that runs does it itself when it has stopped.
+        let paused = matches!(self.status(), VcpuStatus::Paused { .. });
         Pending {
             index: self.index,
+            vcpu: Arc::clone(&self.vcpu),
+            call: (sent.is_ok() && paused).then_some(call),
             result,
         }
     }
@@ -340,7 +371,8 @@ fn store(time: &AtomicU64, value: Duration) {
 
 /// The thread's side.
 struct Body {
-    vcpu: Vcpu,
+    index: u32,
+    vcpu: Arc<Mutex<Vcpu>>,
     bus: Arc<dyn IoBus>,
     events: Arc<dyn EventSink>,
     commands: Receiver<Command>,
@@ -357,9 +389,9 @@ impl Drop for EndGuard {
 }
 
 impl Body {
-    fn run(mut self, ready: &Sender<Result<i32, io::Error>>) {
+    fn run(self, ready: &Sender<Result<i32, io::Error>>) {
         let _guard = EndGuard(Arc::clone(&self.shared));
-        let kickable = Kickable::new(&mut self.vcpu.fd);
+        let kickable = Kickable::new(&mut self.vcpu().fd);
         let kickable = match kickable {
             Ok(kickable) => {
                 let _ = ready.send(Ok(gettid().as_raw_nonzero().get()));
@@ -374,26 +406,31 @@ impl Body {
         let mut turns = Turns::new(&shared.throttle);
         while let Ok(command) = self.commands.recv() {
             match command {
-                Command::Call(f) => f(&mut self.vcpu),
+                Command::Call(call) => call.do_with(&self.vcpu),
                 Command::Run => self.run_guest(&kickable, &mut turns),
             }
         }
     }
 
-    fn run_guest(&mut self, kickable: &Kickable, turns: &mut Turns<'_>) {
+    fn vcpu(&self) -> MutexGuard<'_, Vcpu> {
+        self.vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run_guest(&self, kickable: &Kickable, turns: &mut Turns<'_>) {
         let shared = &self.shared;
+        let mut vcpu = self.vcpu();
         while !shared.pauses() {
             store(&shared.entered_at, MonotonicClock.now());
             // The lock, so that a waiter is either not yet waiting or is woken.
             drop(shared.status());
             shared.changed.notify_all();
-            let Left { at, event } = self.vcpu.run(kickable, &*self.bus, &shared.pause, turns);
+            let Left { at, event } = vcpu.run(kickable, &*self.bus, &shared.pause, turns);
             store(&shared.left_at, at);
             // Before the status: whoever has waited for the pause must find the event, or a
             // migration could take the guest away and forget the reset that it asked for. Whoever
             // is told of it may have to wait a moment for the pause.
             if let Some(event) = event {
-                self.events.vcpu_stopped(self.vcpu.index, event.clone());
+                self.events.vcpu_stopped(self.index, event.clone());
                 shared.set_status(VcpuStatus::Paused { event: Some(event) });
                 return;
             }

@@ -162,7 +162,7 @@ impl DestinationVm for Loading {
     }
 
     /// The guest runs if the old one did, and not if it did when it was saved.
-    fn start(&mut self, _: Start) -> Result<(), VmError> {
+    fn start(&mut self, _: Start) -> Result<Option<Duration>, VmError> {
         let (machine, name) = self.destination.take()?;
         let shared = Arc::clone(&self.shared);
         let mut state = shared.state();
@@ -204,7 +204,7 @@ impl DestinationVm for Loading {
         self.stopped = Some(since.elapsed());
         shared.install(&mut state, machine);
         state.name = state.name.take().or(name);
-        Ok(())
+        Ok(None)
     }
 
     fn abandon(&mut self) {

@@ -48,7 +48,12 @@ pub(super) fn save(
 
     let mut saving = Saving {
         shared: Arc::clone(shared),
-        source: Source::new(Arc::clone(shared), Arc::clone(guest), StorageCopy::None),
+        source: Source::new(
+            Arc::clone(shared),
+            Arc::clone(guest),
+            StorageCopy::None,
+            true,
+        ),
         guest: Arc::clone(guest),
         paused: None,
     };
@@ -252,7 +257,7 @@ impl SourceVm for Saving {
         self.source.protect(dirty, first, count)
     }
 
-    fn pause(&mut self) -> Result<Pause, VmError> {
+    fn pause(&mut self, _: bool) -> Result<Pause, VmError> {
         let since = Instant::now();
         let mut state = self.shared.state();
         // A reset that the guest has asked for is done first, and may let it run again.
