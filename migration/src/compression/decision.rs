@@ -193,7 +193,11 @@ impl Decision {
         let busy = !room || self.waited;
         if self.compressing {
             self.busy |= busy;
-            Plan::Compressed(if busy { Effort::Thorough } else { Effort::Quick })
+            Plan::Compressed(if busy {
+                Effort::Thorough
+            } else {
+                Effort::Quick
+            })
         } else if self.tries() {
             Plan::Try(self.try_effort)
         } else {
@@ -247,8 +251,8 @@ impl Decision {
             self.probe_after = PROBE_BYTES;
             self.until_probe = PROBE_BYTES;
         } else {
-            // It takes at least that.
-            self.link = self.link.map(|link| link.max(output));
+            // It takes at least that, unless a buffer does.
+            self.link = self.link.map(|link| mixed(Some(link), output.max(link)));
         }
         if self.link.is_some_and(|link| speed < PAYS * link) || window.ratio() < PAYS {
             self.stop();
