@@ -29,8 +29,8 @@ use crate::xbzrle::{Figures, Page};
 /// How many pages are compressed to see whether it would pay.
 const TRY_PAGES: u64 = 64;
 
-/// The most pages in a frame of compressed ones: a few ms go by until the next look at the link.
-const COMPRESSED_PAGES: u64 = 128;
+/// A frame is not compressed for longer than this: then comes the next look at the link.
+const COMPRESSING: Duration = Duration::from_millis(1);
 
 /// What a page costs in an XBZRLE frame beside its difference: a checksum, a length, and a run.
 const PAGE_OVERHEAD: u64 = 18;
@@ -198,10 +198,9 @@ impl Outgoing {
         }
         let limit = match self.whole.plan {
             Some(Plan::Try(_)) => self.limit.min(TRY_PAGES),
-            Some(Plan::Compressed(_)) => self.limit.min(COMPRESSED_PAGES),
             _ => self.limit,
         };
-        if self.whole.crcs.len() as u64 >= limit {
+        if self.whole.crcs.len() as u64 >= limit || self.whole.compressing >= COMPRESSING {
             self.flush_whole(memory, round, sink)?;
             return Ok(true);
         }

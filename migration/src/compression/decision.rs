@@ -141,7 +141,7 @@ pub struct Decision {
     window: Sample,
     /// Whether the link had enough to do at some time in the window.
     busy: bool,
-    /// How many bytes of pages a second move compressed, since that began.
+    /// How many bytes of pages a second move compressed; `None` until that is known.
     speed: Option<f64>,
     /// How many bytes a second the link takes; `None` until that is known.
     link: Option<f64>,
@@ -261,7 +261,7 @@ impl Decision {
         } else if self.until_probe == 0 {
             let filled = false;
             self.probe = Some(Probe { speed, filled });
-            self.end();
+            self.compressing = false;
         }
     }
 
@@ -273,7 +273,7 @@ impl Decision {
             return;
         };
         if speed >= PAYS * link {
-            self.begin();
+            self.begin(speed);
             self.try_after = TRY_AFTER;
             self.probe_after = (2 * self.probe_after).min(MAX_PROBE_BYTES);
         } else {
@@ -299,27 +299,24 @@ impl Decision {
             sample.handling()
         };
         let computed = 1.0 / (sample.squeezing() + handling).max(1e-12);
-        if computed.min(link * sample.ratio()) >= PAYS * link {
-            self.begin();
+        let speed = computed.min(link * sample.ratio());
+        if speed >= PAYS * link {
+            self.begin(speed);
         } else {
             self.wait_longer();
         }
     }
 
-    fn begin(&mut self) {
+    fn begin(&mut self, speed: f64) {
         self.compressing = true;
+        self.speed = Some(speed);
         self.window = Sample::default();
         self.until_probe = self.probe_after;
     }
 
     fn stop(&mut self) {
-        self.end();
-        self.wait_longer();
-    }
-
-    fn end(&mut self) {
         self.compressing = false;
-        self.speed = None;
+        self.wait_longer();
     }
 
     fn wait_longer(&mut self) {
