@@ -41,6 +41,10 @@ const BUFFERS: u64 = 32 << 20;
 /// If the sender waits for less than this part of the time, it was not held up by the link.
 const WAITS: f64 = 0.1;
 
+/// If the link has enough to do less often than this, it may be much faster than what it is given: a buffer
+/// that is still small is full at times on any link.
+const BUSY: f64 = 0.25;
+
 /// While pages go as they are, a few are compressed so often; each time in vain, it is twice as
 /// long to the next time, up to the limit.
 const TRY_AFTER: Duration = Duration::from_millis(20);
@@ -139,8 +143,8 @@ pub struct Decision {
     compressing: bool,
     /// What has been sent since the last judgement, in the present way.
     window: Sample,
-    /// Whether the link had enough to do at some time in the window.
-    busy: bool,
+    /// How often in the window the link had enough to do, and how often it was looked at.
+    busy: (u32, u32),
     /// How many bytes of pages a second move compressed; `None` until that is known.
     speed: Option<f64>,
     /// How many bytes a second the link takes; `None` until that is known.
@@ -172,7 +176,7 @@ impl Default for Decision {
         Self {
             compressing: true,
             window: Sample::default(),
-            busy: false,
+            busy: (0, 0),
             speed: None,
             link: None,
             waited: false,
@@ -192,7 +196,8 @@ impl Decision {
     pub fn plan(&mut self, room: bool) -> Plan {
         let busy = !room || self.waited;
         if self.compressing {
-            self.busy |= busy;
+            self.busy.0 += u32::from(busy);
+            self.busy.1 += 1;
             Plan::Compressed(if busy {
                 Effort::Thorough
             } else {
@@ -242,7 +247,8 @@ impl Decision {
 
     fn judge_compressed(&mut self) {
         let window = std::mem::take(&mut self.window);
-        let busy = std::mem::take(&mut self.busy) || window.waited();
+        let (times, looks) = std::mem::take(&mut self.busy);
+        let busy = f64::from(times) >= BUSY * f64::from(looks) || window.waited();
         let speed = mixed(self.speed, window.rate(window.input));
         self.speed = Some(speed);
         let output = window.rate(window.output);
