@@ -150,11 +150,11 @@ fn it_is_as_thorough_as_the_link_leaves_time_for() {
     let ratio: &dyn Fn(u64) -> f64 = &|_| 6.0;
     let end = check(&hosts(ratio, &|_| GIBIT), 512 * MIB, 0.92);
     assert!((0.2..0.8).contains(&end.thorough), "{end:?}");
-    // Here only quick is quick enough.
+    // Here only quick is quick enough, and just so: whether the link is faster is looked at.
     let mut slow = hosts(ratio, &|_| GIBIT);
     slow.compresses = 60e6;
     slow.quicker = 8.0;
-    let end = check(&slow, 512 * MIB, 1.02);
+    let end = check(&slow, 512 * MIB, 1.05);
     assert!(end.compressed > 0.9 && end.thorough < 0.2, "{end:?}");
 }
 
