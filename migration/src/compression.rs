@@ -5,6 +5,7 @@
 //! little to refer back to, and beyond 64 KiB, which is as far as lz4 refers back, little is gained
 //! and the data leaves the processor's caches.
 
+pub mod compressors;
 pub mod decision;
 
 use std::io;

@@ -316,6 +316,16 @@ impl Link {
         Ok(ready)
     }
 
+    /// Whether the socket would take more now. One that can't tell has room.
+    pub(crate) fn has_room(&self) -> bool {
+        let wanted = Readiness {
+            read: false,
+            write: true,
+        };
+        let ready = wait_for(&self.stream, wanted, None, Instant::now());
+        !matches!(ready, Ok(None))
+    }
+
     /// Waits until the socket or `event` has something to read, or `end`, which is no error.
     pub(crate) fn wait_readable_or(
         &self,

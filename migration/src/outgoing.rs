@@ -8,10 +8,13 @@
 
 use std::time::{Duration, Instant};
 
+use rustix::time::{ClockId, clock_gettime};
+
 use crate::bitmap::PageRun;
 use crate::channel::ChannelError;
+use crate::compression::compressors::Compressors;
 use crate::compression::decision::{Decision, Plan, Sample};
-use crate::compression::{Compressor, MAX_BLOCK, Setting};
+use crate::compression::{MAX_BLOCK, Setting};
 use crate::frame::{Kind, MAX_PAGES};
 use crate::guest_io::GuestPages;
 use crate::layout::PAGE_SIZE;
@@ -26,6 +29,9 @@ use crate::xbzrle::{Figures, Page};
 /// How many pages are compressed to see whether it would pay.
 const TRY_PAGES: u64 = 64;
 
+/// A frame is not compressed for longer than this: then comes the next look at the link.
+const COMPRESSING: Duration = Duration::from_millis(1);
+
 /// What a page costs in an XBZRLE frame beside its difference: a checksum, a length, and a run.
 const PAGE_OVERHEAD: u64 = 18;
 
@@ -33,6 +39,8 @@ const PAGE_OVERHEAD: u64 = 18;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Wanted {
     pub(crate) compression: Setting,
+    /// What is quicker, and may take its place while the link would have to wait for it.
+    pub(crate) quick: Setting,
     /// The size of the XBZRLE cache in bytes; `None` without XBZRLE.
     pub(crate) xbzrle: Option<u64>,
     /// Whether pages go without checksums.
@@ -49,7 +57,7 @@ pub(crate) struct Outgoing {
     /// Pages for [`Whole`], at most.
     limit: u64,
     checked: bool,
-    compressor: Option<Compressor>,
+    compressors: Option<Compressors>,
     decision: Decision,
     compressed: progress::Compression,
     cache: Option<Cache>,
@@ -96,7 +104,7 @@ impl Outgoing {
             pass: Pass::First,
             limit: 1,
             checked: true,
-            compressor: None,
+            compressors: None,
             decision: Decision::default(),
             compressed: progress::Compression::default(),
             cache: None,
@@ -115,7 +123,7 @@ impl Outgoing {
         self.checked = !wanted.unchecked;
         self.pages = 0;
         self.sampled = (Instant::now(), sink.waited());
-        self.prepare_compressor(wanted.compression);
+        self.prepare_compressors(wanted);
         self.prepare_cache(pages, wanted.xbzrle);
     }
 
@@ -124,16 +132,17 @@ impl Outgoing {
         self.sampled.0 += time;
     }
 
-    fn prepare_compressor(&mut self, setting: Setting) {
-        let now = self.compressor.as_ref().map(Compressor::setting);
-        if now.unwrap_or_default() == setting {
+    fn prepare_compressors(&mut self, wanted: Wanted) {
+        let now = self.compressors.as_ref().map(Compressors::setting);
+        if now.unwrap_or_default() == wanted.compression {
             return;
         }
         self.decision = Decision::default();
-        self.compressor = Compressor::new(setting).unwrap_or_else(|error| {
-            tracing::warn!(?setting, "pages are sent as they are: {error}");
-            None
-        });
+        self.compressors =
+            Compressors::new(wanted.compression, wanted.quick).unwrap_or_else(|error| {
+                tracing::warn!(setting = ?wanted.compression, "pages are sent as they are: {error}");
+                None
+            });
     }
 
     fn prepare_cache(&mut self, pages: u64, size: Option<u64>) {
@@ -169,7 +178,7 @@ impl Outgoing {
                     Ok(false)
                 };
             }
-            self.begin_whole();
+            self.begin_whole(sink);
             if self.checked {
                 self.whole.crcs.push(crc32fast::hash(&*self.page));
             }
@@ -179,7 +188,7 @@ impl Outgoing {
             };
             to.extend(&*self.page);
         } else {
-            self.begin_whole();
+            self.begin_whole(sink);
             let plain = self.whole.plan == Some(Plan::Plain);
             if !plain {
                 memory.read(page, &mut self.page);
@@ -197,10 +206,10 @@ impl Outgoing {
             self.compress_block();
         }
         let limit = match self.whole.plan {
-            Some(Plan::Try) => self.limit.min(TRY_PAGES),
+            Some(Plan::Try(_)) => self.limit.min(TRY_PAGES),
             _ => self.limit,
         };
-        if self.whole.runs.pages() >= limit {
+        if self.whole.runs.pages() >= limit || self.whole.compressing >= COMPRESSING {
             self.flush_whole(memory, round, sink)?;
             return Ok(true);
         }
@@ -244,9 +253,9 @@ impl Outgoing {
 
     /// What went compressed; `None` if it is off and never was on.
     pub(crate) fn compression(&self) -> Option<progress::Compression> {
-        let any = self.compressor.is_some() || self.compressed.pages > 0;
+        let any = self.compressors.is_some() || self.compressed.pages > 0;
         any.then(|| progress::Compression {
-            active: self.compressor.is_some() && self.decision.compresses(),
+            active: self.compressors.is_some() && self.decision.compresses(),
             ..self.compressed
         })
     }
@@ -285,29 +294,31 @@ impl Outgoing {
     }
 
     /// Decides, before the first page of a frame, what kind it is.
-    fn begin_whole(&mut self) {
+    fn begin_whole(&mut self, sink: &dyn FrameSink) {
         if self.whole.plan.is_some() {
             return;
         }
-        let plan = match &self.compressor {
+        let plan = match &self.compressors {
             None => Plan::Plain,
             // With the guest stopped nothing is tried.
             Some(_) if self.pass == Pass::Last && !self.decision.compresses() => Plan::Plain,
-            Some(_) => self.decision.plan(),
+            Some(_) => self.decision.plan(sink.has_room()),
         };
         self.whole.plan = Some(plan);
     }
 
     fn compress_block(&mut self) {
-        let Some(compressor) = &mut self.compressor else {
+        let frame = &mut self.whole;
+        let effort = frame.plan.and_then(Plan::effort);
+        let (Some(compressors), Some(effort)) = (&mut self.compressors, effort) else {
             return;
         };
-        let began = Instant::now();
-        let frame = &mut self.whole;
+        let began = processor_time();
+        let compressor = compressors.pick(effort);
         let len = compressor.compress(&frame.block, &mut frame.data);
         frame.blocks.push(len as u32);
         frame.block.clear();
-        frame.compressing += began.elapsed();
+        frame.compressing += processor_time().saturating_sub(began);
     }
 
     fn flush_whole(
@@ -324,9 +335,11 @@ impl Outgoing {
         }
         let frame = &mut self.whole;
         let pages = frame.runs.pages();
-        let method = self.compressor.as_ref().and_then(|c| c.setting().method());
+        let effort = frame.plan.and_then(Plan::effort);
+        let compressors = self.compressors.as_mut().zip(effort);
+        let method = compressors.and_then(|(all, effort)| all.pick(effort).setting().method());
         let before = sink.own_bytes();
-        match method.filter(|_| frame.plan != Some(Plan::Plain)) {
+        match method {
             Some(method) => {
                 let runs = frame.runs.addresses(memory);
                 Compressed::encode(method, runs, &frame.crcs, &frame.blocks, &mut self.body);
@@ -347,7 +360,7 @@ impl Outgoing {
         self.bytes += bytes;
         let (since, waited) = self.sampled;
         self.sampled = (Instant::now(), sink.waited());
-        if self.compressor.is_some() && self.pass != Pass::Last {
+        if self.compressors.is_some() && self.pass != Pass::Last {
             self.decision.sent(&Sample {
                 input: pages * PAGE_SIZE,
                 output: bytes,
@@ -381,6 +394,12 @@ impl Outgoing {
         self.sampled = (Instant::now(), sink.waited());
         Ok(())
     }
+}
+
+/// What this thread has had of a processor so far.
+fn processor_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 fn only(page: u64) -> PageRun {

@@ -43,6 +43,9 @@ pub(crate) trait FrameSink {
     /// How long it has waited for the link, or for the limit of its bandwidth, so far.
     fn waited(&self) -> Duration;
 
+    /// Whether the link would take more now without a wait; if not, it has enough to do for a while.
+    fn has_room(&self) -> bool;
+
     /// How many pages to put in a frame.
     fn frame_pages(&self) -> u64;
 }

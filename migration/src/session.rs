@@ -147,9 +147,14 @@ impl Session {
             Some(Method::Zstd) if self.picked(ZSTD) => wanted,
             _ => Setting::Off,
         };
+        let quick = match compression {
+            Setting::Zstd(_) if self.picked(LZ4) => Setting::Lz4,
+            _ => Setting::Off,
+        };
         let xbzrle = self.parameters.xbzrle();
         Wanted {
             compression,
+            quick,
             xbzrle: xbzrle.filter(|_| self.picked(XBZRLE)),
             unchecked: self.picked(UNCHECKED),
         }
@@ -459,6 +464,10 @@ impl FrameSink for Session {
 
     fn waited(&self) -> Duration {
         self.held_back + self.channel.waited()
+    }
+
+    fn has_room(&self) -> bool {
+        self.channel.has_room()
     }
 
     fn frame_pages(&self) -> u64 {

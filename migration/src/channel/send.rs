@@ -146,6 +146,11 @@ impl Channel {
         }
     }
 
+    /// Whether the socket would take more now.
+    pub(crate) fn has_room(&self) -> bool {
+        self.link.has_room()
+    }
+
     fn wait_to_send(&mut self, since: Instant) -> Result<(), ChannelError> {
         let wanted = Readiness {
             read: self.duplex && self.waiting.len() < MAX_WAITING,

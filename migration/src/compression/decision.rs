@@ -1,14 +1,19 @@
-//! Whether compressing pages pays now, from what has been measured. Arithmetic only; the measuring
-//! is done by the source.
+//! Whether compressing pages pays now, and how thoroughly, from what has been measured. Arithmetic
+//! only; the measuring is done by the source.
 //!
 //! Sending and compressing take turns on one thread, while the link empties the socket's buffer at
 //! its own pace. So pages move either as fast as they are compressed, or as fast as the link
 //! takes what they are compressed to, whichever is less; and it pays if that is clearly
 //! faster than sending them as they are.
 //!
-//! It begins with compressing. As long as the sender has to wait for the link, what the link takes
-//! is known, and so is what it would take of pages as they are. If it never waits, the
-//! link may be faster than anything that is compressed: then pages go as they are for a *window*,
+//! There are two ways to compress: a quick one, and a thorough one that gains more. As long as the
+//! link has enough to do the sender has time to be thorough; if the link is about to run dry
+//! it hurries. So it comes to a mix of both that keeps the link and the processor busy, whatever their
+//! speeds and whoever else wants them.
+//!
+//! It begins with compressing. As long as the link is kept busy, what it takes is known, and so is
+//! what it would take of pages as they are. If it never has enough to do, it
+//! may be faster than anything that is compressed: then pages go as they are for a *window*,
 //! and the two speeds are compared. While pages go as they are, a few are compressed now and
 //! then, to notice that they have become worth it.
 
@@ -21,8 +26,13 @@ const PAYS: f64 = 1.2;
 /// How much is sent before it is judged.
 const WINDOW_BYTES: u64 = 8 << 20;
 
-/// Or how long, if the link is slow.
+/// Or how long, if the link is slow; for pages as they are, and for compressed ones.
+const PLAIN_TIME: Duration = Duration::from_millis(25);
 const WINDOW_TIME: Duration = Duration::from_millis(250);
+
+/// What a window says counts so much, and what was known before the rest: in one of them the sender
+/// may have been without a processor, or buffers may have filled.
+const NEWEST: f64 = 0.25;
 
 /// Pages that go as they are fill the buffers of both sockets first, which says nothing about the
 /// link behind them: without a wait it is not judged before so much was sent.
@@ -31,12 +41,16 @@ const BUFFERS: u64 = 32 << 20;
 /// If the sender waits for less than this part of the time, it was not held up by the link.
 const WAITS: f64 = 0.1;
 
-/// While pages go as they are, a few are compressed each time that so much was sent; each time
-/// in vain, it is twice as much the next time, up to the limit.
-const TRY_BYTES: u64 = 32 << 20;
-const MAX_TRY_BYTES: u64 = 128 << 20;
+/// If the link has enough to do less often than this, it may be much faster than what it is given: a buffer
+/// that is still small is full at times on any link.
+const BUSY: f64 = 0.25;
 
-/// Compressing pays though the sender never waits for the link: the link may have become faster, so
+/// While pages go as they are, a few are compressed so often; each time in vain, it is twice as
+/// long to the next time, up to the limit.
+const TRY_AFTER: Duration = Duration::from_millis(20);
+const MAX_TRY_AFTER: Duration = Duration::from_millis(500);
+
+/// Compressing pays though the link never has enough to do: it may have become faster, so
 /// pages go as they are for a window each time that so much was compressed, then twice as much.
 const PROBE_BYTES: u64 = 256 << 20;
 const MAX_PROBE_BYTES: u64 = 4 << 30;
@@ -50,9 +64,9 @@ pub struct Sample {
     pub output: u64,
     /// The time from the sample before, or from the beginning of the round, to this one's end.
     pub total: Duration,
-    /// Of that, compressing.
+    /// The processor's time for compressing: what others had of it meanwhile is not in it.
     pub compressing: Duration,
-    /// Of that, waiting for the link, or for the limit of its bandwidth.
+    /// Of `total`, waiting for the link, or for the limit of its bandwidth.
     pub waiting: Duration,
 }
 
@@ -65,8 +79,8 @@ impl Sample {
         self.waiting += other.waiting;
     }
 
-    fn is_window(&self) -> bool {
-        self.input >= WINDOW_BYTES || self.total >= WINDOW_TIME
+    fn is_window(&self, time: Duration) -> bool {
+        self.input >= WINDOW_BYTES || self.total >= time
     }
 
     fn ratio(&self) -> f64 {
@@ -78,10 +92,10 @@ impl Sample {
     }
 
     fn waited(&self) -> bool {
-        self.waiting.as_secs_f64() >= WAITS * self.total.as_secs_f64()
+        !self.waiting.is_zero() && self.waiting.as_secs_f64() >= WAITS * self.total.as_secs_f64()
     }
 
-    /// Seconds of the processor for each byte of pages, but for compressing.
+    /// Seconds for each byte of pages, but for waiting and compressing.
     fn handling(&self) -> f64 {
         let busy = self.total.saturating_sub(self.waiting + self.compressing);
         busy.as_secs_f64() / self.input.max(1) as f64
@@ -92,15 +106,35 @@ impl Sample {
     }
 }
 
+/// How to compress.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Effort {
+    /// Little time for a page.
+    #[default]
+    Quick,
+    /// As few bytes for a page as the user has asked for.
+    Thorough,
+}
+
 /// How the next pages are to be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Plan {
     /// As they are.
     Plain,
     /// Compressed.
-    Compressed,
+    Compressed(Effort),
     /// Compressed, but only a few: to see whether it would pay.
-    Try,
+    Try(Effort),
+}
+
+impl Plan {
+    /// How they are compressed; `None` if they go as they are.
+    pub fn effort(self) -> Option<Effort> {
+        match self {
+            Self::Plain => None,
+            Self::Compressed(effort) | Self::Try(effort) => Some(effort),
+        }
+    }
 }
 
 /// What is known, and what follows from it.
@@ -109,11 +143,20 @@ pub struct Decision {
     compressing: bool,
     /// What has been sent since the last judgement, in the present way.
     window: Sample,
-    /// How many bytes of pages a second would move as they are; `None` until that is known.
-    plain: Option<f64>,
-    /// What is sent before the other way is looked at.
-    until_try: u64,
-    try_after: u64,
+    /// How often in the window the link had enough to do, and how often it was looked at.
+    busy: (u32, u32),
+    /// How many bytes of pages a second move compressed; `None` until that is known.
+    speed: Option<f64>,
+    /// How many bytes a second the link takes; `None` until that is known.
+    link: Option<f64>,
+    /// Whether the sender had to wait with the last pages.
+    waited: bool,
+    /// How long pages go as they are before a few are compressed.
+    until_try: Duration,
+    try_after: Duration,
+    /// Tries take turns between the two.
+    try_effort: Effort,
+    /// How much is compressed before the other way is looked at.
     until_probe: u64,
     probe_after: u64,
     /// Present while pages go as they are only to see how fast that is.
@@ -133,9 +176,13 @@ impl Default for Decision {
         Self {
             compressing: true,
             window: Sample::default(),
-            plain: None,
-            until_try: TRY_BYTES,
-            try_after: TRY_BYTES,
+            busy: (0, 0),
+            speed: None,
+            link: None,
+            waited: false,
+            until_try: TRY_AFTER,
+            try_after: TRY_AFTER,
+            try_effort: Effort::default(),
             until_probe: 0,
             probe_after: PROBE_BYTES,
             probe: None,
@@ -144,15 +191,27 @@ impl Default for Decision {
 }
 
 impl Decision {
-    /// How to send what comes next.
-    pub fn plan(&self) -> Plan {
+    /// How to send what comes next. `room` is whether the socket would take more now: if not, the link
+    /// has enough to do for a while.
+    pub fn plan(&mut self, room: bool) -> Plan {
+        let busy = !room || self.waited;
         if self.compressing {
-            Plan::Compressed
-        } else if self.until_try == 0 && self.probe.is_none() {
-            Plan::Try
+            self.busy.0 += u32::from(busy);
+            self.busy.1 += 1;
+            Plan::Compressed(if busy {
+                Effort::Thorough
+            } else {
+                Effort::Quick
+            })
+        } else if self.tries() {
+            Plan::Try(self.try_effort)
         } else {
             Plan::Plain
         }
+    }
+
+    fn tries(&self) -> bool {
+        self.until_try.is_zero() && self.probe.is_none()
     }
 
     /// Whether pages are compressed, tries left aside.
@@ -162,51 +221,49 @@ impl Decision {
 
     /// Pages were sent as [`plan`](Self::plan) said.
     pub fn sent(&mut self, sample: &Sample) {
-        match self.plan() {
-            Plan::Try => self.tried(sample),
-            Plan::Compressed => {
-                self.until_probe = self.until_probe.saturating_sub(sample.input);
-                self.window.add(sample);
-                if self.window.is_window() {
-                    self.judge_compressed();
-                }
+        self.waited = sample.waited();
+        if self.compressing {
+            self.until_probe = self.until_probe.saturating_sub(sample.input);
+            self.window.add(sample);
+            if self.window.is_window(WINDOW_TIME) {
+                self.judge_compressed();
             }
-            Plan::Plain => {
-                self.until_try = self.until_try.saturating_sub(sample.input);
-                self.window.add(sample);
-                match &mut self.probe {
-                    Some(probe) if !probe.filled && !sample.waiting.is_zero() => {
-                        probe.filled = true;
-                        self.window = Sample::default();
-                    }
-                    Some(probe) if !probe.filled && self.window.input < BUFFERS => {}
-                    _ if self.window.is_window() => self.judge_plain(),
-                    _ => {}
+        } else if self.tries() {
+            self.tried(sample);
+        } else {
+            self.until_try = self.until_try.saturating_sub(sample.total);
+            self.window.add(sample);
+            match &mut self.probe {
+                Some(probe) if !probe.filled && !sample.waiting.is_zero() => {
+                    probe.filled = true;
+                    self.window = Sample::default();
                 }
+                Some(probe) if !probe.filled && self.window.input < BUFFERS => {}
+                _ if self.window.is_window(PLAIN_TIME) => self.judge_plain(),
+                _ => {}
             }
         }
     }
 
     fn judge_compressed(&mut self) {
         let window = std::mem::take(&mut self.window);
-        let speed = window.rate(window.input);
-        if window.waited() {
-            let link = window.rate(window.output);
-            self.plain = Some(link);
+        let (times, looks) = std::mem::take(&mut self.busy);
+        let busy = f64::from(times) >= BUSY * f64::from(looks) || window.waited();
+        let speed = mixed(self.speed, window.rate(window.input));
+        self.speed = Some(speed);
+        let output = window.rate(window.output);
+        if busy {
+            self.link = Some(mixed(self.link, output));
             self.probe_after = PROBE_BYTES;
             self.until_probe = PROBE_BYTES;
-            if speed < PAYS * link {
-                self.stop();
-            } else {
-                self.try_after = TRY_BYTES;
-            }
-            return;
+        } else {
+            // It takes at least that, unless a buffer does.
+            self.link = self.link.map(|link| mixed(Some(link), output.max(link)));
         }
-        // The link takes at least that.
-        let least = window.rate(window.output);
-        self.plain = self.plain.map(|plain| plain.max(least));
-        if self.plain.is_some_and(|plain| speed < PAYS * plain) || window.ratio() < PAYS {
+        if self.link.is_some_and(|link| speed < PAYS * link) || window.ratio() < PAYS {
             self.stop();
+        } else if busy {
+            self.try_after = TRY_AFTER;
         } else if self.until_probe == 0 {
             let filled = false;
             self.probe = Some(Probe { speed, filled });
@@ -216,15 +273,14 @@ impl Decision {
 
     fn judge_plain(&mut self) {
         let window = std::mem::take(&mut self.window);
-        let plain = window.rate(window.input);
-        self.plain = Some(plain);
+        let link = window.rate(window.input);
+        self.link = Some(link);
         let Some(Probe { speed, .. }) = self.probe.take() else {
             return;
         };
-        if speed >= PAYS * plain {
-            self.compressing = true;
-            self.try_after = TRY_BYTES;
-            self.until_probe = self.probe_after;
+        if speed >= PAYS * link {
+            self.begin(speed);
+            self.try_after = TRY_AFTER;
             self.probe_after = (2 * self.probe_after).min(MAX_PROBE_BYTES);
         } else {
             self.stop();
@@ -234,8 +290,12 @@ impl Decision {
     /// A few pages were compressed while the others are not.
     fn tried(&mut self, sample: &Sample) {
         self.until_try = self.try_after;
-        let Some(plain) = self.plain else {
+        let Some(link) = self.link else {
             return;
+        };
+        self.try_effort = match self.try_effort {
+            Effort::Quick => Effort::Thorough,
+            Effort::Thorough => Effort::Quick,
         };
         // What it costs to handle a page besides is known from the window that is under way; the
         // sample is too short to say what the link takes.
@@ -245,21 +305,35 @@ impl Decision {
             sample.handling()
         };
         let computed = 1.0 / (sample.squeezing() + handling).max(1e-12);
-        if computed.min(plain * sample.ratio()) >= PAYS * plain {
-            self.compressing = true;
-            self.window = Sample::default();
-            self.until_probe = self.probe_after;
+        let speed = computed.min(link * sample.ratio());
+        if speed >= PAYS * link {
+            self.begin(speed);
         } else {
-            self.try_after = (2 * self.try_after).min(MAX_TRY_BYTES);
-            self.until_try = self.try_after;
+            self.wait_longer();
         }
+    }
+
+    fn begin(&mut self, speed: f64) {
+        self.compressing = true;
+        self.speed = Some(speed);
+        self.window = Sample::default();
+        self.until_probe = self.probe_after;
     }
 
     fn stop(&mut self) {
         self.compressing = false;
-        self.until_try = self.try_after;
-        self.try_after = (2 * self.try_after).min(MAX_TRY_BYTES);
+        self.wait_longer();
     }
+
+    fn wait_longer(&mut self) {
+        self.until_try = self.try_after;
+        self.try_after = (2 * self.try_after).min(MAX_TRY_AFTER);
+    }
+}
+
+/// What is known, with what a new window says.
+fn mixed(known: Option<f64>, new: f64) -> f64 {
+    known.map_or(new, |known| known + NEWEST * (new - known))
 }
 
 #[cfg(test)]

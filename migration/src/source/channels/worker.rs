@@ -174,6 +174,10 @@ impl FrameSink for Lane {
         self.held_back + self.channel.waited()
     }
 
+    fn has_room(&self) -> bool {
+        self.channel.has_room()
+    }
+
     fn frame_pages(&self) -> u64 {
         // A unit has no more than the migration thread finds right for a frame.
         MAX_PAGES
