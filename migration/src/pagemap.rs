@@ -138,7 +138,7 @@ impl Pagemap {
             return 0;
         };
         let mut found = [ScanRegion::default()];
-        let end = match scan_some(map, start, start + pages * PAGE_SIZE, &mut found) {
+        let end = match scan_some(map, start, start + pages * PAGE_SIZE, &mut found, 1) {
             Ok((0, end)) => end,
             Ok(_) => found[0].start,
             // Then the other question will fail as well, and fall back.
@@ -153,7 +153,7 @@ fn scan(map: &File, start: u64, pages: u64, runs: &mut Vec<PageRun>) -> io::Resu
     let mut from = start;
     let mut found = [ScanRegion::default(); REGIONS_PER_CALL];
     while from < end {
-        let (count, walked) = scan_some(map, from, end, &mut found)?;
+        let (count, walked) = scan_some(map, from, end, &mut found, 0)?;
         for region in found.iter().take(count) {
             if region.start >= start && region.end <= end && region.end > region.start {
                 runs.push(PageRun {
@@ -167,12 +167,14 @@ fn scan(map: &File, start: u64, pages: u64, runs: &mut Vec<PageRun>) -> io::Resu
     Ok(())
 }
 
-/// Finds touched regions until `found` is full: how many, and the address up to which it looked.
+/// Finds touched regions until `found` is full, or there are `most` pages in it, unless that is 0:
+/// how many regions, and the address up to which it looked.
 fn scan_some(
     map: &File,
     start: u64,
     end: u64,
     found: &mut [ScanRegion],
+    most: u64,
 ) -> io::Result<(usize, u64)> {
     let mut arg = ScanArg {
         size: size_of::<ScanArg>() as u64,
@@ -180,6 +182,7 @@ fn scan_some(
         end,
         vec: found.as_mut_ptr() as u64,
         vec_len: found.len() as u64,
+        max_pages: most,
         // Not the kernel's shared page of zeroes, and present or in swap.
         category_inverted: PAGE_IS_PFNZERO,
         category_mask: PAGE_IS_PFNZERO,
