@@ -226,20 +226,21 @@ impl Observer for StatusObserver {
     }
 }
 
-/// What to expect of the guest's hand-over: what was measured, but with the time that KVM takes here
-/// to tell a vCPU's state, which is that of a dozen ioctls. Loading is as many. Each vCPU's clocks are read
-/// at the pause, and set twice at the destination, a quarter as many each time, by one thread.
+/// What to expect of the guest's hand-over, from the time that KVM takes here to tell a vCPU's state.
+/// Its threads save and load them at the same time, as far as there are CPUs; one thread stops the vCPUs and
+/// reads their clocks, and at the destination sets those and lets them run. How long that
+/// takes compared with a state was measured with 1 to 16 vCPUs (docs/performance.md).
 pub(super) fn costs(guest: &Machine) -> Costs {
     let vcpus = guest.config().vcpus;
     let cpus = thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32);
     let states = guest.save_time() * vcpus.div_ceil(cpus);
-    let clocks = guest.save_time() * vcpus / 4;
+    let one_by_one = guest.save_time() * vcpus;
     Costs {
-        pause: WAKING + clocks,
+        pause: WAKING + one_by_one * 3 / 4,
         save: WAKING + states,
         state_bytes: STATE_BYTES + STATE_BYTES_PER_VCPU * u64::from(vcpus),
-        load: WAKING + DEVICES + states + clocks,
-        start: WAKING + clocks,
+        load: WAKING + DEVICES + states + one_by_one,
+        start: WAKING + one_by_one / 4,
         ..Costs::default()
     }
 }

@@ -4,7 +4,7 @@ use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
     KVM_MP_STATE_SIPI_RECEIVED, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_PAYLOAD,
     KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR, KVM_VCPUEVENT_VALID_SMM,
-    KVM_VCPUEVENT_VALID_TRIPLE_FAULT, kvm_mp_state, kvm_vcpu_events,
+    KVM_VCPUEVENT_VALID_TRIPLE_FAULT, kvm_cpuid_entry2, kvm_mp_state, kvm_vcpu_events,
 };
 use migration::section::Section;
 use serde::{Deserialize, Serialize};
@@ -213,16 +213,12 @@ impl Vcpu {
     pub fn restore(&mut self, state: &VcpuState) -> Result<(), StateError> {
         let body = &state.0;
         // 1. CPUID first: it decides which bits of CR4, EFER and XCR0 and which MSRs KVM takes.
-        // KVM refuses to change it once the vCPU has run, so it is only set if it differs.
-        let cpuid: Vec<_> = body
-            .cpuid
-            .iter()
-            .map(|entry| entry.clone().into())
-            .collect();
-        if cpuid != self.cpuid {
-            for (there, here) in cpuid.iter().zip(&self.cpuid).filter(|(a, b)| a != b) {
-                tracing::debug!(?there, ?here, "CPUID is set again, as it differs");
-            }
+        // KVM refuses to change it once the vCPU has run, and takes a while: so it is only set if it
+        // differs, in whatever order.
+        let entries = body.cpuid.iter();
+        let cpuid: Vec<_> = entries.map(|entry| entry.clone().into()).collect();
+        if sorted(&cpuid) != sorted(&self.cpuid) {
+            tracing::debug!(vcpu = self.index, "CPUID is set again, as it differs");
             self.set_cpuid(&cpuid)?;
         }
         let reset_msrs = self.power_on.as_ref().map(|state| state.0.msrs.clone());
@@ -336,6 +332,13 @@ impl Vcpu {
 }
 
 /// The saved events with the flags that make KVM take what it only takes when asked to.
+/// As KVM looks them up, which does not depend on their order.
+fn sorted(entries: &[kvm_cpuid_entry2]) -> Vec<kvm_cpuid_entry2> {
+    let mut entries = entries.to_vec();
+    entries.sort_by_key(|entry| (entry.function, entry.index));
+    entries
+}
+
 fn events_to_set(body: &Body) -> kvm_vcpu_events {
     let mut events: kvm_vcpu_events = body.events.clone().into();
     events.flags |= KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
