@@ -176,7 +176,7 @@ mod tests {
     fn memory_is_there_before_where_it_is_asked_for() {
         let prealloc = |arguments: &[&str]| migration(arguments).unwrap().prealloc;
         assert!(prealloc(&["idle"]) && !prealloc(&["idle", "--without-prealloc"]));
-        assert!(!prealloc(&["idle-1g"]) && prealloc(&["idle-1g", "--prealloc"]));
+        assert!(!prealloc(&["sparse"]) && prealloc(&["sparse", "--prealloc"]));
         assert!(migration(&["idle", "--prealloc", "--without-prealloc"]).is_err());
         assert!(migration(&["text", "--tune-qemu", "--qemu-with=multifd=on"]).is_err());
     }
