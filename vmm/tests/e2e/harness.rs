@@ -226,11 +226,20 @@ impl Ferry {
         }
     }
 
+    /// Runs a command that may be refused; then it gives the error's description.
+    pub fn attempt(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
+        match self.qmp.execute(command, arguments) {
+            Ok(answer) => Ok(answer),
+            Err(QmpError::Command { desc, .. }) => Err(desc),
+            Err(other) => panic!("{}: {command} gave {other:?}", self.name),
+        }
+    }
+
     /// Runs a command that must fail; returns the error's description.
     pub fn refused(&mut self, command: &str, arguments: Value) -> String {
-        match self.qmp.execute(command, arguments) {
-            Err(QmpError::Command { desc, .. }) => desc,
-            other => panic!("{}: {command} gave {other:?}", self.name),
+        match self.attempt(command, arguments) {
+            Err(desc) => desc,
+            Ok(answer) => panic!("{}: {command} gave {answer}", self.name),
         }
     }
 

@@ -14,13 +14,14 @@ mod sockets;
 mod waiting;
 
 use std::path::Path;
+use std::time::Instant;
 
 use guest_tests::Size;
 use guest_tests::dirtier::{Options, Rate};
 use serde_json::{Value, json};
 
 use self::crossing::{Crossing, Stop};
-use crate::harness::{Ferry, busy};
+use crate::harness::{Ferry, LOOK, PATIENCE, busy};
 
 /// Ends the calling test, loudly, where a guest can't be had or can't wait for its memory.
 macro_rules! require_postcopy {
@@ -139,7 +140,14 @@ fn is_over(info: &Value) -> bool {
 
 /// Has both sides, which are paused, go on over another connection.
 fn recover(source: &mut Ferry, destination: &mut Ferry, stop: Option<Stop>) -> Crossing {
-    destination.execute("migrate-recover", json!({ "uri": "tcp:127.0.0.1:0" }));
+    let anywhere = json!({ "uri": "tcp:127.0.0.1:0" });
+    let deadline = Instant::now() + PATIENCE;
+    // What arrived before the connection broke may just make it leave its pause for a moment.
+    while let Err(refusal) = destination.attempt("migrate-recover", anywhere.clone()) {
+        assert!(refusal.contains("paused"), "{refusal}");
+        assert!(Instant::now() < deadline, "{refusal}");
+        std::thread::sleep(LOOK);
+    }
     let crossing = Crossing::to(&destination.listening_at(), stop);
     resume(source, &crossing.uri);
     crossing
