@@ -180,6 +180,10 @@ fn tell(
     destination: &mut dyn End,
 ) -> Result<Vec<String>, Error> {
     let settings = scenario.settings.of(kind);
+    // First, as the scenario's settings may say otherwise.
+    let limit = u64::try_from(scenario.downtime_limit.as_millis()).unwrap_or(u64::MAX);
+    let parameters = json!({ "max-bandwidth": MAX_BANDWIDTH, "downtime-limit": limit });
+    source.execute("migrate-set-parameters", parameters)?;
     let mut without = Vec::new();
     for process in [destination, source as &mut dyn End] {
         let mut capabilities = vec![json!({ "capability": "events", "state": true })];
@@ -190,9 +194,6 @@ fn tell(
         process.execute("migrate-set-capabilities", capabilities)?;
         without = setting::apply(process, settings)?;
     }
-    let limit = u64::try_from(scenario.downtime_limit.as_millis()).unwrap_or(u64::MAX);
-    let parameters = json!({ "max-bandwidth": MAX_BANDWIDTH, "downtime-limit": limit });
-    source.execute("migrate-set-parameters", parameters)?;
     Ok(without)
 }
 
